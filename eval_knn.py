@@ -1,0 +1,191 @@
+"""Weighted k-NN classification with frozen features, the evaluation that needs no training.
+
+    python eval_knn.py out/ckpt.pth                                         # data and image size come from the checkpoint
+    python eval_knn.py ckpt.pth --train /data/train --val /data/val         # other data
+    torchrun --nproc-per-node 8 eval_knn.py ckpt.pth                        # features extracted by 8 processes
+
+Protocol (DINOv2, appendix B.3; Wu et al. 2018, arXiv 1805.01978): L2-normalised CLS features; each of the k most similar
+training images votes for its class with weight exp(similarity / 0.07). Without a second set the images of the first are
+classified by all others (leave one out). Prints top-1 and top-5 and writes them beside the checkpoint. Exit code 2 on
+wrong input. Apache License 2.0.
+"""
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data import MEAN, STD, EvalImages, eval_specs, normalize, open_source, single_thread
+from model import load_backbone, read_checkpoint
+
+KS = (10, 20, 100, 200)
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of processes); (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@torch.inference_mode()
+def extract_features(model: nn.Module, source, resize: int, crop: int, device: torch.device, batch_size: int = 256,
+                     num_workers: int = 0, dtype: torch.dtype = torch.float32, mean=MEAN, std=STD) -> Tensor:
+    """L2-normalised features (n, D), float32 on `device`, of all images of a source, in its order.
+
+    `model` maps normalised images (B, 3, crop, crop) to (B, D). With a process group each process does every world-th
+    image and all get the full table. Raises ValueError if a feature is not finite.
+    """
+    rank, n_ranks = world()
+    mine = range(rank, len(source), n_ranks)
+    loader = torch.utils.data.DataLoader(EvalImages(source, resize, crop, mine), batch_size, num_workers=num_workers,
+                                         worker_init_fn=single_thread)
+    features = []
+    for images in tqdm(loader, desc=f"features of {source.name}", leave=False, disable=None if rank == 0 else True):
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            features.append(model(normalize(images.to(device, non_blocking=True).float() / 255, mean, std)))
+    table = None
+    if features:
+        table = F.normalize(torch.cat(features).float(), dim=-1)
+    if n_ranks > 1:
+        table = gather_strided(table, len(source), rank, n_ranks, device)
+    if not table.isfinite().all():
+        raise ValueError(f"the features of {source.name} are not finite: the checkpoint has diverged")
+    return table
+
+
+def gather_strided(table: Tensor | None, n: int, rank: int, n_ranks: int, device: torch.device) -> Tensor:
+    """(n, D) from the rows rank, rank + n_ranks, … of each process; a process may have none."""
+    width = torch.tensor(0 if table is None else table.shape[1], device=device)
+    dist.all_reduce(width, dist.ReduceOp.MAX)
+    full = torch.zeros(n, int(width), device=device)
+    if table is not None:
+        full[rank::n_ranks] = table
+    dist.all_reduce(full)
+    return full
+
+
+@torch.inference_mode()
+def knn_scores(bank: Tensor, labels: Tensor, queries: Tensor, ks=KS, temperature: float = 0.07, n_classes: int = 0,
+               own_rows: Tensor | None = None) -> dict[int, Tensor]:
+    """Class scores {k: (Q, C)} of queries (Q, D) from the training features `bank` (n, D) and their labels (n,).
+
+    Both sets are L2-normalised. Weights are a softmax over the largest k's neighbours; a smaller k uses the first of
+    them, not renormalised, which leaves the ranking as it is. `own_rows` (Q,) leaves that row of the bank out. A k
+    beyond the number of neighbours counts them all. Neighbours of equal similarity come in the order of topk.
+    """
+    n_neighbours = min(max(ks), len(bank) - (own_rows is not None))
+    n_classes = n_classes or int(labels.max()) + 1
+    similarity = queries @ bank.T  # (Q, n)
+    if own_rows is not None:
+        similarity.scatter_(1, own_rows[:, None], -torch.inf)
+    similarity, index = similarity.topk(n_neighbours)  # (Q, k), sorted
+    weights = F.softmax(similarity / temperature, dim=-1)
+    votes = labels[index]  # (Q, k)
+    empty = weights.new_zeros(len(queries), n_classes)
+    return {k: empty.scatter_add(1, votes[:, :k], weights[:, :k]) for k in ks}
+
+
+def knn_accuracy(bank: Tensor, labels, queries: Tensor | None, query_labels=None, ks=KS,
+                 temperature: float = 0.07, chunk: int = 1024) -> dict[str, float]:
+    """Percent of right answers, {"top1_k10": …, "top5_k10": …, …}. `queries` None: leave one out on the bank."""
+    device, leave_one_out = bank.device, queries is None
+    labels = torch.as_tensor(labels, device=device)
+    queries, answers = (bank, labels) if leave_one_out else (queries, torch.as_tensor(query_labels, device=device))
+    n_classes = int(max(labels.max(), answers.max())) + 1
+    hits = {f"top{t}_k{k}": 0 for k in ks for t in (1, 5)}
+    for start in range(0, len(queries), chunk):
+        rows = torch.arange(start, min(start + chunk, len(queries)), device=device)
+        scores = knn_scores(bank, labels, queries[rows], ks, temperature, n_classes, rows if leave_one_out else None)
+        for k, score in scores.items():
+            right = score.topk(min(5, n_classes)).indices == answers[rows, None]  # (Q, 5)
+            hits[f"top1_k{k}"] += int(right[:, 0].sum())
+            hits[f"top5_k{k}"] += int(right.sum())
+    return {name: 100 * n / len(queries) for name, n in hits.items()}
+
+
+def evaluate(model: nn.Module, train_source, val_source, resize: int, crop: int, device: torch.device,
+             num_workers: int = 0, dtype: torch.dtype = torch.float32, ks=KS, temperature: float = 0.07, mean=MEAN,
+             std=STD) -> dict[str, float]:
+    """k-NN accuracies of `model` in percent; `val_source` None: leave one out. Raises ValueError without labels."""
+    for source in (train_source, val_source):
+        if source is not None and source.labels is None:
+            raise ValueError(f"{source.name} has no labels; k-NN needs one sub-folder per class")
+    banks = [None if source is None else extract_features(model, source, resize, crop, device, 256, num_workers, dtype,
+                                                             mean, std) for source in (train_source, val_source)]
+    return knn_accuracy(banks[0], train_source.labels, banks[1], val_source.labels if val_source else None, ks, temperature)
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto" is the accelerator if there is one. Raises ValueError if the device asked for is absent."""
+    if name == "auto":
+        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: PyTorch finds no CUDA GPU here; use --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"--device {name}: PyTorch finds no Apple GPU here; use --device cpu")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("checkpoint", help="out/ckpt.pth, or the weights of a released DINOv2 backbone")
+    parser.add_argument("--train", default="", help="labelled training images, named as train.py's --data")
+    parser.add_argument("--val", default="", help="labelled images to classify; empty: leave one out on --train")
+    parser.add_argument("--ks", type=int, nargs="+", default=list(KS), help="numbers of neighbours")
+    parser.add_argument("--temperature", type=float, default=0.07, help="of the votes")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="precision of the backbone")
+    parser.add_argument("--num-workers", type=int, default=2, help="data loading processes")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    args = parse(argv)
+    device = pick_device(args.device)
+    ckpt = read_checkpoint(args.checkpoint)
+    model = load_backbone(args.checkpoint, ckpt).to(device)
+    config = ckpt.get("config", {"eval_resize": 256, "eval_crop": 224})
+    train, val = args.train, args.val
+    if not train:
+        if "data" not in config:
+            raise ValueError(f"{args.checkpoint} does not say which data to use; give --train and --val")
+        train, val = eval_specs(config["data"])
+        train, val = config["eval_train"] or train, args.val or config["eval_val"] or val
+    if min(args.ks) < 1 or args.temperature <= 0:
+        raise ValueError("--ks and --temperature must be positive")
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(device_id=device if device.type == "cuda" else None)
+    sources = open_source(train), open_source(val) if val else None
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    result = evaluate(model, *sources, config["eval_resize"], config["eval_crop"], device, args.num_workers, dtype,
+                      tuple(args.ks), args.temperature)
+    if world()[0] == 0:
+        report(args.checkpoint, result, dict(train=train, val=val, temperature=args.temperature, dtype=args.dtype,
+                                             step=ckpt.get("step"), torch=torch.__version__))
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    return result
+
+
+def report(checkpoint: str, result: dict[str, float], about: dict) -> None:
+    """One line on the screen, the same and what it was measured on in a JSON file beside the checkpoint."""
+    path = Path(checkpoint).with_suffix(".eval_knn.json")
+    path.write_text(json.dumps(dict(checkpoint=checkpoint, **about, **result), indent=1) + "\n")
+    print("k-NN top-1 | " + " | ".join(f"k={name[6:]} {v:.2f} %" for name, v in result.items() if name.startswith("top1"))
+          + f" | {path}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

@@ -1,0 +1,461 @@
+"""DINOv2 vision transformer and projection head, in plain PyTorch.
+
+    model = build("vit_small", patch_size=14, img_size=518)   # random weights, ready to train
+    cls = model(images)                                       # (B, D), images (B, 3, h*14, w*14)
+    out = model.forward_features(images)                      # dict: x_norm_clstoken, x_norm_patchtokens, ...
+    outs = model.forward_features([globals_, locals_], [masks, None])  # two resolutions in one pass
+    model = load_backbone("out/ckpt.pth")                     # a checkpoint of train.py, or a released DINOv2 backbone
+
+This file needs torch alone and may be copied on its own. Attribute and parameter names equal those of the released
+DINOv2 weights, so loading is strict and needs no renaming. Papers: DINOv2 (Oquab et al. 2023, arXiv 2304.07193), ViT
+(Dosovitskiy et al. 2020, arXiv 2010.11929), registers (Darcet et al. 2023, arXiv 2309.16588). Apache License 2.0.
+
+Letters in shape comments
+    B  images          N  tokens of an image         D  width         H  attention heads     K  prototypes
+    R  registers       h, w  patch grid              p  patch side    T  tokens of several crop batches, packed
+Token order is [CLS, R registers, h*w patches row by row].
+"""
+import pickle
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ARCHS = {
+    "vit_nano": dict(embed_dim=64, depth=3, num_heads=2),        # 0.15 M parameters: digits, tests
+    "vit_micro": dict(embed_dim=128, depth=4, num_heads=4),      # 0.8 M: Fashion-MNIST on a laptop
+    "vit_tiny": dict(embed_dim=192, depth=12, num_heads=3),      # 5.5 M
+    "vit_small": dict(embed_dim=384, depth=12, num_heads=6),     # 22 M, released
+    "vit_base": dict(embed_dim=768, depth=12, num_heads=12),     # 86 M, released
+    "vit_large": dict(embed_dim=1024, depth=24, num_heads=16),   # 304 M, released
+    "vit_giant2": dict(embed_dim=1536, depth=40, num_heads=24),  # 1.1 G, released, with ffn_layer="swiglufused"
+}
+
+
+def build(arch: str, **kwargs) -> "DinoVisionTransformer":
+    """The named architecture; `kwargs` are those of DinoVisionTransformer. Raises ValueError for an unknown name."""
+    if arch not in ARCHS:
+        raise ValueError(f"unknown architecture {arch!r}; choose one of {', '.join(ARCHS)}")
+    return DinoVisionTransformer(**{**ARCHS[arch], **kwargs})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Packing. Crop batches of different resolution travel through the token-wise layers as one (1, T, C) tensor; `shapes`
+# lists the (B, N) of each. A single batch keeps its natural (B, N, C), which is also what forward hooks expect.
+
+
+def pack(xs: list[Tensor]) -> Tensor:
+    return xs[0] if len(xs) == 1 else torch.cat([x.flatten(0, 1) for x in xs])[None]  # (1, T, C)
+
+
+def unpack(x: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
+    if len(shapes) == 1:
+        return [x]
+    return [part.view(b, n, -1) for part, (b, n) in zip(x.split([b * n for b, n in shapes], dim=1), shapes)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Layers
+
+
+class PatchEmbed(nn.Module):
+    """Images (B, C, h*p, w*p) -> patch tokens (B, h*w, D). Raises ValueError for sides that are no multiple of p."""
+
+    def __init__(self, img_size=224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768):
+        super().__init__()
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if height % patch_size or width % patch_size:
+            raise ValueError(f"image size {height}x{width} is not a multiple of the patch size {patch_size}")
+        self.patch_size = patch_size
+        self.num_patches = (height // patch_size) * (width // patch_size)
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.norm = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width, p = *x.shape[-2:], self.patch_size
+        if height % p or width % p:
+            fits = f"{max(height // p, 1) * p}x{max(width // p, 1) * p}"
+            raise ValueError(f"image {height}x{width} is not a multiple of the patch size {p}; resize or crop to {fits}")
+        return self.norm(self.proj(x).flatten(2).transpose(1, 2))  # (B, h*w, D)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; each crop batch attends within its own images."""
+
+    def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = True, proj_bias: bool = True):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} is not a multiple of the number of heads {num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
+
+    def forward(self, x: Tensor, shapes: list[tuple[int, int]] | None = None) -> Tensor:
+        shapes = shapes or [x.shape[:2]]
+        outs = []
+        for qkv in unpack(self.qkv(x), shapes):
+            q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
+            outs.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (B, N, D)
+        return self.proj(pack(outs))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int, act_layer=nn.GELU, bias: bool = True):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden, bias=bias)
+        self.act = act_layer()
+        self.fc2 = nn.Linear(hidden, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class SwiGLUFFN(nn.Module):
+    """Gated feed-forward (Shazeer 2020). Its hidden width is 2/3 of the MLP's, rounded up to a multiple of 8, so that
+    the two have about as many parameters. The gate is SiLU whatever `act_layer` says, as in the released models."""
+
+    def __init__(self, dim: int, hidden: int, act_layer=None, bias: bool = True):
+        super().__init__()
+        hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
+        self.w12 = nn.Linear(dim, 2 * hidden, bias=bias)
+        self.w3 = nn.Linear(hidden, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class IdentityFFN(nn.Identity):
+    def __init__(self, dim: int, hidden: int, act_layer=None, bias: bool = True):
+        super().__init__()
+
+
+FFNS = {"mlp": Mlp, "swiglu": SwiGLUFFN, "swiglufused": SwiGLUFFN, "identity": IdentityFFN}
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim: int, init_values: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), float(init_values)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with LayerScale and stochastic depth.
+
+    `x` is (B, N, D), or (1, T, D) with `shapes` = the (B, N) of the crop batches packed in it; the same shape returns.
+    Stochastic depth computes each branch on a random subset of the images only and scales it up (DINOv2, section 5).
+    """
+
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, qkv_bias=True, proj_bias=True, ffn_bias=True, drop_path=0.0,
+                 init_values=None, act_layer=nn.GELU, ffn_layer=Mlp):
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads, qkv_bias, proj_bias)
+        self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = ffn_layer(dim, int(dim * mlp_ratio), act_layer=act_layer, bias=ffn_bias)
+        self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
+
+    def attn_branch(self, x: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        return self.ls1(self.attn(self.norm1(x), shapes))
+
+    def ffn_branch(self, x: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+        return self.ls2(self.mlp(self.norm2(x)))
+
+    def forward(self, x: Tensor, shapes: list[tuple[int, int]] | None = None) -> Tensor:
+        shapes = shapes or [x.shape[:2]]
+        for branch in (self.attn_branch, self.ffn_branch):
+            if self.training and self.drop_path > 0.0:
+                x = add_to_subset(x, shapes, branch, self.drop_path)
+            else:
+                x = x + branch(x, shapes)
+        return x
+
+
+def add_to_subset(x: Tensor, shapes: list[tuple[int, int]], branch, rate: float) -> Tensor:
+    """Stochastic depth: `branch` sees floor(B * (1 - rate)) images (at least one) of each crop batch, drawn anew at
+    each call; its output, times B over that number, is added to theirs. The other images are not computed at all."""
+    tokens, kept, start = [], [], 0
+    for b, n in shapes:
+        rows = torch.randperm(b, device=x.device)[: max(int(b * (1 - rate)), 1)]
+        tokens.append((start + rows[:, None] * n + torch.arange(n, device=x.device)).flatten())  # indices into T
+        kept.append((len(rows), n))
+        start += b * n
+    flat = x.flatten(0, 1)  # (T, D)
+    subset = flat[torch.cat(tokens)]
+    subset = subset.view(*kept[0], -1) if len(kept) == 1 else subset[None]
+    parts = branch(subset, kept).flatten(0, 1).to(x.dtype).split([len(t) for t in tokens])
+    for index, part, (b, _), (m, _) in zip(tokens, parts, shapes, kept):
+        flat = flat.index_add(0, index, part, alpha=b / m)
+    return flat.view_as(x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Backbone
+
+
+class DinoVisionTransformer(nn.Module):
+    """Vision transformer of DINOv2; arguments, attributes and parameter names as in the official release.
+
+    Args beyond the usual ViT ones:
+        init_values: LayerScale start; None or 0 for no LayerScale. Training uses 1e-5, released weights bring their own.
+        ffn_layer: "mlp", "swiglu" (= "swiglufused", one packed matrix) or "identity".
+        block_chunks: n > 0 stores the blocks as n nested lists, keys `blocks.{chunk}.{block}.…`; 0 as one flat list.
+        drop_path_rate, drop_path_uniform: stochastic depth rate, the same in all blocks or rising linearly from 0.
+        num_register_tokens: extra learnt tokens without position, placed after CLS.
+        interpolate_offset, interpolate_antialias: how the position table meets other sizes. (0.1, False) for the
+            released models without registers and all training recipes, (0.0, True) for those with registers.
+    """
+
+    def __init__(self, img_size=224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768, depth: int = 12,
+                 num_heads: int = 12, mlp_ratio: float = 4.0, qkv_bias: bool = True, ffn_bias: bool = True,
+                 proj_bias: bool = True, drop_path_rate: float = 0.0, drop_path_uniform: bool = False,
+                 init_values: float | None = None, embed_layer=PatchEmbed, act_layer=nn.GELU, block_fn=Block,
+                 ffn_layer: str = "mlp", block_chunks: int = 1, num_register_tokens: int = 0,
+                 interpolate_antialias: bool = False, interpolate_offset: float = 0.1):
+        super().__init__()
+        if ffn_layer not in FFNS:
+            raise ValueError(f"unknown ffn_layer {ffn_layer!r}; choose one of {', '.join(FFNS)}")
+        self.num_features = self.embed_dim = embed_dim
+        self.num_tokens = 1  # CLS alone, also with registers
+        self.n_blocks, self.num_heads, self.patch_size = depth, num_heads, patch_size
+        self.num_register_tokens = num_register_tokens
+        self.interpolate_antialias, self.interpolate_offset = interpolate_antialias, interpolate_offset
+
+        patch_embed = embed_layer(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patch_embed.num_patches, embed_dim))
+        self.register_tokens = (
+            nn.Parameter(torch.zeros(1, num_register_tokens, embed_dim)) if num_register_tokens else None)
+        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
+        self.patch_embed = patch_embed
+
+        ramp = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        blocks = [
+            block_fn(dim=embed_dim, num_heads=num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, proj_bias=proj_bias,
+                     ffn_bias=ffn_bias, drop_path=drop_path_rate if drop_path_uniform else ramp[i],
+                     init_values=init_values, act_layer=act_layer, ffn_layer=FFNS[ffn_layer])
+            for i in range(depth)]
+        self.chunked_blocks = block_chunks > 0
+        if self.chunked_blocks:  # Identity padding keeps the global block number in the inner key
+            size = max(depth // block_chunks, 1)
+            blocks = [nn.ModuleList([nn.Identity()] * i + blocks[i : i + size]) for i in range(0, depth, size)]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head = nn.Identity()
+        self.init_weights()
+
+    def init_weights(self, std: float = 0.02) -> None:
+        """cls, registers: normal 1e-6 · pos_embed: truncated normal 0.02 · every Linear weight: truncated normal `std` ·
+        Linear biases, mask_token: 0 · patch_embed.proj: PyTorch's Conv2d default · LayerNorm: 1, 0 · LayerScale: its
+        init_values."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        self.apply(partial(init_linear, std=std))
+
+    def block_list(self) -> list[nn.Module]:
+        """The transformer blocks in order, whether stored flat or in chunks."""
+        if not self.chunked_blocks:
+            return list(self.blocks)
+        return [block for chunk in self.blocks for block in chunk if not isinstance(block, nn.Identity)]
+
+    def interpolate_pos_encoding(self, x: Tensor, height: int, width: int) -> Tensor:
+        """Position table for images of height x width pixels, (1, 1 + h*w, D) in x's dtype; `x` is (B, 1 + h*w, D)."""
+        n = self.pos_embed.shape[1] - 1
+        if x.shape[1] - 1 == n and height == width:
+            return self.pos_embed
+        size = round(n**0.5)
+        assert size * size == n, f"position table of {n} entries is not square"
+        grid = (height // self.patch_size, width // self.patch_size)
+        table = self.pos_embed.float()
+        patches = table[:, 1:].unflatten(1, (size, size)).permute(0, 3, 1, 2)  # (1, D, size, size)
+        # With an offset the released models were trained to sample at (grid + offset) / size, not at grid / size.
+        offset = self.interpolate_offset
+        target = dict(scale_factor=tuple((g + offset) / size for g in grid)) if offset else dict(size=grid)
+        patches = F.interpolate(patches, mode="bicubic", antialias=self.interpolate_antialias, **target)
+        assert patches.shape[-2:] == grid, f"interpolated to {tuple(patches.shape[-2:])}, wanted {grid}"
+        return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1).to(x.dtype)  # (1, 1+h*w, D)
+
+    def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Images (B, C, h*p, w*p) -> tokens (B, 1+R+h*w, D). `masks` (B, h*w) bool: True puts mask_token there."""
+        height, width = x.shape[-2:]
+        x = self.patch_embed(x)
+        if masks is not None:
+            x = torch.where(masks[..., None], self.mask_token.to(x.dtype)[None], x)
+        x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        x = x + self.interpolate_pos_encoding(x, height, width)
+        if self.register_tokens is not None:
+            x = torch.cat([x[:, :1], self.register_tokens.to(x.dtype).expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        return x
+
+    def forward_features(self, x, masks=None):
+        """Features of a batch of images, or of a list of batches of different sizes in one pass.
+
+        Args:
+            x: (B, C, h*p, w*p), or a list of such tensors; then `masks` is a list too, of tensors or None.
+            masks: (B, h*w) bool or None; True replaces the patch by mask_token.
+        Returns: a dict (or a list of them) of x_norm_clstoken (B, D), x_norm_regtokens (B, R, D),
+            x_norm_patchtokens (B, h*w, D), x_prenorm (B, 1+R+h*w, D) before the last norm, masks as given.
+        """
+        if not isinstance(x, list):
+            return self.forward_features([x], [masks])[0]
+        masks = masks or [None] * len(x)
+        tokens = [self.prepare_tokens_with_masks(images, m) for images, m in zip(x, masks, strict=True)]
+        shapes = [t.shape[:2] for t in tokens]
+        t = pack(tokens)
+        for block in self.block_list():
+            t = block(t, shapes)
+        r = 1 + self.num_register_tokens
+        return [
+            dict(x_norm_clstoken=normed[:, 0], x_norm_regtokens=normed[:, 1:r], x_norm_patchtokens=normed[:, r:],
+                 x_prenorm=raw, masks=m)
+            for normed, raw, m in zip(unpack(self.norm(t), shapes), unpack(t, shapes), masks)]
+
+    def get_intermediate_layers(self, x: Tensor, n=1, reshape: bool = False, return_class_token: bool = False,
+                                norm: bool = True) -> tuple:
+        """Patch tokens of the last `n` blocks, or of the blocks numbered in the sequence `n`, in ascending order.
+
+        Returns: a tuple of (B, h*w, D), or (B, D, h, w) with `reshape`; of pairs (patches, CLS (B, D)) with
+        `return_class_token`. `norm` applies the final LayerNorm to each. Raises ValueError for blocks that don't exist.
+        """
+        wanted = range(self.n_blocks - n, self.n_blocks) if isinstance(n, int) else n
+        if not all(0 <= i < self.n_blocks for i in wanted):
+            raise ValueError(f"blocks {list(wanted)} asked for, the model has blocks 0 to {self.n_blocks - 1}")
+        tokens, outs = self.prepare_tokens_with_masks(x), []
+        for i, block in enumerate(self.block_list()):
+            tokens = block(tokens)
+            if i in wanted:
+                outs.append(self.norm(tokens) if norm else tokens)
+        patches = [out[:, 1 + self.num_register_tokens :] for out in outs]
+        if reshape:
+            h, w = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
+            patches = [p.transpose(1, 2).unflatten(2, (h, w)).contiguous() for p in patches]
+        return tuple(zip(patches, [out[:, 0] for out in outs])) if return_class_token else tuple(patches)
+
+    def forward(self, x, masks=None, is_training: bool = False):
+        """CLS features (B, D) after the final norm; with `is_training`, the dict(s) of forward_features."""
+        out = self.forward_features(x, masks)
+        return out if is_training else self.head(out["x_norm_clstoken"])
+
+
+def init_linear(module: nn.Module, std: float = 0.02) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=std)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Projection head
+
+
+class WeightNormLinear(nn.Module):
+    """Linear layer without bias whose row k is weight_g[k] * weight_v[k] / |weight_v[k]| (Salimans & Kingma 2016).
+    Two plain parameters under the names of the released heads: it can be deep-copied and sharded."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.ones(out_features, 1))
+        self.weight_v = nn.Parameter(torch.empty(out_features, in_features))
+        nn.init.kaiming_uniform_(self.weight_v, a=5**0.5)  # nn.Linear's default, which this layer keeps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=-1, eps=1e-12))
+
+
+class DINOHead(nn.Module):
+    """MLP, L2 normalisation, prototypes: (..., in_dim) -> logits (..., out_dim) (DINO, section 3.1 and appendix C).
+
+    With weight_g = 1 a logit is the cosine between the projected token and the prototype.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, use_bn: bool = False, nlayers: int = 3, hidden_dim: int = 2048,
+                 bottleneck_dim: int = 256, mlp_bias: bool = True):
+        super().__init__()
+        dims = [in_dim] + [hidden_dim] * (max(nlayers, 1) - 1) + [bottleneck_dim]
+        layers: list[nn.Module] = []
+        for a, b in zip(dims[:-2], dims[1:-1]):
+            layers += [nn.Linear(a, b, bias=mlp_bias)] + [nn.BatchNorm1d(b)] * use_bn + [nn.GELU()]
+        layers.append(nn.Linear(dims[-2], dims[-1], bias=mlp_bias))
+        self.mlp = nn.Sequential(*layers) if len(layers) > 1 else layers[0]
+        self.mlp.apply(init_linear)
+        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.normalize(self.mlp(x), dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
+        return self.last_layer(x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def read_checkpoint(path: str) -> dict:
+    """A .pth file as a dict on the CPU. Nothing in it is executed. Raises ValueError, naming the cause, for a file that
+    is missing, truncated, no checkpoint, or holds anything but tensors and plain values."""
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"no such checkpoint: {path}") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder; name the checkpoint in it, such as {path.rstrip('/')}/ckpt.pth") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        if "Unsupported" in str(error):  # what the weights-only reader says to a global, a class or a function
+            raise ValueError(f"{path} holds pickled code, not just weights: refused, nothing in it was run") from None
+        raise ValueError(f"{path} is truncated or is not a PyTorch checkpoint; copy or download it again") from None
+    if not isinstance(ckpt, dict):
+        raise ValueError(f"{path} holds a {type(ckpt).__name__}, not a dict of weights")
+    return ckpt
+
+
+def load_backbone(path: str, ckpt: dict | None = None) -> DinoVisionTransformer:
+    """The backbone in a checkpoint of train.py (its teacher) or in a released DINOv2 backbone file, in eval mode.
+
+    `ckpt` saves reading the file again. Loading is strict. Raises ValueError if the file holds no such backbone.
+    """
+    ckpt = read_checkpoint(path) if ckpt is None else ckpt
+    weights = ckpt.get("teacher", ckpt)
+    weights = {k.removeprefix("backbone."): v for k, v in weights.items() if not k.startswith(("dino_head.", "ibot_head."))}
+    kwargs = ckpt["model"] if "model" in ckpt else infer_arguments(path, weights)
+    with torch.device("meta"):
+        model = DinoVisionTransformer(**kwargs)
+    load_strictly(model, weights, path)
+    return model.eval()
+
+
+def load_strictly(model: nn.Module, weights: dict[str, Tensor], path: str, assign: bool = True) -> None:
+    """load_state_dict that explains in one line what does not fit. Raises ValueError."""
+    expected = model.state_dict()
+    missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+    shapes = [k for k in expected.keys() & weights.keys() if expected[k].shape != weights[k].shape]
+    if missing or unexpected or shapes:
+        faults = [f"{len(keys)} {what}, such as {min(keys)}" for what, keys in
+                  (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)) if keys]
+        raise ValueError(f"{path} is from another architecture: keys {'; '.join(faults)}")
+    model.load_state_dict(weights, assign=assign)
+
+
+def infer_arguments(path: str, weights: dict[str, Tensor]) -> dict:
+    """Constructor arguments of a DINOv2 backbone, read off the names and shapes of its weights. All released models
+    have heads of width 64, and those with registers another position rule. Raises ValueError for foreign weights."""
+    if not {"cls_token", "pos_embed", "mask_token", "patch_embed.proj.weight", "norm.weight"} <= weights.keys():
+        raise ValueError(f"{path} holds no DINOv2 backbone (first keys: {', '.join(map(str, list(weights)[:3]))})")
+    dim, in_chans, patch = weights["patch_embed.proj.weight"].shape[:3]
+    blocks = [k.removesuffix(".norm1.weight").split(".")[1:] for k in weights if k.endswith(".norm1.weight")]
+    chunks = len({b[0] for b in blocks}) if len(blocks[0]) == 2 else 0
+    first = f"blocks.{'0.0' if chunks else '0'}."
+    ffn = next((f for k, f in (("w12", "swiglu"), ("fc1", "mlp")) if f"{first}mlp.{k}.weight" in weights), "identity")
+    registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
+    return dict(
+        img_size=round((weights["pos_embed"].shape[1] - 1) ** 0.5) * patch, patch_size=patch, in_chans=in_chans,
+        embed_dim=dim, depth=len(blocks), num_heads=dim // 64, block_chunks=chunks, ffn_layer=ffn,
+        init_values=1.0 if first + "ls1.gamma" in weights else None, qkv_bias=first + "attn.qkv.bias" in weights,
+        proj_bias=first + "attn.proj.bias" in weights, ffn_bias=any(k.startswith(first + "mlp.") and k.endswith("bias") for k in weights),
+        num_register_tokens=registers, interpolate_antialias=registers > 0, interpolate_offset=0.0 if registers else 0.1)

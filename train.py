@@ -1,0 +1,752 @@
+"""Self-supervised training of DINOv2, whole: presets, the method, sharding, checkpoints.
+
+    python train.py                                                         # 1,797 scanned digits on a CPU, 3 minutes
+    python train.py --preset vits16_short --data /my/photos --batch-size 256           # one GPU, a folder of photos
+    torchrun --nproc-per-node 8 train.py --preset vitb16_short --data ImageNet:split=TRAIN:root=/data/imagenet
+    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py \\
+        --preset vitl16_short --data ImageNet:split=TRAIN:root=/data/imagenet       # the official ViT-L/16 recipe
+    python train.py --preset vitl14 --help                                  # every field, its meaning, its value there
+
+The method is step_losses(), the recipe is Config and PRESETS. `--batch-size` counts the images of all processes: the same
+command on 1, 8 or 32 GPUs is the same run. Output, in --out: ckpt.pth (teacher and config, all that evaluations need),
+metrics.jsonl, resume/ (to continue), eval/training_N/teacher_checkpoint.pth. Running the same command again continues.
+
+DINOv2: Oquab et al. 2023, arXiv 2304.07193. Apache License 2.0.
+"""
+import argparse
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint as recompute
+from tqdm import tqdm
+
+from data import UNREADABLE, Batch, TrainBatches, check_groups, eval_specs, open_source, prepare, train_loader
+from eval_knn import evaluate, pick_device
+from losses import dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp, softmax_center, update_center
+from model import ARCHS, DINOHead, build, init_linear, load_backbone, load_strictly
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Recipe. The defaults are the official defaults (ssl_default_config, which is vitl16_short); presets are differences.
+
+
+@dataclass(frozen=True)
+class Config:
+    # data
+    data: str = "ImageNet:split=TRAIN"  # training images: a folder, digits, FashionMNIST:root=…, ImageNet:split=…:root=…
+    eval_train: str = ""  # labelled images for k-NN; empty: the TRAIN split of --data
+    eval_val: str = ""  # labelled images to classify; empty: the VAL split of --data, or leave one out
+    eval_resize: int = 256  # evaluation: short side in pixels, before ...
+    eval_crop: int = 224  # ... the central square of this side is cut out
+    batch_size: int = 2048  # images per step over all processes; official 64 x 32 GPUs
+    group_size: int = 64  # images that share a mask quota and a KoLeo search; official: the batch of one GPU
+    num_workers: int = 10  # data loading processes per training process; 0: in the training process itself
+    seed: int = 0  # of weights, order, crops, colours, masks and dropped paths
+    # crops
+    global_crops_size: int = 224  # side in pixels of the 2 global crops, which teacher and student see
+    global_crops_scale: tuple = (0.32, 1.0)  # share of the image's area; on tiny images 0.5 1 or more
+    local_crops_number: int = 8  # local crops per image, which only the student sees
+    local_crops_size: int = 96  # side in pixels of the local crops
+    local_crops_scale: tuple = (0.05, 0.32)  # share of the image's area
+    flip_prob: float = 0.5  # probability of mirroring a crop; 0 where left and right matter, as for digits
+    jitter_prob: float = 0.8  # probability of colour jitter
+    jitter: tuple = (0.4, 0.4, 0.2, 0.1)  # largest change of brightness, contrast, saturation, hue
+    gray_prob: float = 0.2  # probability of turning grey
+    blur_probs: tuple = (0.0, 0.9, 0.5)  # of blurring global crop 1, 2, local; the paper's 1.0 0.1 0.5 got inverted
+    solarize_prob: float = 0.2  # probability of solarising global crop 2
+    # backbone
+    arch: str = "vit_large"  # one of vit_nano, vit_micro, vit_tiny, vit_small, vit_base, vit_large, vit_giant2
+    patch_size: int = 16  # side of a patch in pixels; must divide all crop sizes
+    ffn_layer: str = "mlp"  # mlp, swiglu, swiglufused (the same) or identity
+    qkv_bias: bool = True  # bias in the query, key, value projection
+    proj_bias: bool = True  # bias in the attention's output projection
+    ffn_bias: bool = True  # bias in the feed-forward layers
+    layerscale: float = 1e-5  # LayerScale start, 0 for none; small nets learn faster with 1
+    drop_path_rate: float = 0.3  # stochastic depth of the student; 0 for ViT-S and smaller
+    drop_path_uniform: bool = True  # the same rate in all blocks, or rising from 0
+    num_register_tokens: int = 0  # 4 for cleaner attention maps (Darcet et al. 2023)
+    interpolate_antialias: bool = False  # how the position table is resized to the local crops
+    interpolate_offset: float = 0.1  # likewise; 0.1 as in the official recipes
+    init_std: float = 0.02  # spread of new Linear weights; narrow networks want about 1 / sqrt(width)
+    init: str = ""  # start student and teacher from the backbone in this checkpoint; its architecture must be the same
+    # heads
+    head_n_prototypes: int = 65536  # K; small data wants few, about 10 times the number of classes
+    head_bottleneck_dim: int = 256  # width before the prototypes
+    head_nlayers: int = 3  # layers of the projection MLP
+    head_hidden_dim: int = 2048  # their width
+    ibot_separate_head: bool = False  # patches get a head of their own, with the four ibot_head_ fields; else they share
+    ibot_head_n_prototypes: int = 65536  # K of the separate head
+    ibot_head_bottleneck_dim: int = 256  # its width before the prototypes
+    ibot_head_nlayers: int = 3  # its layers
+    ibot_head_hidden_dim: int = 2048  # their width
+    # losses
+    dino_loss_weight: float = 1.0  # CLS tokens of one crop against those of another
+    ibot_loss_weight: float = 1.0  # masked patches against the teacher's view of them; 0 for none
+    koleo_loss_weight: float = 0.1  # spreads the features of a batch; 0 for none
+    mask_sample_probability: float = 0.5  # share of the global crops that are masked
+    mask_ratio_min_max: tuple = (0.1, 0.5)  # share of their patches
+    centering: str = "centering"  # how targets are kept from collapsing: centering or sinkhorn_knopp
+    # teacher
+    momentum_teacher: float = 0.992  # the teacher is the running mean of the student; short runs want less
+    final_momentum_teacher: float = 1.0  # reached along a cosine
+    warmup_teacher_temp: float = 0.04  # sharpness of the targets at first; if they stay uniform, lower it
+    teacher_temp: float = 0.07  # and after ...
+    warmup_teacher_temp_steps: int = 37500  # ... this many steps
+    # optimiser
+    steps: int = 125_000  # optimiser steps of the whole run; all schedules count steps
+    warmup_steps: int = 12_500  # the learning rate rises linearly over these, then falls along a cosine
+    lr: float = 4e-3  # for a batch of 1024; scaled by sqrt(batch_size / 1024)
+    min_lr: float = 1e-6  # at the end, not scaled
+    weight_decay: float = 0.04  # at the start
+    weight_decay_end: float = 0.4  # at the end
+    layerwise_decay: float = 0.9  # each block's lr over that of the block above
+    patch_embed_lr_mult: float = 0.2  # additional factor for the patch embedding
+    clip_grad: float = 3.0  # largest gradient norm, separately for backbone and heads; 0 for no limit
+    freeze_last_layer_steps: int = 1250  # steps during which the prototypes have lr 0
+    betas: tuple = (0.9, 0.999)  # of AdamW
+    # machine
+    device: str = "auto"  # auto, cpu, cuda, mps
+    dtype: str = "auto"  # of backbone weights and activations in the step: bf16, fp32, auto: bf16 on a GPU
+    compile: bool = False  # torch.compile each block; a minute to start, faster steps
+    recompute_blocks: bool = False  # recompute blocks in the backward pass: far less memory, a third more time
+    # output
+    out: str = "out"  # folder for everything this run writes
+    log_every: int = 10  # steps between lines of metrics.jsonl
+    eval_every: int = 0  # steps between k-NN evaluations, also at step 0 and at the end; 0 for none
+    export_every: int = 12_500  # steps between eval/training_N/teacher_checkpoint.pth; 0 for none
+    save_every: int = 3750  # steps between saves of ckpt.pth and resume/, also at the end
+    keep: int = 3  # saves kept in resume/
+
+
+SMALL = dict(  # for networks that see tiny images on a laptop: judge by k-NN, not by the loss
+    flip_prob=0.0, jitter=(0.3, 0.3, 0.0, 0.0), gray_prob=0.0, blur_probs=(0.0, 0.0, 0.0), solarize_prob=0.0,
+    layerscale=1.0, drop_path_rate=0.0, centering="sinkhorn_knopp", layerwise_decay=1.0, patch_embed_lr_mult=1.0,
+    head_hidden_dim=128, head_bottleneck_dim=32, warmup_teacher_temp=0.02, teacher_temp=0.03, num_workers=1,
+    freeze_last_layer_steps=0, weight_decay_end=0.04, export_every=0)
+
+PRESETS = {
+    "digits": SMALL | dict(
+        data="digits", eval_resize=16, eval_crop=16, batch_size=128, group_size=64, global_crops_size=16,
+        global_crops_scale=(0.6, 1.0), local_crops_number=2, local_crops_size=8, local_crops_scale=(0.35, 0.7),
+        arch="vit_nano", patch_size=4, head_n_prototypes=128, momentum_teacher=0.97, steps=1600, warmup_steps=160,
+        warmup_teacher_temp_steps=800, lr=1.1e-2, eval_every=400, save_every=400),
+    "fashion": SMALL | dict(
+        data="FashionMNIST:split=TRAIN", eval_resize=28, eval_crop=28, batch_size=128, group_size=64, flip_prob=0.5,
+        global_crops_size=28, global_crops_scale=(0.5, 1.0), local_crops_number=2, local_crops_size=14,
+        local_crops_scale=(0.3, 0.7), arch="vit_nano", patch_size=7, head_n_prototypes=256, momentum_teacher=0.99,
+        steps=8000, warmup_steps=400, warmup_teacher_temp_steps=2000, lr=6e-3, eval_every=1000, save_every=1000),
+    # ViT-S/16 and ViT-B/16 by the ViT-L/16 recipe; no official counterpart, accuracy not yet measured here
+    "vits16_short": dict(arch="vit_small", drop_path_rate=0.0, batch_size=1024),
+    "vitb16_short": dict(arch="vit_base", drop_path_rate=0.1, batch_size=1024),
+    # official: 32 A100, a day, ImageNet-1k: k-NN 81.6, linear 82.9
+    "vitl16_short": dict(),
+    # official: 96 A100, 3.3 days, ImageNet-22k: k-NN 82.0, linear 84.5. Note SwiGLU: the released ViT-L is an MLP one
+    "vitl14": dict(
+        data="ImageNet22k", batch_size=32 * 96, group_size=32, local_crops_size=98, patch_size=14, ffn_layer="swiglufused",
+        drop_path_rate=0.4, head_n_prototypes=131072, head_bottleneck_dim=384, ibot_separate_head=True,
+        ibot_head_n_prototypes=131072, centering="sinkhorn_knopp", momentum_teacher=0.994, steps=625_000,
+        warmup_steps=100_000, lr=2e-4, weight_decay_end=0.2, layerwise_decay=1.0),
+}
+# official: 12 images per GPU, number of GPUs not stated; 256 of them make the paper's batch of 3k
+PRESETS["vitg14"] = PRESETS["vitl14"] | dict(arch="vit_giant2", batch_size=12 * 256, group_size=12)
+
+CHANGEABLE = {"out", "num_workers", "log_every", "eval_every", "export_every", "save_every", "keep", "device"}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def field_comments() -> dict[str, str]:
+    """{field: its trailing comment}: the comments in Config are the help of the command line."""
+    return dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(Config), re.MULTILINE))
+
+
+def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
+    """Command line -> (config, the three actions preset, resume, overwrite). Raises ValueError with the nearest name."""
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="digits")
+    preset = first.parse_known_args(argv)[0].preset
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; presets: {', '.join(PRESETS)}")
+    defaults = Config(**PRESETS[preset])
+
+    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="digits", help=f"one of {', '.join(PRESETS)} (default digits)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out although the config changed")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run in --out and start anew")
+    comments = field_comments()
+    for field in dataclasses.fields(Config):
+        value = getattr(defaults, field.name)
+        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type, metavar="X")
+        if field.type is tuple:
+            kind = dict(type=float, nargs=len(value), metavar="X")
+        text = f"{comments[field.name]} (default {value})".replace("%", "%%")
+        parser.add_argument("--" + field.name.replace("_", "-"), default=value, help=text, **kind)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [s for action in parser._actions for s in action.option_strings]
+        raise ValueError(f"unknown argument {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}; see --help")
+    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)}
+    cfg = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return cfg, args
+
+
+def nearest(name: str, names) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def check(cfg: Config, n_ranks: int) -> None:
+    """Raises ValueError, naming flag and fix, for values that cannot work together."""
+    for field in ("global_crops_size", "local_crops_size", "eval_crop"):
+        size, p = getattr(cfg, field), cfg.patch_size
+        if size < p or size % p:
+            raise ValueError(f"--{field.replace('_', '-')} {size} is not a multiple of --patch-size {p}; "
+                             f"use {max(size // p, 1) * p} or {(size // p + 1) * p}")
+    check_groups(cfg.batch_size, cfg.group_size, n_ranks)
+    choices = dict(centering=("centering", "sinkhorn_knopp"), dtype=("auto", "bf16", "fp32"), arch=tuple(ARCHS),
+                   ffn_layer=("mlp", "swiglu", "swiglufused", "identity"))
+    for field, allowed in choices.items():
+        if (value := getattr(cfg, field)) not in allowed:
+            raise ValueError(f"--{field.replace('_', '-')} {value!r}{nearest(value, allowed)}; one of {', '.join(allowed)}")
+    if cfg.warmup_steps > cfg.steps:
+        raise ValueError(f"--warmup-steps {cfg.warmup_steps} is more than --steps {cfg.steps}; lower it too")
+    for field in ("steps", "log_every", "save_every", "keep", "local_crops_number", "head_nlayers"):
+        if getattr(cfg, field) < 1:
+            raise ValueError(f"--{field.replace('_', '-')} must be at least 1, got {getattr(cfg, field)}")
+    if cfg.eval_resize < cfg.eval_crop:
+        raise ValueError(f"--eval-resize {cfg.eval_resize} is less than --eval-crop {cfg.eval_crop}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedules and parameter groups
+
+
+def cosine_schedule(base: float, final: float, steps: int, warmup: int = 0) -> np.ndarray:
+    """(steps,) values: linear from 0 to base over `warmup` steps, both included, then half a cosine towards final."""
+    n = steps - warmup
+    return np.concatenate([np.linspace(0, base, warmup), final + 0.5 * (base - final) * (1 + np.cos(np.pi * np.arange(n) / n))])
+
+
+def schedules(cfg: Config) -> dict[str, np.ndarray]:
+    """One value per step, (steps,) each: lr, last_layer_lr, weight_decay, momentum, teacher_temp."""
+    lr = cosine_schedule(cfg.lr * math.sqrt(cfg.batch_size / 1024), cfg.min_lr, cfg.steps, cfg.warmup_steps)
+    warm = np.linspace(cfg.warmup_teacher_temp, cfg.teacher_temp, cfg.warmup_teacher_temp_steps)[: cfg.steps]
+    return dict(
+        lr=lr, last_layer_lr=np.where(np.arange(cfg.steps) < cfg.freeze_last_layer_steps, 0.0, lr),
+        weight_decay=cosine_schedule(cfg.weight_decay, cfg.weight_decay_end, cfg.steps),
+        momentum=cosine_schedule(cfg.momentum_teacher, cfg.final_momentum_teacher, cfg.steps),
+        teacher_temp=np.concatenate([warm, np.full(cfg.steps - len(warm), cfg.teacher_temp)]))
+
+
+def param_groups(student: nn.ModuleDict, cfg: Config) -> list[dict]:
+    """Parameters with equal (lr_mult, wd_mult, is_last_layer), in order of first appearance.
+
+    The lr of a block is layerwise_decay times that of the block above; tokens and patch embedding lie below block 0.
+    Biases, norms and LayerScale are not decayed; tokens, positions and the prototypes' weight_g are.
+    """
+    groups: dict[tuple, dict] = {}
+    for part, module in student.items():
+        depth = module.n_blocks if part == "backbone" else 0
+        for name, p in module.named_parameters():
+            key = param_options(name, depth, cfg.layerwise_decay, cfg.patch_embed_lr_mult)
+            group = dict(zip(("lr_mult", "wd_mult", "is_last_layer"), key))
+            groups.setdefault(key, group | dict(params=[]))["params"].append(p)
+    return list(groups.values())
+
+
+def param_options(name: str, depth: int, decay: float, patch_embed_mult: float) -> tuple[float, float, bool]:
+    """(lr multiplier, weight decay multiplier, belongs to the last layer) of a parameter; depth 0 for heads."""
+    layer = depth + 1  # final norm and heads
+    if depth and name.startswith("blocks."):
+        layer = int(re.match(r"blocks\.(?:\d+\.)?(\d+)\.", name)[1]) + 1  # flat or chunked key
+    elif depth and not name.startswith("norm."):
+        layer = 0  # cls, pos, mask, register tokens, patch_embed
+    lr_mult = decay ** (depth + 1 - layer) * (patch_embed_mult if "patch_embed" in name else 1.0)
+    wd_mult = 0.0 if name.endswith(".bias") or "norm" in name or "gamma" in name else 1.0
+    return lr_mult, wd_mult, "last_layer" in name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The method. Change the loss terms in step_losses(), the augmentation in data.draw_ops(), the teacher in update_teacher().
+
+
+def build_network(cfg: Config, drop_path_rate: float = 0.0) -> nn.ModuleDict:
+    """Backbone and heads, named as in the official teacher files: backbone, dino_head, and ibot_head if separate."""
+    dino_head = partial(DINOHead, out_dim=cfg.head_n_prototypes, nlayers=cfg.head_nlayers,
+                        hidden_dim=cfg.head_hidden_dim, bottleneck_dim=cfg.head_bottleneck_dim)
+    ibot_head = partial(DINOHead, out_dim=cfg.ibot_head_n_prototypes, nlayers=cfg.ibot_head_nlayers,
+                        hidden_dim=cfg.ibot_head_hidden_dim, bottleneck_dim=cfg.ibot_head_bottleneck_dim)
+    backbone = build(**backbone_arguments(cfg), drop_path_rate=drop_path_rate, drop_path_uniform=cfg.drop_path_uniform)
+    network = nn.ModuleDict(dict(backbone=backbone, dino_head=dino_head(backbone.embed_dim)))
+    if cfg.ibot_separate_head and cfg.ibot_loss_weight:
+        network["ibot_head"] = ibot_head(backbone.embed_dim)
+    backbone.init_weights(cfg.init_std)
+    for head in list(network.values())[1:]:
+        head.mlp.apply(partial(init_linear, std=cfg.init_std))
+    return network
+
+
+def backbone_arguments(cfg: Config) -> dict:
+    """Arguments of model.build for the teacher; they go into the checkpoint, which so describes itself."""
+    return dict(arch=cfg.arch, img_size=cfg.global_crops_size, patch_size=cfg.patch_size, ffn_layer=cfg.ffn_layer,
+                init_values=cfg.layerscale, qkv_bias=cfg.qkv_bias, proj_bias=cfg.proj_bias, ffn_bias=cfg.ffn_bias,
+                num_register_tokens=cfg.num_register_tokens, interpolate_antialias=cfg.interpolate_antialias,
+                interpolate_offset=cfg.interpolate_offset, block_chunks=0)
+
+
+def build_centers(cfg: Config, device: torch.device) -> dict[str, Tensor]:
+    """Running means of the teacher's logits, (K,) each, for centering="centering"."""
+    k_patch = cfg.ibot_head_n_prototypes if cfg.ibot_separate_head else cfg.head_n_prototypes
+    return dict(cls=torch.zeros(cfg.head_n_prototypes, device=device), patch=torch.zeros(k_patch, device=device))
+
+
+def project(network: nn.ModuleDict, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (rows, K) of CLS tokens (rows, D) and of masked patches (M, D), through one shared head or one each."""
+    if "ibot_head" in network:
+        return network["dino_head"](cls), network["ibot_head"](patches)
+    logits = network["dino_head"](torch.cat([cls, patches]))
+    return logits[: len(cls)], logits[len(cls) :]
+
+
+@torch.no_grad()
+def teacher_targets(teacher: nn.ModuleDict, batch: Batch, centering: str, temp: float, centers: dict[str, Tensor],
+                    with_patches: bool) -> tuple[Tensor, Tensor]:
+    """Probabilities over the prototypes: of the CLS of both global crops (2, B, K) and of the masked patches (M, K).
+    The teacher sees the crops without masks. Updates the centers, in place, after using them."""
+    out = teacher["backbone"](batch.global_crops, is_training=True)
+    patches = out["x_norm_patchtokens"].flatten(0, 1)[batch.mask_index if with_patches else slice(0)]  # (M, D)
+    targets = {}
+    for name, logits in zip(("cls", "patch"), project(teacher, out["x_norm_clstoken"], patches)):
+        if centering == "sinkhorn_knopp":
+            targets[name] = sinkhorn_knopp(logits, temp)
+        else:
+            targets[name] = softmax_center(logits, centers[name], temp)
+            update_center(centers[name], logits)
+    return targets["cls"].unflatten(0, (2, -1)), targets["patch"]
+
+
+def step_losses(student: nn.ModuleDict, teacher: nn.ModuleDict, batch: Batch, cfg: Config, teacher_temp: float,
+                centers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The four terms of the DINOv2 loss on one process's batch, weighted: their sum is what is minimised.
+
+    With L local crops there are 2L + 2 pairs (student crop, teacher crop) of different crops of the same image; the
+    DINO terms are the mean over these pairs. `centers` is updated in place.
+    """
+    n_images, n_local = len(batch.samples), len(batch.local_crops) // len(batch.samples)
+    with_patches = cfg.ibot_loss_weight > 0
+    targets, patch_targets = teacher_targets(teacher, batch, cfg.centering, teacher_temp, centers, with_patches)
+
+    # The student sees the global crops through masks, and the local crops, in one pass.
+    out, out_local = student["backbone"]([batch.global_crops, batch.local_crops], [batch.masks, None], is_training=True)
+    cls, cls_local = out["x_norm_clstoken"], out_local["x_norm_clstoken"]  # (2B, D), (L*B, D)
+    patches = out["x_norm_patchtokens"].flatten(0, 1)[batch.mask_index if with_patches else slice(0)]  # (M, D)
+    logits, patch_logits = project(student, torch.cat([cls_local, cls]), patches)
+    logits = logits.unflatten(0, (n_local + 2, n_images))  # (L+2, B, K)
+
+    # Every local crop against both teacher crops; every global crop against the other one, never against itself.
+    pairs = 2 * n_local + 2
+    local = dino_loss(logits[:n_local], targets)
+    cross = dino_loss(logits[n_local : n_local + 1], targets[1:]) + dino_loss(logits[n_local + 1 :], targets[:1])
+    terms = dict(dino_local=cfg.dino_loss_weight * local / pairs, dino_global=cfg.dino_loss_weight * cross / pairs)
+    if with_patches:
+        ibot = ibot_loss(patch_logits, patch_targets, batch.mask_weight, n_crops=2 * n_images)
+        terms["ibot"] = cfg.ibot_loss_weight * ibot
+    if cfg.koleo_loss_weight > 0:
+        koleo = sum(koleo_loss(crop, cfg.group_size) for crop in cls.chunk(2))
+        terms["koleo"] = cfg.koleo_loss_weight * koleo
+    return terms
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimisation, on the shards each process holds
+
+
+def local_shards(params) -> list[Tensor]:
+    """The part of each parameter (or gradient) that lies on this process, sharing its memory."""
+    return [p.to_local() if isinstance(p, torch.distributed.tensor.DTensor) else p for p in params]
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher = momentum * teacher + (1 - momentum) * student."""
+    torch._foreach_lerp_(local_shards(teacher.parameters()), local_shards(student.parameters()), 1 - momentum)
+
+
+@torch.no_grad()
+def clip_gradients(modules: dict[str, nn.Module], max_norm: float) -> dict[str, Tensor]:
+    """Scales the gradients of each module to a joint L2 norm of at most max_norm (0: no limit). Returns the norms
+    before, over all shards."""
+    grads = {name: local_shards(p.grad for p in m.parameters() if p.grad is not None) for name, m in modules.items()}
+    norms = torch.stack([torch.stack(torch._foreach_norm(g)).square().sum() for g in grads.values()])
+    if dist.is_initialized():
+        dist.all_reduce(norms)
+    norms = dict(zip(grads, norms.sqrt()))
+    for name, norm in norms.items():
+        if max_norm:
+            torch._foreach_mul_(grads[name], (max_norm / (norm + 1e-6)).clamp(max=1))
+    return norms
+
+
+def apply_schedule(optimizer: torch.optim.Optimizer, now: dict[str, float]) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = now["last_layer_lr" if group["is_last_layer"] else "lr"] * group["lr_mult"]
+        group["weight_decay"] = now["weight_decay"] * group["wd_mult"]
+
+
+def train_step(student, teacher, optimizer, batch: Batch, cfg: Config, now: dict[str, float],
+               centers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One optimiser step and the teacher's update after it. Returns this process's loss terms and the gradient norms."""
+    apply_schedule(optimizer, now)
+    optimizer.zero_grad(set_to_none=True)
+    terms = step_losses(student, teacher, batch, cfg, now["teacher_temp"], centers)
+    sum(terms.values()).backward()
+    norms = clip_gradients(student, cfg.clip_grad)
+    optimizer.step()
+    update_teacher(teacher, student, now["momentum"])
+    return {k: v.detach() for k, v in terms.items()} | {f"grad_norm/{k}": v for k, v in norms.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes and sharding
+
+
+def start_processes(device: torch.device) -> DeviceMesh:
+    """The process group of torchrun, or a group of one: both are the same code from here on."""
+    # Features leave the backbone as views of one tensor; nothing here changes them in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(device_id=device if device.type == "cuda" else None)
+    else:
+        dist.init_process_group(backend="nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return init_device_mesh(device.type, (dist.get_world_size(),))
+
+
+def shard(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype, recompute_blocks: bool = False,
+          compile_blocks: bool = False) -> None:
+    """Applies, from outside and in this order, recomputation, torch.compile and FSDP2, to each block and each head.
+
+    Master weights and gradient reduction stay float32; the backbone computes in `dtype`. Heads compute in float32
+    (TF32 on a GPU): bfloat16 logits divided by a temperature of 0.04 would be off by 0.1.
+    """
+    backbone = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+    for block in network["backbone"].block_list():
+        if recompute_blocks:
+            block.forward = partial(recompute, block.forward, use_reentrant=False)
+        if compile_blocks:
+            block.compile()
+        fully_shard(block, mesh=mesh, mp_policy=backbone)
+    for name, module in network.items():
+        fully_shard(module, mesh=mesh, mp_policy=backbone if name == "backbone" else exact)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Output folder: who may write here, what is kept
+
+
+def check_output(cfg: Config, resume: bool, overwrite: bool) -> None:
+    """Raises ValueError if --out holds another run and neither flag allows to touch it. Writes nothing."""
+    out = Path(cfg.out)
+    if not (out / "config.json").exists():
+        if resume:
+            raise ValueError(f"--resume: {out} holds no run; leave the flag out to start one")
+    elif not (resume or overwrite):
+        theirs, mine = json.loads((out / "config.json").read_text()), json.loads(json.dumps(dataclasses.asdict(cfg)))
+        changed = [f"{k} {theirs.get(k)} -> {v}" for k, v in mine.items() if theirs.get(k) != v and k not in CHANGEABLE]
+        if changed:
+            raise ValueError(f"--out {out} holds a different run ({', '.join(changed[:3])}{' …' * (len(changed) > 3)}); "
+                             "choose another --out, or --overwrite it, or --resume it with the new values")
+
+
+def claim_output(cfg: Config, overwrite: bool) -> None:
+    """Makes --out this run's folder. Raises ValueError if it cannot be written."""
+    out = Path(cfg.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("resume", "eval") if overwrite else ():
+            shutil.rmtree(out / name, ignore_errors=True)
+        for name in ("ckpt.pth", "metrics.jsonl", "bad_samples.txt") if overwrite else ():
+            (out / name).unlink(missing_ok=True)
+        text = json.dumps(dataclasses.asdict(cfg), indent=1) + "\n"
+        write_atomically(out / "config.json", lambda path: path.write_text(text))
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written: {error.strerror}") from None
+
+
+def write_atomically(path: Path, write) -> None:
+    """write(p) to a neighbouring name, then rename: `path` is never half-written."""
+    partial_path = path.with_name(path.name + ".partial")
+    write(partial_path)
+    os.replace(partial_path, path)
+
+
+def save_teacher(teacher: nn.ModuleDict, cfg: Config, preset: str, step: int, paths: list[Path]) -> None:
+    """The teacher's full weights under the official names, with all that is needed to use them, to each of the paths."""
+    weights = get_model_state_dict(teacher, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        arguments = backbone_arguments(cfg)
+        ckpt = dict(format=1, preset=preset, config=dataclasses.asdict(cfg), step=step, torch=str(torch.__version__),
+                    model=ARCHS[arguments.pop("arch")] | arguments, teacher=weights)
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, partial(torch.save, ckpt))
+    dist.barrier()
+
+
+def save_resume(state: dict, folder: Path, step: int, keep: int) -> None:
+    """Sharded state of all processes to resume/step_N, complete once it bears that name; the oldest beyond `keep` go."""
+    final, partial_folder = folder / f"step_{step:09d}", folder / "partial"
+    dcp.save(state, checkpoint_id=str(partial_folder))
+    if dist.get_rank() == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        partial_folder.rename(final)
+        for old in sorted(folder.glob("step_*"))[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
+
+
+class TrainState:
+    """What a run is at one step: networks, optimiser, centers. Everything else follows from the config and the step."""
+
+    def __init__(self, cfg: Config, mesh: DeviceMesh, device: torch.device):
+        torch.manual_seed(cfg.seed)
+        self.student = build_network(cfg, cfg.drop_path_rate)
+        if cfg.init:
+            load_strictly(self.student["backbone"], load_backbone(cfg.init).state_dict(), cfg.init, assign=False)
+        self.teacher = build_network(cfg)
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.requires_grad_(False).eval()
+        bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type != "cpu")
+        for network in (self.student, self.teacher):
+            network.to(device)
+            shard(network, mesh, torch.bfloat16 if bf16 else torch.float32, cfg.recompute_blocks, cfg.compile)
+        self.optimizer = torch.optim.AdamW(param_groups(self.student, cfg), lr=0.0, betas=cfg.betas, fused=True)
+        self.centers = build_centers(cfg, device)
+
+    def state_dict(self) -> dict:
+        student, optimizer = get_state_dict(self.student, self.optimizer)
+        return dict(student=student, optimizer=optimizer, teacher=get_model_state_dict(self.teacher), centers=self.centers)
+
+    def load_newest(self, folder: Path) -> int:
+        """Loads the newest complete save, if there is one; returns the number of steps done."""
+        saves = sorted(folder.glob("step_*"))
+        if not saves:
+            return 0
+        state = self.state_dict()
+        dcp.load(state, checkpoint_id=str(saves[-1]))
+        set_state_dict(self.student, self.optimizer, model_state_dict=state["student"], optim_state_dict=state["optimizer"])
+        set_model_state_dict(self.teacher, state["teacher"])
+        return int(saves[-1].name.removeprefix("step_"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation and logging during the run
+
+
+class Log:
+    """metrics.jsonl and the progress bar, both on rank 0 only. A resumed run drops the lines it is going to repeat."""
+
+    def __init__(self, path: Path, start: int, steps: int):
+        self.main = dist.get_rank() == 0
+        self.path, self.records = path, []
+        if self.main:
+            lines = path.read_text().splitlines() if path.exists() else []
+            self.records = [r for r in map(json.loads, lines) if r["step"] < start or ("knn" in r and r["step"] == start)]
+            write_atomically(path, lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in self.records)))
+        self.bar = tqdm(total=steps, initial=start, unit="step", disable=None if self.main else True, smoothing=0.05)
+
+    def write(self, record: dict) -> None:
+        if self.main:
+            self.records.append(record)
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def knn(self, step: int, key: str = "knn") -> dict | None:
+        return next((r[key] for r in self.records if r["step"] == step and key in r), None)
+
+    def step(self, step: int, now: dict[str, float], means: dict[str, float], images_per_s: float, data_wait: float) -> None:
+        """One line for the steps since the last: `now` the schedules, `means` the losses over all processes and the
+        gradient norms of this step, `data_wait` the share of the time spent waiting for images."""
+        loss = sum(v for k, v in means.items() if not k.startswith("grad_norm"))
+        self.write(dict(step=step, loss=loss, **means, **now, images_per_s=images_per_s, data_wait=data_wait))
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {images_per_s:.0f} images/s, data wait {data_wait:.0%}")
+        if not math.isfinite(loss):
+            raise RuntimeError(f"the loss of step {step} is not finite ({means}); lower --lr and run again, it continues "
+                               "from the last save")
+
+    def say(self, text: str) -> None:
+        if self.main:
+            self.bar.write(text)
+
+
+class Knn:
+    """k-NN of the teacher during the run, and of raw pixels once. Every process extracts a share of the features."""
+
+    def __init__(self, cfg: Config, device: torch.device):
+        train, val = eval_specs(cfg.data)
+        train, val = cfg.eval_train or train, cfg.eval_val or (None if cfg.eval_train else val)
+        self.cfg, self.device = cfg, device
+        self.sources = open_source(train), open_source(val) if val else None
+        for source in self.sources:
+            if source is not None and source.labels is None:
+                raise ValueError(f"--eval-every needs labels, {source.name} has none: one sub-folder per class, or --eval-every 0")
+
+    def of_teacher(self, teacher: nn.ModuleDict) -> dict[str, float]:
+        weights = get_model_state_dict(teacher["backbone"], options=StateDictOptions(full_state_dict=True))
+        with torch.device("meta"):
+            backbone = build(**backbone_arguments(self.cfg))
+        backbone.load_state_dict(weights, assign=True)
+        return self.of(backbone.eval())
+
+    def of_raw_pixels(self) -> dict[str, float] | None:
+        """None where the table of pixels would pass a gigabyte."""
+        n_bytes = 3 * self.cfg.eval_crop**2 * 4 * sum(len(s) for s in self.sources if s is not None)
+        return self.of(nn.Flatten(), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)) if n_bytes < 1e9 else None
+
+    def of(self, model: nn.Module, **normalization) -> dict[str, float]:
+        return evaluate(model, *self.sources, self.cfg.eval_resize, self.cfg.eval_crop, self.device,
+                        self.cfg.num_workers, **normalization)
+
+
+def summary(log: Log, steps: int) -> str:
+    """The last line of a run: where it ended, where it began, what the pixels alone are worth."""
+    named = ("trained teacher", log.knn(steps)), ("untrained network", log.knn(0)), ("raw pixels", log.knn(0, "knn_raw_pixels"))
+    return "k-NN top-1 (k=20): " + " | ".join(f"{name} {knn['top1_k20']:.1f} %" for name, knn in named if knn)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def training_batches(cfg: Config, source, rank: int, n_ranks: int) -> TrainBatches:
+    return TrainBatches(
+        source, batch_size=cfg.batch_size, group_size=cfg.group_size, seed=cfg.seed, rank=rank, world=n_ranks,
+        global_size=cfg.global_crops_size, global_scale=cfg.global_crops_scale, n_local=cfg.local_crops_number,
+        local_size=cfg.local_crops_size, local_scale=cfg.local_crops_scale, flip_prob=cfg.flip_prob,
+        patch_size=cfg.patch_size, mask_prob=cfg.mask_sample_probability, mask_ratio=cfg.mask_ratio_min_max,
+        ops=dict(jitter_prob=cfg.jitter_prob, jitter=cfg.jitter, gray_prob=cfg.gray_prob, blur_probs=cfg.blur_probs,
+                 solarize_prob=cfg.solarize_prob))
+
+
+def check_readable(source) -> None:
+    """Raises ValueError if none of ten images can be read."""
+    for i in range(0, len(source), max(len(source) // 10, 1)):
+        try:
+            return source.image(i)
+        except UNREADABLE as error:
+            reason = str(error).splitlines()[0]
+    raise ValueError(f"no readable image in {source.name}; the last of those tried says: {reason}")
+
+
+def report_bad(out: Path, files: list[str]) -> None:
+    """Unreadable files were replaced by others; they are listed, one per line, for the user to look at."""
+    if files:
+        with open(out / "bad_samples.txt", "a") as file:
+            file.writelines(f + "\n" for f in files)
+
+
+def mean_over_processes(metrics: dict[str, Tensor], n_ranks: int) -> dict[str, float]:
+    values = torch.stack(list(metrics.values())) / n_ranks
+    dist.all_reduce(values)
+    return dict(zip(metrics, values.tolist()))
+
+
+def set_up(argv: list[str] | None):
+    """All that can be wrong with a command is found here, before anything is written. Raises ValueError."""
+    cfg, args = parse(argv)
+    check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+    device = pick_device(cfg.device)
+    mesh = start_processes(device)
+    if dist.get_rank() == 0:  # lists the folder, the others read its listing
+        check_output(cfg, args.resume, args.overwrite)
+        open_source(cfg.data)
+    dist.barrier()
+    source = open_source(cfg.data)
+    check_readable(source)
+    knn = Knn(cfg, device) if cfg.eval_every else None
+    state = TrainState(cfg, mesh, device)
+    if dist.get_rank() == 0:
+        claim_output(cfg, args.overwrite)
+    dist.barrier()
+    return cfg, args, device, source, knn, state
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg, args, device, source, knn, state = set_up(argv)
+    out, rank, n_ranks = Path(cfg.out), dist.get_rank(), dist.get_world_size()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    start = state.load_newest(out / "resume")
+    log = Log(out / "metrics.jsonl", start, cfg.steps)
+    log.say(f"{args.preset}: {len(source):,} images, {cfg.arch}, step {start} of {cfg.steps}, batch {cfg.batch_size} on "
+            f"{n_ranks} x {device.type}, lr {cfg.lr * math.sqrt(cfg.batch_size / 1024):.2e}, out {out}")
+    if knn and start == 0:
+        log.write(dict(step=0, knn=knn.of_teacher(state.teacher), knn_raw_pixels=knn.of_raw_pixels()))
+
+    batches = training_batches(cfg, source, rank, n_ranks)
+    loader = iter(train_loader(batches, start, cfg.steps, cfg.num_workers, device.type == "cuda"))
+    schedule = schedules(cfg)
+    clock, waited = time.perf_counter(), 0.0
+    for step in range(start, cfg.steps):
+        asked = time.perf_counter()
+        batch = next(loader)
+        waited += time.perf_counter() - asked
+        report_bad(out, batch.bad)
+        torch.manual_seed(random.Random(f"{cfg.seed}/drop path/{step}/{rank}").getrandbits(63))
+        now = {name: float(values[step]) for name, values in schedule.items()}
+        metrics = train_step(state.student, state.teacher, state.optimizer, prepare(batch, device), cfg, now, state.centers)
+        done = step + 1
+        log.bar.update()
+        if done % cfg.log_every == 0 or done == cfg.steps:
+            means = mean_over_processes(metrics, n_ranks)
+            seconds = time.perf_counter() - clock
+            n_steps = (step - start) % cfg.log_every + 1
+            log.step(step, now, means, cfg.batch_size * n_steps / seconds, waited / seconds)
+            clock, waited = time.perf_counter(), 0.0
+        if knn and (done % cfg.eval_every == 0 or done == cfg.steps):
+            log.write(dict(step=done, knn=knn.of_teacher(state.teacher)))
+            log.say(f"step {done}: {summary(log, done)}")
+        save = done % cfg.save_every == 0 or done == cfg.steps
+        export = cfg.export_every and done % cfg.export_every == 0
+        if save or export:
+            paths = [out / "ckpt.pth"] * save + [out / f"eval/training_{step}/teacher_checkpoint.pth"] * bool(export)
+            save_teacher(state.teacher, cfg, args.preset, done, paths)
+        if save:
+            save_resume(state.state_dict(), out / "resume", done, cfg.keep)
+    log.bar.close()
+    if knn and rank == 0:
+        print(summary(log, cfg.steps))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
