@@ -111,11 +111,12 @@ def open_source(spec: str):
         return imagenet(options, split)
     root = Path(name).expanduser()
     if not root.is_dir():
-        what = "is a file, not a folder" if root.exists() else "is no folder, nor one of digits, FashionMNIST:…, ImageNet:…"
+        what = "is a file" if root.exists() else "is no folder, nor one of digits, FashionMNIST:…, ImageNet:…"
         raise ValueError(f"--data {spec!r} {what}; give a folder of images")
     folders = {s: next((root / f for f in SPLIT_FOLDERS[s] if (root / f).is_dir()), None) for s in SPLIT_FOLDERS}
     if "split" in options and folders.get(split) is None:
-        raise ValueError(f"{root} has no sub-folder for split {split} ({', '.join(SPLIT_FOLDERS.get(split, ('none known',)))})")
+        names = ", ".join(SPLIT_FOLDERS.get(split, ("TRAIN and VAL are the splits of a folder",)))
+        raise ValueError(f"{root} has no sub-folder for split {split} ({names})")
     return image_folder(folders[split] if "split" in options or all(folders.values()) else root)
 
 
@@ -147,10 +148,9 @@ def digits(split: str) -> InMemory:
     data = load_digits()
     halves = train_test_split(np.arange(len(data.target)), test_size=0.2, random_state=0, stratify=data.target)
     rows = halves[("TRAIN", "VAL").index(split)]
-    images = torch.from_numpy(data.images[rows] * (255 / 16)).float()[:, None]  # (n, 1, 8, 8)
-    # Four times larger, so that crops may begin between two of the 8x8 cells.
-    images = F.interpolate(images, size=(32, 32), mode="bicubic", align_corners=False).clamp(0, 255).round().byte()
-    return InMemory(images[:, 0].numpy(), data.target[rows], f"digits {split}")
+    images = (data.images[rows] * (255 / 16)).round().astype(np.uint8)  # (n, 8, 8) of 17 shades
+    images = images.repeat(2, axis=1).repeat(2, axis=2)  # 16x16, so that crops may begin within one of the 8x8 cells
+    return InMemory(images, data.target[rows], f"digits {split}")
 
 
 def fashion_mnist(root: Path, split: str) -> InMemory:
@@ -163,12 +163,13 @@ def fashion_mnist(root: Path, split: str) -> InMemory:
 
 def read_idx(root: Path, name: str) -> np.ndarray:
     """An idx file of LeCun's format as an array; plain or .gz, in `root` or in torchvision's raw/ folder below it."""
-    for path in (root / folder / (name + suffix) for folder in ("", "FashionMNIST/raw", "raw") for suffix in ("", ".gz")):
+    for folder, suffix in itertools.product(("", "FashionMNIST/raw", "raw"), ("", ".gz")):
+        path = root / folder / (name + suffix)
         if path.is_file():
             raw = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
             shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)  # raw[3] is the number of dimensions
             return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy()
-    raise ValueError(f"no {name}[.gz] in {root}; install Debian's dataset-fashion-mnist, or give FashionMNIST:root=FOLDER")
+    raise ValueError(f"no {name}[.gz] in {root}; install Debian's dataset-fashion-mnist or name another root=FOLDER")
 
 
 def imagenet(options: dict[str, str], split: str):
@@ -299,7 +300,7 @@ def crop_box(rng: random.Random, height: int, width: int, scale, ratio=(3 / 4, 4
 
 
 def cut_crop(rng: random.Random, image: Tensor, size: int, scale, flip_prob: float) -> Tensor:
-    """A random resized crop of a uint8 image (3, H, W) as uint8 (3, size, size), mirrored with probability flip_prob."""
+    """A random resized crop of a uint8 image (3, H, W), uint8 (3, size, size), mirrored with probability flip_prob."""
     top, left, h, w = crop_box(rng, *image.shape[-2:], scale)
     crop = image[None, :, top : top + h, left : left + w]
     crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
@@ -348,6 +349,13 @@ def draw_masks(rng: random.Random, n_crops: int, grid: tuple[int, int], max_patc
     return np.stack(masks).reshape(n_crops, -1)
 
 
+def mask_weights(masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Masks (n, h*w) bool -> positions of the M masked patches in masks.flatten(), int64 ascending, and for each 1 over
+    the number of masked patches of its crop, float32."""
+    share = 1 / masks.sum(-1, keepdim=True).clamp(min=1).float()
+    return masks.flatten().nonzero().flatten(), share.expand_as(masks)[masks]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # A training batch
 
@@ -394,12 +402,10 @@ class TrainBatches(torch.utils.data.Dataset):
         crops, ops = zip(*(self.crops_of(s, bad) for s in samples))  # B lists of 2+L each
         crops, ops = list(zip(*crops)), list(zip(*ops))  # crop-major: 2+L lists of B each
         masks = torch.from_numpy(self.masks_of(step))
-        mask_index = masks.flatten().nonzero().flatten()
-        mask_weight = (1 / masks.sum(-1).clamp(min=1).float())[:, None].expand_as(masks)[masks]
         flat = itertools.chain.from_iterable
         return Batch(torch.stack(list(flat(crops[:2]))), torch.stack(list(flat(crops[2:]))),
                      torch.tensor(list(flat(ops[:2]))), torch.tensor(list(flat(ops[2:]))),
-                     masks, mask_index, mask_weight, torch.tensor(list(samples)), bad)
+                     masks, *mask_weights(masks), torch.tensor(list(samples)), bad)
 
     def crops_of(self, s: int, bad: list[str]) -> tuple[list[Tensor], list[list[float]]]:
         """The crops of sample s and their colour operations."""
@@ -444,8 +450,9 @@ def check_groups(batch_size: int, group_size: int, world: int) -> None:
 ORDERS = torch.tensor(list(itertools.permutations(range(4))))  # (24, 4) orders of the four jitter operations
 
 
-def draw_ops(rng: random.Random, kind: int, jitter_prob: float = 0.8, jitter=(0.4, 0.4, 0.2, 0.1), gray_prob: float = 0.2,
-             blur_probs=(0.0, 0.9, 0.5), blur_sigma=(0.1, 2.0), solarize_prob: float = 0.2) -> list[float]:
+def draw_ops(rng: random.Random, kind: int, jitter_prob: float = 0.8, jitter=(0.4, 0.4, 0.2, 0.1),
+             gray_prob: float = 0.2, blur_probs=(0.0, 0.9, 0.5), blur_sigma=(0.1, 2.0),
+             solarize_prob: float = 0.2) -> list[float]:
     """Colour operations of one crop: [brightness, contrast, saturation factors, hue shift in turns, order (row of
     ORDERS), grey?, blur sigma in pixels or 0, solarise?]. `kind` is 0, 1 for the first and second global crop, 2 for
     local ones; only kind 1 is solarised. Identity is [1, 1, 1, 0, …, 0, 0, 0]."""

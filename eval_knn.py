@@ -1,13 +1,13 @@
 """Weighted k-NN classification with frozen features, the evaluation that needs no training.
 
-    python eval_knn.py out/ckpt.pth                                         # data and image size come from the checkpoint
-    python eval_knn.py ckpt.pth --train /data/train --val /data/val         # other data
-    torchrun --nproc-per-node 8 eval_knn.py ckpt.pth                        # features extracted by 8 processes
+    python eval_knn.py out/ckpt.pth                                    # data and image size come from the checkpoint
+    python eval_knn.py ckpt.pth --train /data/train --val /data/val    # other data
+    torchrun --nproc-per-node 8 eval_knn.py ckpt.pth                   # features extracted by 8 processes
 
-Protocol (DINOv2, appendix B.3; Wu et al. 2018, arXiv 1805.01978): L2-normalised CLS features; each of the k most similar
+Protocol (Wu et al. 2018, arXiv 1805.01978, as in DINOv2): L2-normalised CLS features; each of the k most similar
 training images votes for its class with weight exp(similarity / 0.07). Without a second set the images of the first are
-classified by all others (leave one out). Prints top-1 and top-5 and writes them beside the checkpoint. Exit code 2 on
-wrong input. Apache License 2.0.
+classified by all others (leave one out). Prints top-1, and writes it with top-5 beside the checkpoint. Wrong input:
+exit code 2. Apache License 2.0.
 """
 import argparse
 import json
@@ -117,7 +117,8 @@ def evaluate(model: nn.Module, train_source, val_source, resize: int, crop: int,
             raise ValueError(f"{source.name} has no labels; k-NN needs one sub-folder per class")
     banks = [None if source is None else extract_features(model, source, resize, crop, device, 256, num_workers, dtype,
                                                              mean, std) for source in (train_source, val_source)]
-    return knn_accuracy(banks[0], train_source.labels, banks[1], val_source.labels if val_source else None, ks, temperature)
+    answers = val_source.labels if val_source is not None else None
+    return knn_accuracy(banks[0], train_source.labels, banks[1], answers, ks, temperature)
 
 
 def pick_device(name: str) -> torch.device:
@@ -180,8 +181,8 @@ def report(checkpoint: str, result: dict[str, float], about: dict) -> None:
     """One line on the screen, the same and what it was measured on in a JSON file beside the checkpoint."""
     path = Path(checkpoint).with_suffix(".eval_knn.json")
     path.write_text(json.dumps(dict(checkpoint=checkpoint, **about, **result), indent=1) + "\n")
-    print("k-NN top-1 | " + " | ".join(f"k={name[6:]} {v:.2f} %" for name, v in result.items() if name.startswith("top1"))
-          + f" | {path}")
+    columns = [f"k={name[6:]} {v:.2f} %" for name, v in result.items() if name.startswith("top1")]
+    print("k-NN top-1 | " + " | ".join(columns) + f" | {path}")
 
 
 if __name__ == "__main__":

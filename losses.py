@@ -81,7 +81,8 @@ def dino_loss(student_logits: Tensor, targets: Tensor, temp: float = STUDENT_TEM
     return cross_entropy(student_logits, targets.sum(0), temp).mean(-1).sum()
 
 
-def ibot_loss(student_logits: Tensor, targets: Tensor, weight: Tensor, n_crops: int, temp: float = STUDENT_TEMP) -> Tensor:
+def ibot_loss(student_logits: Tensor, targets: Tensor, weight: Tensor, n_crops: int,
+              temp: float = STUDENT_TEMP) -> Tensor:
     """Masked-patch loss (iBOT, equation 2): sum over the masked patches of weight * cross-entropy, over n_crops.
 
     Args: student_logits, targets (M, K); weight (M,) = 1 / number of masked patches of the patch's crop; n_crops = all

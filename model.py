@@ -76,7 +76,8 @@ class PatchEmbed(nn.Module):
         height, width, p = *x.shape[-2:], self.patch_size
         if height % p or width % p:
             fits = f"{max(height // p, 1) * p}x{max(width // p, 1) * p}"
-            raise ValueError(f"image {height}x{width} is not a multiple of the patch size {p}; resize or crop to {fits}")
+            raise ValueError(
+                f"image {height}x{width} is not a multiple of the patch size {p}; resize or crop to {fits}")
         return self.norm(self.proj(x).flatten(2).transpose(1, 2))  # (B, h*w, D)
 
 
@@ -203,7 +204,7 @@ class DinoVisionTransformer(nn.Module):
     """Vision transformer of DINOv2; arguments, attributes and parameter names as in the official release.
 
     Args beyond the usual ViT ones:
-        init_values: LayerScale start; None or 0 for no LayerScale. Training uses 1e-5, released weights bring their own.
+        init_values: LayerScale start; None or 0 for none. Training uses 1e-5, released weights bring their own.
         ffn_layer: "mlp", "swiglu" (= "swiglufused", one packed matrix) or "identity".
         block_chunks: n > 0 stores the blocks as n nested lists, keys `blocks.{chunk}.{block}.…`; 0 as one flat list.
         drop_path_rate, drop_path_uniform: stochastic depth rate, the same in all blocks or rising linearly from 0.
@@ -250,11 +251,11 @@ class DinoVisionTransformer(nn.Module):
         self.head = nn.Identity()
         self.init_weights()
 
-    def init_weights(self, std: float = 0.02) -> None:
-        """cls, registers: normal 1e-6 · pos_embed: truncated normal 0.02 · every Linear weight: truncated normal `std` ·
-        Linear biases, mask_token: 0 · patch_embed.proj: PyTorch's Conv2d default · LayerNorm: 1, 0 · LayerScale: its
+    def init_weights(self, std: float = 0.02, pos_std: float = 0.02) -> None:
+        """cls, registers: normal 1e-6 · pos_embed: truncated normal `pos_std` · Linear weights: truncated normal `std`
+        · Linear biases, mask_token: 0 · patch_embed.proj: PyTorch's Conv2d default · LayerNorm: 1, 0 · LayerScale: its
         init_values."""
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=pos_std)
         nn.init.normal_(self.cls_token, std=1e-6)
         if self.register_tokens is not None:
             nn.init.normal_(self.register_tokens, std=1e-6)
@@ -405,7 +406,7 @@ def read_checkpoint(path: str) -> dict:
     except FileNotFoundError:
         raise ValueError(f"no such checkpoint: {path}") from None
     except IsADirectoryError:
-        raise ValueError(f"{path} is a folder; name the checkpoint in it, such as {path.rstrip('/')}/ckpt.pth") from None
+        raise ValueError(f"{path} is a folder; name the checkpoint in it, as {path.rstrip('/')}/ckpt.pth") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         if "Unsupported" in str(error):  # what the weights-only reader says to a global, a class or a function
             raise ValueError(f"{path} holds pickled code, not just weights: refused, nothing in it was run") from None
@@ -422,7 +423,8 @@ def load_backbone(path: str, ckpt: dict | None = None) -> DinoVisionTransformer:
     """
     ckpt = read_checkpoint(path) if ckpt is None else ckpt
     weights = ckpt.get("teacher", ckpt)
-    weights = {k.removeprefix("backbone."): v for k, v in weights.items() if not k.startswith(("dino_head.", "ibot_head."))}
+    heads = ("dino_head.", "ibot_head.")
+    weights = {k.removeprefix("backbone."): v for k, v in weights.items() if not k.startswith(heads)}
     kwargs = ckpt["model"] if "model" in ckpt else infer_arguments(path, weights)
     with torch.device("meta"):
         model = DinoVisionTransformer(**kwargs)
@@ -457,5 +459,7 @@ def infer_arguments(path: str, weights: dict[str, Tensor]) -> dict:
         img_size=round((weights["pos_embed"].shape[1] - 1) ** 0.5) * patch, patch_size=patch, in_chans=in_chans,
         embed_dim=dim, depth=len(blocks), num_heads=dim // 64, block_chunks=chunks, ffn_layer=ffn,
         init_values=1.0 if first + "ls1.gamma" in weights else None, qkv_bias=first + "attn.qkv.bias" in weights,
-        proj_bias=first + "attn.proj.bias" in weights, ffn_bias=any(k.startswith(first + "mlp.") and k.endswith("bias") for k in weights),
-        num_register_tokens=registers, interpolate_antialias=registers > 0, interpolate_offset=0.0 if registers else 0.1)
+        proj_bias=first + "attn.proj.bias" in weights,
+        ffn_bias=first + ("mlp.w3.bias" if ffn == "swiglu" else "mlp.fc2.bias") in weights,
+        num_register_tokens=registers, interpolate_antialias=registers > 0,
+        interpolate_offset=0.0 if registers else 0.1)

@@ -7,9 +7,10 @@
         --preset vitl16_short --data ImageNet:split=TRAIN:root=/data/imagenet       # the official ViT-L/16 recipe
     python train.py --preset vitl14 --help                                  # every field, its meaning, its value there
 
-The method is step_losses(), the recipe is Config and PRESETS. `--batch-size` counts the images of all processes: the same
-command on 1, 8 or 32 GPUs is the same run. Output, in --out: ckpt.pth (teacher and config, all that evaluations need),
-metrics.jsonl, resume/ (to continue), eval/training_N/teacher_checkpoint.pth. Running the same command again continues.
+The method is step_losses(), the recipe is Config and PRESETS. `--batch-size` counts the images of all processes: the
+same command on 1, 8 or 32 GPUs is the same run. Output, in --out: ckpt.pth (teacher and config, all that evaluations
+need), metrics.jsonl, resume/ (to continue), eval/training_N/teacher_checkpoint.pth. Running the same command again
+continues the run.
 
 DINOv2: Oquab et al. 2023, arXiv 2304.07193. Apache License 2.0.
 """
@@ -38,11 +39,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from data import UNREADABLE, Batch, TrainBatches, check_groups, eval_specs, open_source, prepare, train_loader
+from data import UNREADABLE, Batch, InMemory, TrainBatches, check_groups, eval_specs, open_source, prepare, train_loader
 from eval_knn import evaluate, pick_device
 from losses import dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp, softmax_center, update_center
 from model import ARCHS, DINOHead, build, init_linear, load_backbone, load_strictly
@@ -54,7 +56,7 @@ from model import ARCHS, DINOHead, build, init_linear, load_backbone, load_stric
 @dataclass(frozen=True)
 class Config:
     # data
-    data: str = "ImageNet:split=TRAIN"  # training images: a folder, digits, FashionMNIST:root=…, ImageNet:split=…:root=…
+    data: str = "ImageNet:split=TRAIN"  # a folder, digits, FashionMNIST:root=…, ImageNet:split=…:root=…
     eval_train: str = ""  # labelled images for k-NN; empty: the TRAIN split of --data
     eval_val: str = ""  # labelled images to classify; empty: the VAL split of --data, or leave one out
     eval_resize: int = 256  # evaluation: short side in pixels, before ...
@@ -89,13 +91,14 @@ class Config:
     interpolate_antialias: bool = False  # how the position table is resized to the local crops
     interpolate_offset: float = 0.1  # likewise; 0.1 as in the official recipes
     init_std: float = 0.02  # spread of new Linear weights; narrow networks want about 1 / sqrt(width)
+    pos_embed_std: float = 0.02  # spread of new position embeddings; short runs want that of the patch embeddings, 0.5
     init: str = ""  # start student and teacher from the backbone in this checkpoint; its architecture must be the same
     # heads
     head_n_prototypes: int = 65536  # K; small data wants few, about 10 times the number of classes
     head_bottleneck_dim: int = 256  # width before the prototypes
     head_nlayers: int = 3  # layers of the projection MLP
     head_hidden_dim: int = 2048  # their width
-    ibot_separate_head: bool = False  # patches get a head of their own, with the four ibot_head_ fields; else they share
+    ibot_separate_head: bool = False  # patches get a head of their own, of the next four fields; else they share
     ibot_head_n_prototypes: int = 65536  # K of the separate head
     ibot_head_bottleneck_dim: int = 256  # its width before the prototypes
     ibot_head_nlayers: int = 3  # its layers
@@ -140,10 +143,10 @@ class Config:
 
 
 SMALL = dict(  # for networks that see tiny images on a laptop: judge by k-NN, not by the loss
-    flip_prob=0.0, jitter=(0.3, 0.3, 0.0, 0.0), gray_prob=0.0, blur_probs=(0.0, 0.0, 0.0), solarize_prob=0.0,
-    layerscale=1.0, drop_path_rate=0.0, centering="sinkhorn_knopp", layerwise_decay=1.0, patch_embed_lr_mult=1.0,
-    head_hidden_dim=128, head_bottleneck_dim=32, warmup_teacher_temp=0.02, teacher_temp=0.03, num_workers=1,
-    freeze_last_layer_steps=0, weight_decay_end=0.04, export_every=0)
+    num_workers=1, flip_prob=0.0, jitter=(0.3, 0.3, 0.0, 0.0), gray_prob=0.0, blur_probs=(0.0, 0.0, 0.0),
+    solarize_prob=0.0, layerscale=1.0, init_std=0.1, pos_embed_std=0.5, drop_path_rate=0.0, layerwise_decay=1.0,
+    patch_embed_lr_mult=1.0, centering="sinkhorn_knopp", head_hidden_dim=128, head_bottleneck_dim=32,
+    warmup_teacher_temp=0.02, teacher_temp=0.03, freeze_last_layer_steps=0, weight_decay_end=0.04, export_every=0)
 
 PRESETS = {
     "digits": SMALL | dict(
@@ -163,10 +166,10 @@ PRESETS = {
     "vitl16_short": dict(),
     # official: 96 A100, 3.3 days, ImageNet-22k: k-NN 82.0, linear 84.5. Note SwiGLU: the released ViT-L is an MLP one
     "vitl14": dict(
-        data="ImageNet22k", batch_size=32 * 96, group_size=32, local_crops_size=98, patch_size=14, ffn_layer="swiglufused",
-        drop_path_rate=0.4, head_n_prototypes=131072, head_bottleneck_dim=384, ibot_separate_head=True,
-        ibot_head_n_prototypes=131072, centering="sinkhorn_knopp", momentum_teacher=0.994, steps=625_000,
-        warmup_steps=100_000, lr=2e-4, weight_decay_end=0.2, layerwise_decay=1.0),
+        data="ImageNet22k", batch_size=32 * 96, group_size=32, local_crops_size=98, patch_size=14,
+        ffn_layer="swiglufused", drop_path_rate=0.4, head_n_prototypes=131072, head_bottleneck_dim=384,
+        ibot_separate_head=True, ibot_head_n_prototypes=131072, centering="sinkhorn_knopp", momentum_teacher=0.994,
+        steps=625_000, warmup_steps=100_000, lr=2e-4, weight_decay_end=0.2, layerwise_decay=1.0),
 }
 # official: 12 images per GPU, number of GPUs not stated; 256 of them make the paper's batch of 3k
 PRESETS["vitg14"] = PRESETS["vitl14"] | dict(arch="vit_giant2", batch_size=12 * 256, group_size=12)
@@ -185,7 +188,7 @@ def field_comments() -> dict[str, str]:
 
 
 def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
-    """Command line -> (config, the three actions preset, resume, overwrite). Raises ValueError with the nearest name."""
+    """Command line -> (config, arguments with preset, resume, overwrite). Raises ValueError with the nearest name."""
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="digits")
     preset = first.parse_known_args(argv)[0].preset
@@ -231,7 +234,8 @@ def check(cfg: Config, n_ranks: int) -> None:
                    ffn_layer=("mlp", "swiglu", "swiglufused", "identity"))
     for field, allowed in choices.items():
         if (value := getattr(cfg, field)) not in allowed:
-            raise ValueError(f"--{field.replace('_', '-')} {value!r}{nearest(value, allowed)}; one of {', '.join(allowed)}")
+            flag = "--" + field.replace("_", "-")
+            raise ValueError(f"{flag} {value!r}{nearest(value, allowed)}; one of {', '.join(allowed)}")
     if cfg.warmup_steps > cfg.steps:
         raise ValueError(f"--warmup-steps {cfg.warmup_steps} is more than --steps {cfg.steps}; lower it too")
     for field in ("steps", "log_every", "save_every", "keep", "local_crops_number", "head_nlayers"):
@@ -248,7 +252,8 @@ def check(cfg: Config, n_ranks: int) -> None:
 def cosine_schedule(base: float, final: float, steps: int, warmup: int = 0) -> np.ndarray:
     """(steps,) values: linear from 0 to base over `warmup` steps, both included, then half a cosine towards final."""
     n = steps - warmup
-    return np.concatenate([np.linspace(0, base, warmup), final + 0.5 * (base - final) * (1 + np.cos(np.pi * np.arange(n) / n))])
+    cosine = 0.5 * (1 + np.cos(np.pi * np.arange(n) / max(n, 1)))
+    return np.concatenate([np.linspace(0, base, warmup), final + (base - final) * cosine])
 
 
 def schedules(cfg: Config) -> dict[str, np.ndarray]:
@@ -291,7 +296,7 @@ def param_options(name: str, depth: int, decay: float, patch_embed_mult: float) 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The method. Change the loss terms in step_losses(), the augmentation in data.draw_ops(), the teacher in update_teacher().
+# The method. Change the losses in step_losses(), the augmentation in data.draw_ops(), the teacher in update_teacher().
 
 
 def build_network(cfg: Config, drop_path_rate: float = 0.0) -> nn.ModuleDict:
@@ -304,7 +309,7 @@ def build_network(cfg: Config, drop_path_rate: float = 0.0) -> nn.ModuleDict:
     network = nn.ModuleDict(dict(backbone=backbone, dino_head=dino_head(backbone.embed_dim)))
     if cfg.ibot_separate_head and cfg.ibot_loss_weight:
         network["ibot_head"] = ibot_head(backbone.embed_dim)
-    backbone.init_weights(cfg.init_std)
+    backbone.init_weights(cfg.init_std, cfg.pos_embed_std)
     for head in list(network.values())[1:]:
         head.mlp.apply(partial(init_linear, std=cfg.init_std))
     return network
@@ -387,7 +392,7 @@ def step_losses(student: nn.ModuleDict, teacher: nn.ModuleDict, batch: Batch, cf
 
 def local_shards(params) -> list[Tensor]:
     """The part of each parameter (or gradient) that lies on this process, sharing its memory."""
-    return [p.to_local() if isinstance(p, torch.distributed.tensor.DTensor) else p for p in params]
+    return [p.to_local() if isinstance(p, DTensor) else p for p in params]
 
 
 @torch.no_grad()
@@ -419,7 +424,7 @@ def apply_schedule(optimizer: torch.optim.Optimizer, now: dict[str, float]) -> N
 
 def train_step(student, teacher, optimizer, batch: Batch, cfg: Config, now: dict[str, float],
                centers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One optimiser step and the teacher's update after it. Returns this process's loss terms and the gradient norms."""
+    """One optimiser step and the teacher's update after it. Returns this process's loss terms, and gradient norms."""
     apply_schedule(optimizer, now)
     optimizer.zero_grad(set_to_none=True)
     terms = step_losses(student, teacher, batch, cfg, now["teacher_temp"], centers)
@@ -443,27 +448,31 @@ def start_processes(device: torch.device) -> DeviceMesh:
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(device_id=device if device.type == "cuda" else None)
     else:
-        dist.init_process_group(backend="nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return init_device_mesh(device.type, (dist.get_world_size(),))
 
 
 def shard(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype, recompute_blocks: bool = False,
-          compile_blocks: bool = False) -> None:
+          compile_blocks: bool = False, with_backward: bool = True) -> None:
     """Applies, from outside and in this order, recomputation, torch.compile and FSDP2, to each block and each head.
 
     Master weights and gradient reduction stay float32; the backbone computes in `dtype`. Heads compute in float32
-    (TF32 on a GPU): bfloat16 logits divided by a temperature of 0.04 would be off by 0.1.
+    (TF32 on a GPU): bfloat16 logits divided by a temperature of 0.04 would be off by 0.1. The student keeps its
+    gathered weights until the backward pass; the teacher, which has none, must give them up after each forward: FSDP2
+    would keep those of the root, and update_teacher() would change copies.
     """
-    backbone = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    exact = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+    backbone = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+                    reshard_after_forward=not with_backward)
+    head = backbone | dict(mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32))
     for block in network["backbone"].block_list():
         if recompute_blocks:
             block.forward = partial(recompute, block.forward, use_reentrant=False)
         if compile_blocks:
             block.compile()
-        fully_shard(block, mesh=mesh, mp_policy=backbone)
+        fully_shard(block, **backbone)
     for name, module in network.items():
-        fully_shard(module, mesh=mesh, mp_policy=backbone if name == "backbone" else exact)
+        fully_shard(module, **(backbone if name == "backbone" else head))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -480,8 +489,9 @@ def check_output(cfg: Config, resume: bool, overwrite: bool) -> None:
         theirs, mine = json.loads((out / "config.json").read_text()), json.loads(json.dumps(dataclasses.asdict(cfg)))
         changed = [f"{k} {theirs.get(k)} -> {v}" for k, v in mine.items() if theirs.get(k) != v and k not in CHANGEABLE]
         if changed:
-            raise ValueError(f"--out {out} holds a different run ({', '.join(changed[:3])}{' …' * (len(changed) > 3)}); "
-                             "choose another --out, or --overwrite it, or --resume it with the new values")
+            some = ", ".join(changed[:3]) + " …" * (len(changed) > 3)
+            raise ValueError(f"--out {out} holds a different run ({some}); choose another --out, or --overwrite it, or "
+                             "--resume it with the new values")
 
 
 def claim_output(cfg: Config, overwrite: bool) -> None:
@@ -507,7 +517,7 @@ def write_atomically(path: Path, write) -> None:
 
 
 def save_teacher(teacher: nn.ModuleDict, cfg: Config, preset: str, step: int, paths: list[Path]) -> None:
-    """The teacher's full weights under the official names, with all that is needed to use them, to each of the paths."""
+    """The teacher's full weights under the official names, with all that is needed to use them, to each path."""
     weights = get_model_state_dict(teacher, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
         arguments = backbone_arguments(cfg)
@@ -520,7 +530,7 @@ def save_teacher(teacher: nn.ModuleDict, cfg: Config, preset: str, step: int, pa
 
 
 def save_resume(state: dict, folder: Path, step: int, keep: int) -> None:
-    """Sharded state of all processes to resume/step_N, complete once it bears that name; the oldest beyond `keep` go."""
+    """Sharded state of all processes to resume/step_N, complete once it has that name; the oldest beyond `keep` go."""
     final, partial_folder = folder / f"step_{step:09d}", folder / "partial"
     dcp.save(state, checkpoint_id=str(partial_folder))
     if dist.get_rank() == 0:
@@ -543,15 +553,16 @@ class TrainState:
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False).eval()
         bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type != "cpu")
-        for network in (self.student, self.teacher):
-            network.to(device)
-            shard(network, mesh, torch.bfloat16 if bf16 else torch.float32, cfg.recompute_blocks, cfg.compile)
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        shard(self.student.to(device), mesh, dtype, cfg.recompute_blocks, cfg.compile)
+        shard(self.teacher.to(device), mesh, dtype, compile_blocks=cfg.compile, with_backward=False)
         self.optimizer = torch.optim.AdamW(param_groups(self.student, cfg), lr=0.0, betas=cfg.betas, fused=True)
         self.centers = build_centers(cfg, device)
 
     def state_dict(self) -> dict:
         student, optimizer = get_state_dict(self.student, self.optimizer)
-        return dict(student=student, optimizer=optimizer, teacher=get_model_state_dict(self.teacher), centers=self.centers)
+        teacher = get_model_state_dict(self.teacher)
+        return dict(student=student, optimizer=optimizer, teacher=teacher, centers=self.centers)
 
     def load_newest(self, folder: Path) -> int:
         """Loads the newest complete save, if there is one; returns the number of steps done."""
@@ -560,7 +571,8 @@ class TrainState:
             return 0
         state = self.state_dict()
         dcp.load(state, checkpoint_id=str(saves[-1]))
-        set_state_dict(self.student, self.optimizer, model_state_dict=state["student"], optim_state_dict=state["optimizer"])
+        set_state_dict(self.student, self.optimizer, model_state_dict=state["student"],
+                       optim_state_dict=state["optimizer"])
         set_model_state_dict(self.teacher, state["teacher"])
         return int(saves[-1].name.removeprefix("step_"))
 
@@ -576,8 +588,8 @@ class Log:
         self.main = dist.get_rank() == 0
         self.path, self.records = path, []
         if self.main:
-            lines = path.read_text().splitlines() if path.exists() else []
-            self.records = [r for r in map(json.loads, lines) if r["step"] < start or ("knn" in r and r["step"] == start)]
+            records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            self.records = [r for r in records if r["step"] < start + ("knn" in r and start > 0)]
             write_atomically(path, lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in self.records)))
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=None if self.main else True, smoothing=0.05)
 
@@ -590,15 +602,16 @@ class Log:
     def knn(self, step: int, key: str = "knn") -> dict | None:
         return next((r[key] for r in self.records if r["step"] == step and key in r), None)
 
-    def step(self, step: int, now: dict[str, float], means: dict[str, float], images_per_s: float, data_wait: float) -> None:
+    def step(self, step: int, now: dict[str, float], means: dict[str, float], images_per_s: float,
+             data_wait: float) -> None:
         """One line for the steps since the last: `now` the schedules, `means` the losses over all processes and the
         gradient norms of this step, `data_wait` the share of the time spent waiting for images."""
         loss = sum(v for k, v in means.items() if not k.startswith("grad_norm"))
         self.write(dict(step=step, loss=loss, **means, **now, images_per_s=images_per_s, data_wait=data_wait))
         self.bar.set_postfix_str(f"loss {loss:.3f}, {images_per_s:.0f} images/s, data wait {data_wait:.0%}")
         if not math.isfinite(loss):
-            raise RuntimeError(f"the loss of step {step} is not finite ({means}); lower --lr and run again, it continues "
-                               "from the last save")
+            raise RuntimeError(f"the loss of step {step} is not finite ({means}); lower --lr and run again with "
+                               "--resume, from the last save")
 
     def say(self, text: str) -> None:
         if self.main:
@@ -615,28 +628,29 @@ class Knn:
         self.sources = open_source(train), open_source(val) if val else None
         for source in self.sources:
             if source is not None and source.labels is None:
-                raise ValueError(f"--eval-every needs labels, {source.name} has none: one sub-folder per class, or --eval-every 0")
+                raise ValueError(f"--eval-every needs labels, and {source.name} has none; make one sub-folder per "
+                                 "class, or set --eval-every 0")
 
-    def of_teacher(self, teacher: nn.ModuleDict) -> dict[str, float]:
+    def teacher(self, teacher: nn.ModuleDict) -> dict[str, float]:
         weights = get_model_state_dict(teacher["backbone"], options=StateDictOptions(full_state_dict=True))
         with torch.device("meta"):
             backbone = build(**backbone_arguments(self.cfg))
         backbone.load_state_dict(weights, assign=True)
-        return self.of(backbone.eval())
+        cfg = self.cfg
+        return evaluate(backbone.eval(), *self.sources, cfg.eval_resize, cfg.eval_crop, self.device, cfg.num_workers)
 
-    def of_raw_pixels(self) -> dict[str, float] | None:
-        """None where the table of pixels would pass a gigabyte."""
-        n_bytes = 3 * self.cfg.eval_crop**2 * 4 * sum(len(s) for s in self.sources if s is not None)
-        return self.of(nn.Flatten(), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)) if n_bytes < 1e9 else None
-
-    def of(self, model: nn.Module, **normalization) -> dict[str, float]:
-        return evaluate(model, *self.sources, self.cfg.eval_resize, self.cfg.eval_crop, self.device,
-                        self.cfg.num_workers, **normalization)
+    def raw_pixels(self) -> dict[str, float] | None:
+        """At the size they are stored in; None for sources too large for memory, where pixels say little anyway."""
+        if not isinstance(self.sources[0], InMemory):
+            return None
+        side = self.sources[0].image(0).shape[-1]
+        return evaluate(nn.Flatten(), *self.sources, side, side, self.device, mean=(0.0,) * 3, std=(1.0,) * 3)
 
 
 def summary(log: Log, steps: int) -> str:
     """The last line of a run: where it ended, where it began, what the pixels alone are worth."""
-    named = ("trained teacher", log.knn(steps)), ("untrained network", log.knn(0)), ("raw pixels", log.knn(0, "knn_raw_pixels"))
+    named = (("trained teacher", log.knn(steps)), ("untrained network", log.knn(0)),
+             ("raw pixels", log.knn(0, "knn_raw_pixels")))
     return "k-NN top-1 (k=20): " + " | ".join(f"{name} {knn['top1_k20']:.1f} %" for name, knn in named if knn)
 
 
@@ -703,10 +717,10 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_float32_matmul_precision("high")
     start = state.load_newest(out / "resume")
     log = Log(out / "metrics.jsonl", start, cfg.steps)
-    log.say(f"{args.preset}: {len(source):,} images, {cfg.arch}, step {start} of {cfg.steps}, batch {cfg.batch_size} on "
-            f"{n_ranks} x {device.type}, lr {cfg.lr * math.sqrt(cfg.batch_size / 1024):.2e}, out {out}")
+    log.say(f"{args.preset}: {len(source):,} images, {cfg.arch}, step {start} of {cfg.steps}, batch {cfg.batch_size} "
+            f"on {n_ranks} x {device.type}, lr {cfg.lr * math.sqrt(cfg.batch_size / 1024):.2e}, out {out}")
     if knn and start == 0:
-        log.write(dict(step=0, knn=knn.of_teacher(state.teacher), knn_raw_pixels=knn.of_raw_pixels()))
+        log.write(dict(step=0, knn=knn.teacher(state.teacher), knn_raw_pixels=knn.raw_pixels()))
 
     batches = training_batches(cfg, source, rank, n_ranks)
     loader = iter(train_loader(batches, start, cfg.steps, cfg.num_workers, device.type == "cuda"))
@@ -719,7 +733,8 @@ def main(argv: list[str] | None = None) -> None:
         report_bad(out, batch.bad)
         torch.manual_seed(random.Random(f"{cfg.seed}/drop path/{step}/{rank}").getrandbits(63))
         now = {name: float(values[step]) for name, values in schedule.items()}
-        metrics = train_step(state.student, state.teacher, state.optimizer, prepare(batch, device), cfg, now, state.centers)
+        batch = prepare(batch, device)
+        metrics = train_step(state.student, state.teacher, state.optimizer, batch, cfg, now, state.centers)
         done = step + 1
         log.bar.update()
         if done % cfg.log_every == 0 or done == cfg.steps:
@@ -729,7 +744,7 @@ def main(argv: list[str] | None = None) -> None:
             log.step(step, now, means, cfg.batch_size * n_steps / seconds, waited / seconds)
             clock, waited = time.perf_counter(), 0.0
         if knn and (done % cfg.eval_every == 0 or done == cfg.steps):
-            log.write(dict(step=done, knn=knn.of_teacher(state.teacher)))
+            log.write(dict(step=done, knn=knn.teacher(state.teacher)))
             log.say(f"step {done}: {summary(log, done)}")
         save = done % cfg.save_every == 0 or done == cfg.steps
         export = cfg.export_every and done % cfg.export_every == 0
