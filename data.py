@@ -48,10 +48,13 @@ SPLIT_FOLDERS = {"TRAIN": ("train", "training"), "VAL": ("val", "valid", "valida
 
 
 class InMemory:
-    """A source that fits in memory. `images` (n, H, W) uint8, grey; `labels` (n,)."""
+    """A source that fits in memory: `pixels` (n, H, W) uint8, grey, served enlarged to `side`; `labels` (n,)."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, name: str):
-        self.images, self.labels, self.name = torch.from_numpy(images), labels.astype(np.int64), name
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray, name: str, side: int | None = None):
+        self.pixels, self.labels, self.name = torch.from_numpy(pixels), labels.astype(np.int64), name
+        self.images = self.pixels
+        if side:
+            self.images = TF.resize(self.pixels, [side, side], InterpolationMode.BICUBIC, antialias=True)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -148,9 +151,8 @@ def digits(split: str) -> InMemory:
     data = load_digits()
     halves = train_test_split(np.arange(len(data.target)), test_size=0.2, random_state=0, stratify=data.target)
     rows = halves[("TRAIN", "VAL").index(split)]
-    images = (data.images[rows] * (255 / 16)).round().astype(np.uint8)  # (n, 8, 8) of 17 shades
-    images = images.repeat(2, axis=1).repeat(2, axis=2)  # 16x16, so that crops may begin within one of the 8x8 cells
-    return InMemory(images, data.target[rows], f"digits {split}")
+    pixels = (data.images[rows] * (255 / 16)).round().astype(np.uint8)  # (n, 8, 8) of 17 shades
+    return InMemory(pixels, data.target[rows], f"digits {split}", side=32)  # so that crops may begin between two pixels
 
 
 def fashion_mnist(root: Path, split: str) -> InMemory:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import MEAN, STD, EvalImages, eval_specs, normalize, open_source, single_thread
+from data import EvalImages, eval_specs, normalize, open_source, single_thread
 from model import load_backbone, read_checkpoint
 
 KS = (10, 20, 100, 200)
@@ -34,7 +34,7 @@ def world() -> tuple[int, int]:
 
 @torch.inference_mode()
 def extract_features(model: nn.Module, source, resize: int, crop: int, device: torch.device, batch_size: int = 256,
-                     num_workers: int = 0, dtype: torch.dtype = torch.float32, mean=MEAN, std=STD) -> Tensor:
+                     num_workers: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     """L2-normalised features (n, D), float32 on `device`, of all images of a source, in its order.
 
     `model` maps normalised images (B, 3, crop, crop) to (B, D). With a process group each process does every world-th
@@ -47,7 +47,7 @@ def extract_features(model: nn.Module, source, resize: int, crop: int, device: t
     features = []
     for images in tqdm(loader, desc=f"features of {source.name}", leave=False, disable=None if rank == 0 else True):
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            features.append(model(normalize(images.to(device, non_blocking=True).float() / 255, mean, std)))
+            features.append(model(normalize(images.to(device, non_blocking=True).float() / 255)))
     table = None
     if features:
         table = F.normalize(torch.cat(features).float(), dim=-1)
@@ -109,14 +109,13 @@ def knn_accuracy(bank: Tensor, labels, queries: Tensor | None, query_labels=None
 
 
 def evaluate(model: nn.Module, train_source, val_source, resize: int, crop: int, device: torch.device,
-             num_workers: int = 0, dtype: torch.dtype = torch.float32, ks=KS, temperature: float = 0.07, mean=MEAN,
-             std=STD) -> dict[str, float]:
+             num_workers: int = 0, dtype: torch.dtype = torch.float32, ks=KS, temperature: float = 0.07) -> dict[str, float]:
     """k-NN accuracies of `model` in percent; `val_source` None: leave one out. Raises ValueError without labels."""
     for source in (train_source, val_source):
         if source is not None and source.labels is None:
             raise ValueError(f"{source.name} has no labels; k-NN needs one sub-folder per class")
-    banks = [None if source is None else extract_features(model, source, resize, crop, device, 256, num_workers, dtype,
-                                                             mean, std) for source in (train_source, val_source)]
+    banks = [None if source is None else extract_features(model, source, resize, crop, device, 256, num_workers, dtype)
+             for source in (train_source, val_source)]
     answers = val_source.labels if val_source is not None else None
     return knn_accuracy(banks[0], train_source.labels, banks[1], answers, ks, temperature)
 

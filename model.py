@@ -16,6 +16,7 @@ Letters in shape comments
 Token order is [CLS, R registers, h*w patches row by row].
 """
 import pickle
+import re
 from functools import partial
 
 import torch
@@ -408,7 +409,7 @@ def read_checkpoint(path: str) -> dict:
     except IsADirectoryError:
         raise ValueError(f"{path} is a folder; name the checkpoint in it, as {path.rstrip('/')}/ckpt.pth") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        if "Unsupported" in str(error):  # what the weights-only reader says to a global, a class or a function
+        if "GLOBAL" in str(error):  # the reader's word for a class or a function
             raise ValueError(f"{path} holds pickled code, not just weights: refused, nothing in it was run") from None
         raise ValueError(f"{path} is truncated or is not a PyTorch checkpoint; copy or download it again") from None
     if not isinstance(ckpt, dict):

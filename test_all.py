@@ -1048,7 +1048,7 @@ FIELD_CHANGES = dict(  # every field of Config, with a value that must change so
     head_hidden_dim=64, ibot_separate_head=True, ibot_head_n_prototypes=48, ibot_head_bottleneck_dim=24, ibot_head_nlayers=1,
     ibot_head_hidden_dim=40, dino_loss_weight=0.5, ibot_loss_weight=0.5, koleo_loss_weight=0.5, mask_sample_probability=0.25,
     mask_ratio_min_max=(0.5, 0.7), centering="centering", momentum_teacher=0.5, final_momentum_teacher=0.5, warmup_teacher_temp=0.05,
-    teacher_temp=0.09, warmup_teacher_temp_steps=1, steps=3, warmup_steps=0, lr=1e-3, min_lr=1e-3, weight_decay=0.5,
+    teacher_temp=0.09, warmup_teacher_temp_steps=4, steps=3, warmup_steps=0, lr=1e-3, min_lr=1e-3, weight_decay=0.5,
     weight_decay_end=0.5, layerwise_decay=0.5, patch_embed_lr_mult=0.1, clip_grad=0.01, freeze_last_layer_steps=2, betas=(0.5, 0.6),
     device="cpu", dtype="bf16", compile=True, recompute_blocks=True, out="", log_every=2, eval_every=2, export_every=1,
     save_every=1, keep=1)
@@ -1182,7 +1182,7 @@ def bad_checkpoints(folder: Path, good: Path) -> dict[str, tuple[Path, str]]:
     del ckpt["teacher"]["backbone.norm.weight"]
     torch.save(ckpt, folder / "incomplete.pth")
     refused = "holds pickled code"
-    texts = dict(truncated="is truncated or", text="is truncated or", zero="is truncated or", malicious=refused, pickle=refused,
+    texts = dict(truncated="is truncated or", text="is truncated or", zero="is truncated or", malicious=refused, pickle="is truncated or",
                  foreign="holds no DINOv2 backbone", list="holds a list", incomplete="another architecture: keys 1 missing, such as norm.weight")
     return {name: (folder / f"{name}.pth", text) for name, text in texts.items()}
 
@@ -1200,6 +1200,31 @@ def test_errors_of_checkpoints(trained, tmp_path):
     with pytest.raises(ValueError, match="another architecture"):
         train_main(*TINY, "--steps", 2, "--arch", "vit_micro", "--init", trained / "ckpt.pth", "--out", tmp_path / "out")
     assert not Path("/tmp/dinov2_test_was_executed").exists() and not (tmp_path / "out").exists()
+
+
+def test_errors_of_saves(trained, tmp_path):
+    """A damaged or malicious save is named, nothing in it is executed, and nothing of the run is lost."""
+    Path("/tmp/dinov2_test_was_executed").unlink(missing_ok=True)
+    flags = [*TINY, "--steps", 5, "--resume"]
+    for name, content, text in ((".metadata", pickle.dumps(Payload()), "it holds code, posix.system; nothing in it was run"),
+                                (".metadata", b"", "cannot be continued from"), ("__0_0.distcp", b"", "cannot be continued from"),
+                                (".metadata", None, "delete that folder to continue from the save before")):
+        out = tmp_path / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(trained, out)
+        broken = out / "resume/step_000000004" / name
+        broken.unlink() if content is None else broken.write_bytes(content)
+        with pytest.raises(ValueError, match=text):
+            train_main(*flags, "--out", out)
+        assert metrics(out) == metrics(trained)
+    with pytest.raises(ValueError, match="cannot be continued from"):  # another architecture
+        shutil.rmtree(out)
+        shutil.copytree(trained, out)
+        train_main(*flags, "--arch", "vit_micro", "--out", out)
+    shutil.rmtree(out / "resume/step_000000004")
+    train_main(*flags, "--out", out)  # from the save before
+    assert [r["step"] for r in metrics(out) if "loss" in r] == [0, 1, 2, 3, 4]
+    assert not Path("/tmp/dinov2_test_was_executed").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

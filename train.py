@@ -21,6 +21,7 @@ import inspect
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -29,23 +30,25 @@ import time
 import warnings
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict)
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 from data import UNREADABLE, Batch, InMemory, TrainBatches, check_groups, eval_specs, open_source, prepare, train_loader
-from eval_knn import evaluate, pick_device
+from eval_knn import evaluate, knn_accuracy, pick_device
 from losses import dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp, softmax_center, update_center
 from model import ARCHS, DINOHead, build, init_linear, load_backbone, load_strictly
 
@@ -529,18 +532,6 @@ def save_teacher(teacher: nn.ModuleDict, cfg: Config, preset: str, step: int, pa
     dist.barrier()
 
 
-def save_resume(state: dict, folder: Path, step: int, keep: int) -> None:
-    """Sharded state of all processes to resume/step_N, complete once it has that name; the oldest beyond `keep` go."""
-    final, partial_folder = folder / f"step_{step:09d}", folder / "partial"
-    dcp.save(state, checkpoint_id=str(partial_folder))
-    if dist.get_rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        partial_folder.rename(final)
-        for old in sorted(folder.glob("step_*"))[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
-
-
 class TrainState:
     """What a run is at one step: networks, optimiser, centers. Everything else follows from the config and the step."""
 
@@ -559,22 +550,57 @@ class TrainState:
         self.optimizer = torch.optim.AdamW(param_groups(self.student, cfg), lr=0.0, betas=cfg.betas, fused=True)
         self.centers = build_centers(cfg, device)
 
-    def state_dict(self) -> dict:
-        student, optimizer = get_state_dict(self.student, self.optimizer)
-        teacher = get_model_state_dict(self.teacher)
-        return dict(student=student, optimizer=optimizer, teacher=teacher, centers=self.centers)
+        for p in self.student.parameters():  # what AdamW would make at its first step; here it can be loaded into
+            step = torch.zeros((), dtype=torch.float32, device=device)
+            self.optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of the run themselves, no copies: saving reads them, loading fills them. Nothing else is saved, so
+        that nothing but tensors need be read."""
+        named = dict(self.student.named_parameters())
+        moments = {key: {name: self.optimizer.state[p][key] for name, p in named.items()}
+                   for key in ("step", "exp_avg", "exp_avg_sq")}
+        return dict(student=named, teacher=dict(self.teacher.named_parameters()), centers=self.centers) | moments
+
+    def save(self, folder: Path, step: int, keep: int) -> None:
+        """To folder/step_N, complete once it has that name; the oldest saves beyond `keep` are deleted."""
+        final, partial_folder = folder / f"step_{step:09d}", folder / "partial"
+        dcp.save(self.tensors(), checkpoint_id=str(partial_folder))
+        if dist.get_rank() == 0:
+            shutil.rmtree(final, ignore_errors=True)
+            partial_folder.rename(final)
+            for old in sorted(folder.glob("step_*"))[:-keep]:
+                shutil.rmtree(old, ignore_errors=True)
+        dist.barrier()
 
     def load_newest(self, folder: Path) -> int:
-        """Loads the newest complete save, if there is one; returns the number of steps done."""
+        """Loads the newest complete save, if there is one, made by any number of processes; returns the steps done.
+        Raises ValueError if it is damaged, foreign, or holds anything but tensors."""
         saves = sorted(folder.glob("step_*"))
         if not saves:
             return 0
-        state = self.state_dict()
-        dcp.load(state, checkpoint_id=str(saves[-1]))
-        set_state_dict(self.student, self.optimizer, model_state_dict=state["student"],
-                       optim_state_dict=state["optimizer"])
-        set_model_state_dict(self.teacher, state["teacher"])
+        try:
+            with open(saves[-1] / ".metadata", "rb") as file:
+                MetadataOnly(file).load()
+            dcp.load(self.tensors(), checkpoint_id=str(saves[-1]))
+        except (OSError, pickle.UnpicklingError, EOFError, CheckpointException, RuntimeError) as error:
+            reason = str(error).splitlines()[0][:150]
+            raise ValueError(f"{saves[-1]} cannot be continued from ({reason}); delete that folder to continue from the "
+                             "save before it, or start anew with --overwrite") from None
         return int(saves[-1].name.removeprefix("step_"))
+
+
+class MetadataOnly(pickle.Unpickler):
+    """Reads the table of contents of a save, which PyTorch writes as a pickle, and refuses whatever else it may hold.
+    Run before PyTorch's own reader, which would execute it."""
+
+    def find_class(self, module: str, name: str):
+        plain = {("torch", "Size"), ("torch", "float32"), ("torch.serialization", "_get_layout"),
+                 ("torch.distributed.checkpoint.filesystem", "_StorageInfo")} | set(product(
+                     ["pathlib", "pathlib._local"], ["PosixPath", "WindowsPath"]))
+        if module == "torch.distributed.checkpoint.metadata" or (module, name) in plain:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it holds code, {module}.{name}; nothing in it was run")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -640,11 +666,11 @@ class Knn:
         return evaluate(backbone.eval(), *self.sources, cfg.eval_resize, cfg.eval_crop, self.device, cfg.num_workers)
 
     def raw_pixels(self) -> dict[str, float] | None:
-        """At the size they are stored in; None for sources too large for memory, where pixels say little anyway."""
-        if not isinstance(self.sources[0], InMemory):
+        """The same vote on the pixels themselves; None for sources that are not in memory."""
+        if not all(isinstance(source, InMemory) for source in self.sources):
             return None
-        side = self.sources[0].image(0).shape[-1]
-        return evaluate(nn.Flatten(), *self.sources, side, side, self.device, mean=(0.0,) * 3, std=(1.0,) * 3)
+        tables = [F.normalize(source.pixels.flatten(1).float(), dim=-1) for source in self.sources]
+        return knn_accuracy(tables[0], self.sources[0].labels, tables[1], self.sources[1].labels)
 
 
 def summary(log: Log, steps: int) -> str:
@@ -704,18 +730,18 @@ def set_up(argv: list[str] | None):
     check_readable(source)
     knn = Knn(cfg, device) if cfg.eval_every else None
     state = TrainState(cfg, mesh, device)
+    start = 0 if args.overwrite else state.load_newest(Path(cfg.out) / "resume")
     if dist.get_rank() == 0:
         claim_output(cfg, args.overwrite)
     dist.barrier()
-    return cfg, args, device, source, knn, state
+    return cfg, args, device, source, knn, state, start
 
 
 def main(argv: list[str] | None = None) -> None:
-    cfg, args, device, source, knn, state = set_up(argv)
+    cfg, args, device, source, knn, state, start = set_up(argv)
     out, rank, n_ranks = Path(cfg.out), dist.get_rank(), dist.get_world_size()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    start = state.load_newest(out / "resume")
     log = Log(out / "metrics.jsonl", start, cfg.steps)
     log.say(f"{args.preset}: {len(source):,} images, {cfg.arch}, step {start} of {cfg.steps}, batch {cfg.batch_size} "
             f"on {n_ranks} x {device.type}, lr {cfg.lr * math.sqrt(cfg.batch_size / 1024):.2e}, out {out}")
@@ -752,7 +778,7 @@ def main(argv: list[str] | None = None) -> None:
             paths = [out / "ckpt.pth"] * save + [out / f"eval/training_{step}/teacher_checkpoint.pth"] * bool(export)
             save_teacher(state.teacher, cfg, args.preset, done, paths)
         if save:
-            save_resume(state.state_dict(), out / "resume", done, cfg.keep)
+            state.save(out / "resume", done, cfg.keep)
     log.bar.close()
     if knn and rank == 0:
         print(summary(log, cfg.steps))
