@@ -39,12 +39,12 @@ from tqdm import tqdm
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which all released models expect
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-UNREADABLE = (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError)  # what decoders raise
 SPLIT_FOLDERS = {"TRAIN": ("train", "training"), "VAL": ("val", "valid", "validation", "test")}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sources. Each has len(), image(i) -> uint8 (3, H, W), labels (int64 array or None) and a name for messages.
+# Sources. Each has len(), image(i) -> uint8 (3, H, W), labels (int64 array or None), the classes they number (list of
+# names, or None where the numbers speak for themselves) and a name for messages.
 
 
 class InMemory:
@@ -52,6 +52,7 @@ class InMemory:
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray, name: str, side: int | None = None):
         self.pixels, self.labels, self.name = torch.from_numpy(pixels), labels.astype(np.int64), name
+        self.classes = None
         self.images = self.pixels
         if side:
             self.images = TF.resize(self.pixels, [side, side], InterpolationMode.BICUBIC, antialias=True)
@@ -67,10 +68,12 @@ class InMemory:
 
 
 class ImageFiles:
-    """Files below `root`. Names are kept as one byte string with offsets: workers share it, and it stays small."""
+    """Files below `root`. Names are kept as one byte string with offsets: small, and shared with forked workers.
+    `labels` number the sorted `classes`; both None without labels."""
 
-    def __init__(self, root: Path, names: np.ndarray, offsets: np.ndarray, labels: np.ndarray | None):
-        self.root, self.names, self.offsets, self.labels, self.name = root, names, offsets, labels, str(root)
+    def __init__(self, root: Path, names: np.ndarray, offsets: np.ndarray, labels: np.ndarray | None, classes):
+        self.root, self.names, self.offsets, self.name = root, names, offsets, str(root)
+        self.labels, self.classes = labels, classes
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -88,6 +91,7 @@ class ImageNetEntries:
     def __init__(self, root: Path, entries: np.ndarray, split: str):
         self.root, self.entries, self.split, self.name = root, entries, split, f"{root} ({split})"
         self.labels = None if split == "TEST" else entries["class_index"].astype(np.int64)
+        self.classes = None  # the numbers are ImageNet's
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -106,6 +110,9 @@ def open_source(spec: str):
     """The source named by `spec` (see the top of this file). Raises ValueError with the fix in the message."""
     name, options = parse_spec(spec)
     split = options.get("split", "TRAIN")
+    keys = {"FashionMNIST": ("split", "root"), "ImageNet": ("split", "root", "extra")}.get(name, ("split",))
+    if unknown := options.keys() - set(keys):
+        raise ValueError(f"--data {spec!r}: unknown key {min(unknown)!r}; {name} takes {', '.join(keys)}")
     if name == "digits":
         return digits(split)
     if name == "FashionMNIST":
@@ -126,14 +133,16 @@ def open_source(spec: str):
 def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
     """"Name:key=value:key=value" or "path:key=value" -> (name or path, {key: value})."""
     name, *rest = re.split(r":(\w+)=", spec)
-    options = dict(zip(rest[::2], rest[1::2]))
-    if unknown := options.keys() - {"split", "root", "extra"}:
-        raise ValueError(f"--data {spec!r}: unknown key {min(unknown)!r}; the keys are split, root, extra")
-    return name, options
+    return name, dict(zip(rest[::2], rest[1::2]))
 
 
-def eval_specs(spec: str) -> tuple[str, str | None]:
-    """The specs of the labelled TRAIN and VAL sets that go with a training source; None if it has no VAL split."""
+def eval_specs(spec: str, train: str = "", val: str = "") -> tuple[str, str | None]:
+    """The specs of the labelled images to learn from and to classify (None: leave one out): those given, else the TRAIN
+    and VAL splits of the training source `spec`, as far as it has them."""
+    if train:
+        return train, val or None
+    if val:
+        return eval_specs(spec)[0], val
     name, options = parse_spec(spec)
     specs = [":".join([name] + [f"{k}={v}" for k, v in {**options, "split": s}.items()]) for s in ("TRAIN", "VAL")]
     if name in ("digits", "FashionMNIST", "ImageNet"):
@@ -168,9 +177,13 @@ def read_idx(root: Path, name: str) -> np.ndarray:
     for folder, suffix in itertools.product(("", "FashionMNIST/raw", "raw"), ("", ".gz")):
         path = root / folder / (name + suffix)
         if path.is_file():
-            raw = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
-            shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)  # raw[3] is the number of dimensions
-            return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy()
+            try:
+                with (gzip.open if suffix else open)(path, "rb") as file:
+                    raw = file.read()
+                shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)  # raw[3] is the number of dimensions
+                return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy()
+            except (OSError, EOFError, IndexError, ValueError):
+                raise ValueError(f"{path} is damaged or no idx file; copy or download it again") from None
     raise ValueError(f"no {name}[.gz] in {root}; install Debian's dataset-fashion-mnist or name another root=FOLDER")
 
 
@@ -196,12 +209,16 @@ def image_folder(root: Path) -> ImageFiles:
     cache = cache / f"{hashlib.sha1(os.fsencode(root)).hexdigest()[:16]}.npz"
     listing = read_listing(cache, root)
     if listing is None:
-        listing = list_images(root)
+        try:
+            listing = list_images(root)
+        except PermissionError as error:
+            raise ValueError(f"{error.filename} may not be read by this user; move it or change its mode") from None
         write_listing(cache, listing)
     names, offsets = listing["names"], listing["offsets"]
     if len(offsets) == 1:
         raise ValueError(f"{root} holds no image ({', '.join(SUFFIXES)})")
-    return ImageFiles(root, names, offsets, listing["labels"] if listing["labels"].size else None)
+    classes = json.loads(listing["classes"].tobytes())
+    return ImageFiles(root, names, offsets, listing["labels"] if classes else None, classes or None)
 
 
 def list_images(root: Path) -> dict[str, np.ndarray]:
@@ -212,20 +229,25 @@ def list_images(root: Path) -> dict[str, np.ndarray]:
             folders[folder] = os.stat(root / folder).st_mtime_ns
             for entry in os.scandir(root / folder):
                 name = os.path.join(folder, entry.name)
-                if entry.is_dir():
+                if entry.is_dir(follow_symlinks=False) or (entry.is_dir() and not is_above(entry.path, root)):
                     todo.append(name)
                 elif entry.name.lower().endswith(SUFFIXES):
                     names.append(name)
-            bar.n = len(names)
-            bar.update(0)
+                    bar.update()
     names.sort()
     classes, labels = np.unique([n.split(os.sep)[0] if os.sep in n else "" for n in names], return_inverse=True)
-    labelled = len(classes) > 1 and classes[0] != ""
+    classes = classes.tolist() if len(classes) > 1 and classes[0] != "" else []
     encoded = [os.fsencode(n) for n in names]
+    as_json = lambda value: np.frombuffer(json.dumps(value).encode(), np.uint8)  # noqa: E731
     return dict(
         names=np.frombuffer(b"".join(encoded), np.uint8), offsets=np.cumsum([0] + [len(e) for e in encoded]),
-        labels=labels.astype(np.int64) if labelled else np.zeros(0, np.int64),
-        folders=np.frombuffer(json.dumps(folders).encode(), np.uint8))
+        labels=labels.astype(np.int64), classes=as_json(classes), folders=as_json(folders))
+
+
+def is_above(link: str, root: Path) -> bool:
+    """Whether a symbolic link leads back to a folder that holds it: following it would never end."""
+    target = os.path.realpath(link)
+    return os.path.realpath(os.path.dirname(link)).startswith(target) or str(root).startswith(target)
 
 
 def read_listing(cache: Path, root: Path) -> dict[str, np.ndarray] | None:
@@ -235,7 +257,7 @@ def read_listing(cache: Path, root: Path) -> dict[str, np.ndarray] | None:
             listing = dict(file)
         folders = json.loads(listing["folders"].tobytes())
         return listing if all(os.stat(root / f).st_mtime_ns == t for f, t in folders.items()) else None
-    except (OSError, ValueError, KeyError, EOFError):
+    except Exception:  # no cache, a damaged one, or one of an older format: list again
         return None
 
 
@@ -250,12 +272,14 @@ def write_listing(cache: Path, listing: dict[str, np.ndarray]) -> None:
 
 
 def read_image(path: str) -> Tensor:
-    """An image file as uint8 (3, H, W), upright. Raises OSError or RuntimeError if it cannot be decoded."""
+    """An image file as uint8 (3, H, W), upright. Raises whatever the decoder does if it cannot be decoded."""
     try:
-        return decode_image(path, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+        image = decode_image(path, mode=ImageReadMode.RGB, apply_exif_orientation=True)
     except RuntimeError:  # CMYK, TIFF, BMP and others that torchvision leaves to Pillow
-        with Image.open(path) as image:
-            return TF.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+        with Image.open(path) as file:
+            return TF.pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB"))
+    image = image[0] if image.ndim == 4 else image  # the first frame of an animation
+    return TF.to_dtype(image, torch.uint8, scale=True)  # 16-bit PNG
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -422,7 +446,7 @@ class TrainBatches(torch.utils.data.Dataset):
         for attempt in range(10):
             try:
                 return self.source.image(i)
-            except UNREADABLE:
+            except Exception:  # decoders raise all sorts on damaged files
                 bad.append(self.source.describe(i))
                 i = random.Random(f"{self.seed}/replace/{s}/{attempt}").randrange(n)
         raise RuntimeError(f"10 images in a row could not be read, the last {bad[-1]}")
@@ -484,7 +508,8 @@ def augment(crops: Tensor, ops: Tensor, mean=MEAN, std=STD) -> Tensor:
 
 def normalize(x: Tensor, mean=MEAN, std=STD) -> Tensor:
     """(n, 3, h, w) in [0, 1] -> (x - mean) / std."""
-    return (x - x.new_tensor(mean)[:, None, None]) / x.new_tensor(std)[:, None, None]
+    channels = [(c - m) / s for c, m, s in zip(x.unbind(1), mean, std)]  # numbers, not tensors: no copy to the device
+    return torch.stack(channels, dim=1)
 
 
 def change_rows(x: Tensor, touched: Tensor, change, value: Tensor) -> None:
@@ -496,7 +521,8 @@ def change_rows(x: Tensor, touched: Tensor, change, value: Tensor) -> None:
 
 
 def luma(x: Tensor) -> Tensor:
-    return (x * x.new_tensor((0.299, 0.587, 0.114))[:, None, None]).sum(1, keepdim=True)  # (n, 1, h, w)
+    r, g, b = x.split(1, dim=1)
+    return 0.299 * r + 0.587 * g + 0.114 * b  # (n, 1, h, w)
 
 
 def brightness(x: Tensor, factor: Tensor) -> Tensor:
@@ -518,7 +544,7 @@ def hue(x: Tensor, shift: Tensor) -> Tensor:
     r, g, b = x.unbind(1)
     safe = chroma.clamp(min=1e-12)
     sector = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    k = (x.new_tensor((5, 3, 1))[:, None, None] + sector[:, None] + 6 * shift) % 6  # (n, 3, h, w)
+    k = (torch.stack([5 + sector, 3 + sector, 1 + sector], dim=1) + 6 * shift) % 6  # (n, 3, h, w)
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -544,12 +570,7 @@ JITTER = (brightness, contrast, saturation, hue)
 def train_loader(batches: TrainBatches, start: int, stop: int, num_workers: int, pin_memory: bool):
     """Batches of the steps start, …, stop - 1, made by `num_workers` processes ahead of time (0: in this process)."""
     return torch.utils.data.DataLoader(
-        batches, batch_size=None, sampler=range(start, stop), num_workers=num_workers, pin_memory=pin_memory,
-        worker_init_fn=single_thread, prefetch_factor=2 if num_workers else None)
-
-
-def single_thread(worker: int) -> None:
-    torch.set_num_threads(1)
+        batches, batch_size=None, sampler=range(start, stop), num_workers=num_workers, pin_memory=pin_memory)
 
 
 def prepare(batch: Batch, device: torch.device, mean=MEAN, std=STD) -> Batch:
@@ -562,7 +583,8 @@ def prepare(batch: Batch, device: torch.device, mean=MEAN, std=STD) -> Batch:
 
 
 class EvalImages(torch.utils.data.Dataset):
-    """Images of a source as uint8 (3, crop, crop): short side resized to `resize`, central square cut out."""
+    """Images of a source as uint8 (3, crop, crop): short side resized to `resize`, central square cut out; and whether
+    the image could be read (if not, it is black)."""
 
     def __init__(self, source, resize: int = 256, crop: int = 224, indices=None):
         self.source, self.resize, self.crop = source, resize, crop
@@ -571,6 +593,10 @@ class EvalImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, i: int) -> Tensor:
-        image = TF.resize(self.source.image(self.indices[i]), [self.resize], InterpolationMode.BICUBIC, antialias=True)
-        return TF.center_crop(image, [self.crop, self.crop])
+    def __getitem__(self, i: int) -> tuple[Tensor, bool]:
+        try:
+            image = self.source.image(self.indices[i])
+        except Exception:  # decoders raise all sorts on damaged files
+            return torch.zeros(3, self.crop, self.crop, dtype=torch.uint8), False
+        image = TF.resize(image, [self.resize], InterpolationMode.BICUBIC, antialias=True)
+        return TF.center_crop(image, [self.crop, self.crop]), True

@@ -10,18 +10,20 @@ classified by all others (leave one out). Prints top-1, and writes it with top-5
 exit code 2. Apache License 2.0.
 """
 import argparse
+import difflib
 import json
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import EvalImages, eval_specs, normalize, open_source, single_thread
+from data import EvalImages, eval_specs, normalize, open_source
 from model import load_backbone, read_checkpoint
 
 KS = (10, 20, 100, 200)
@@ -34,39 +36,39 @@ def world() -> tuple[int, int]:
 
 @torch.inference_mode()
 def extract_features(model: nn.Module, source, resize: int, crop: int, device: torch.device, batch_size: int = 256,
-                     num_workers: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """L2-normalised features (n, D), float32 on `device`, of all images of a source, in its order.
+                     num_workers: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """L2-normalised features (n, D), float32 on `device`, of all images of a source, in its order, and which of the
+    images could be read, (n,) bool.
 
     `model` maps normalised images (B, 3, crop, crop) to (B, D). With a process group each process does every world-th
-    image and all get the full table. Raises ValueError if a feature is not finite.
+    image and all get the full table. Raises ValueError if a feature is not finite or no image can be read.
     """
     rank, n_ranks = world()
-    mine = range(rank, len(source), n_ranks)
-    loader = torch.utils.data.DataLoader(EvalImages(source, resize, crop, mine), batch_size, num_workers=num_workers,
-                                         worker_init_fn=single_thread)
-    features = []
-    for images in tqdm(loader, desc=f"features of {source.name}", leave=False, disable=None if rank == 0 else True):
+    mine = torch.arange(rank, len(source), n_ranks)
+    loader = torch.utils.data.DataLoader(EvalImages(source, resize, crop, mine.tolist()), batch_size,
+                                         num_workers=num_workers, pin_memory=device.type == "cuda")
+    table, readable = None, torch.zeros(len(source), device=device)
+    bar = tqdm(loader, desc=f"features of {source.name}", leave=False, disable=None if rank == 0 else True)
+    for (images, ok), rows in zip(bar, mine.split(batch_size)):
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            features.append(model(normalize(images.to(device, non_blocking=True).float() / 255)))
-    table = None
-    if features:
-        table = F.normalize(torch.cat(features).float(), dim=-1)
-    if n_ranks > 1:
-        table = gather_strided(table, len(source), rank, n_ranks, device)
+            features = model(normalize(images.to(device, non_blocking=True).float() / 255))
+        if table is None:
+            table = torch.zeros(len(source), features.shape[-1], device=device)
+        table[rows] = F.normalize(features.float(), dim=-1)
+        readable[rows] = ok.to(device).float()
+    if n_ranks > 1:  # every row is zero but on one process, so the sum is exact
+        width = torch.tensor(0 if table is None else table.shape[1], device=device)
+        dist.all_reduce(width, dist.ReduceOp.MAX)
+        table = torch.zeros(len(source), int(width), device=device) if table is None else table
+        dist.all_reduce(table)
+        dist.all_reduce(readable)
     if not table.isfinite().all():
         raise ValueError(f"the features of {source.name} are not finite: the checkpoint has diverged")
-    return table
+    if not readable.any():
+        raise ValueError(f"no image of {source.name} can be read")
+    return table, readable.bool()
 
 
-def gather_strided(table: Tensor | None, n: int, rank: int, n_ranks: int, device: torch.device) -> Tensor:
-    """(n, D) from the rows rank, rank + n_ranks, … of each process; a process may have none."""
-    width = torch.tensor(0 if table is None else table.shape[1], device=device)
-    dist.all_reduce(width, dist.ReduceOp.MAX)
-    full = torch.zeros(n, int(width), device=device)
-    if table is not None:
-        full[rank::n_ranks] = table
-    dist.all_reduce(full)
-    return full
 
 
 @torch.inference_mode()
@@ -91,51 +93,104 @@ def knn_scores(bank: Tensor, labels: Tensor, queries: Tensor, ks=KS, temperature
 
 
 def knn_accuracy(bank: Tensor, labels, queries: Tensor | None, query_labels=None, ks=KS,
-                 temperature: float = 0.07, chunk: int = 1024) -> dict[str, float]:
-    """Percent of right answers, {"top1_k10": …, "top5_k10": …, …}. `queries` None: leave one out on the bank."""
-    device, leave_one_out = bank.device, queries is None
+                 temperature: float = 0.07, chunk: int = 0) -> dict[str, float]:
+    """Percent of right answers, {"top1_k10": …, "top5_k10": …, …}. `queries` None: leave one out on the bank. `chunk`
+    queries are compared at a time; 0: as many as fit a gigabyte."""
+    device, leave_one_out, (rank, n_ranks) = bank.device, queries is None, world()
     labels = torch.as_tensor(labels, device=device)
     queries, answers = (bank, labels) if leave_one_out else (queries, torch.as_tensor(query_labels, device=device))
     n_classes = int(max(labels.max(), answers.max())) + 1
-    hits = {f"top{t}_k{k}": 0 for k in ks for t in (1, 5)}
-    for start in range(0, len(queries), chunk):
+    names = [f"top{t}_k{k}" for k in ks for t in (1, 5)]
+    hits = dict(zip(names, torch.zeros(len(names), dtype=torch.int64, device=device)))
+    chunk = chunk or max(1, 2**28 // len(bank))  # a gigabyte of similarities at a time
+    for start in range(rank * chunk, len(queries), n_ranks * chunk):  # each process votes on a share
         rows = torch.arange(start, min(start + chunk, len(queries)), device=device)
         scores = knn_scores(bank, labels, queries[rows], ks, temperature, n_classes, rows if leave_one_out else None)
         for k, score in scores.items():
             right = score.topk(min(5, n_classes)).indices == answers[rows, None]  # (Q, 5)
-            hits[f"top1_k{k}"] += int(right[:, 0].sum())
-            hits[f"top5_k{k}"] += int(right.sum())
-    return {name: 100 * n / len(queries) for name, n in hits.items()}
+            hits[f"top1_k{k}"] += right[:, 0].sum()
+            hits[f"top5_k{k}"] += right.sum()
+    total = torch.stack(list(hits.values()))
+    if n_ranks > 1:
+        dist.all_reduce(total)
+    return {name: 100 * n / len(queries) for name, n in zip(names, total.tolist())}
 
 
 def evaluate(model: nn.Module, train_source, val_source, resize: int, crop: int, device: torch.device,
-             num_workers: int = 0, dtype: torch.dtype = torch.float32, ks=KS, temperature: float = 0.07) -> dict[str, float]:
+             num_workers: int = 0, dtype: torch.dtype = torch.float32, ks=KS,
+             temperature: float = 0.07) -> dict[str, float]:
     """k-NN accuracies of `model` in percent; `val_source` None: leave one out. Raises ValueError without labels."""
     for source in (train_source, val_source):
         if source is not None and source.labels is None:
             raise ValueError(f"{source.name} has no labels; k-NN needs one sub-folder per class")
-    banks = [None if source is None else extract_features(model, source, resize, crop, device, 256, num_workers, dtype)
-             for source in (train_source, val_source)]
-    answers = val_source.labels if val_source is not None else None
-    return knn_accuracy(banks[0], train_source.labels, banks[1], answers, ks, temperature)
+    sets = []
+    for source, labels in zip((train_source, val_source), common_labels(train_source, val_source)):
+        if source is not None:
+            features, ok = extract_features(model, source, resize, crop, device, 256, num_workers, dtype)
+            sets += [features[ok], torch.as_tensor(labels, device=device)[ok]]
+            if world()[0] == 0 and not ok.all():
+                print(f"{source.name}: {int((~ok).sum())} images could not be read and were left out")
+    return knn_accuracy(*(sets + [None, None])[:4], ks, temperature)
+
+
+def common_labels(train_source, val_source) -> tuple:
+    """The labels of both sources in the numbering of the first, whose folders may be more than those of the second.
+    Raises ValueError for a class that the first does not have."""
+    if val_source is None or train_source.classes is None or val_source.classes is None:
+        return train_source.labels, val_source.labels if val_source is not None else None
+    if foreign := set(val_source.classes) - set(train_source.classes):
+        raise ValueError(f"{val_source.name} has a class {min(foreign)!r} that {train_source.name} does not have")
+    number = {name: i for i, name in enumerate(train_source.classes)}
+    return train_source.labels, np.array([number[name] for name in val_source.classes])[val_source.labels]
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" is the accelerator if there is one. Raises ValueError if the device asked for is absent."""
+    """"auto" is CUDA if there is a GPU, else the CPU; under torchrun each process gets the GPU of its local rank.
+    Raises ValueError if the device asked for is absent."""
     if name == "auto":
-        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: PyTorch finds no CUDA GPU here; use --device cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name!r} is no device; use auto, cpu, cuda or mps") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {name}: PyTorch finds no CUDA GPU here; use --device cpu")
+        if device.index is not None and "LOCAL_RANK" in os.environ:
+            raise ValueError(f"--device {name}: torchrun gives each process a GPU of its own; use --device cuda")
+        device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"{device} does not exist, PyTorch finds {torch.cuda.device_count()} GPU(s) here")
+        torch.set_float32_matmul_precision("high")  # TF32
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"--device {name}: PyTorch finds no Apple GPU here; use --device cpu")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return device
 
 
+class Parser(argparse.ArgumentParser):
+    """Raises ValueError where argparse would print its usage and leave; names the nearest flag; no abbreviations."""
+
+    def __init__(self, manual: str):
+        super().__init__(description=manual, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+    def parse_args(self, argv: list[str] | None) -> argparse.Namespace:
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            flags = [s for action in self._actions for s in action.option_strings]
+            raise ValueError(f"unknown argument {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}; see --help")
+        return args
+
+
+def nearest(name: str, names) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f", did you mean {close[0]}?" if close else ""
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("checkpoint", help="out/ckpt.pth, or the weights of a released DINOv2 backbone")
     parser.add_argument("--train", default="", help="labelled training images, named as train.py's --data")
     parser.add_argument("--val", default="", help="labelled images to classify; empty: leave one out on --train")
@@ -153,12 +208,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     ckpt = read_checkpoint(args.checkpoint)
     model = load_backbone(args.checkpoint, ckpt).to(device)
     config = ckpt.get("config", {"eval_resize": 256, "eval_crop": 224})
-    train, val = args.train, args.val
-    if not train:
-        if "data" not in config:
-            raise ValueError(f"{args.checkpoint} does not say which data to use; give --train and --val")
-        train, val = eval_specs(config["data"])
-        train, val = config["eval_train"] or train, args.val or config["eval_val"] or val
+    if not args.train and "data" not in config:
+        raise ValueError(f"{args.checkpoint} does not say which data to use; give --train and --val")
+    if args.train:
+        train, val = args.train, args.val or None
+    else:
+        train, val = eval_specs(config["data"], config["eval_train"], args.val or config["eval_val"])
     if min(args.ks) < 1 or args.temperature <= 0:
         raise ValueError("--ks and --temperature must be positive")
     if "WORLD_SIZE" in os.environ:
@@ -179,9 +234,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 def report(checkpoint: str, result: dict[str, float], about: dict) -> None:
     """One line on the screen, the same and what it was measured on in a JSON file beside the checkpoint."""
     path = Path(checkpoint).with_suffix(".eval_knn.json")
-    path.write_text(json.dumps(dict(checkpoint=checkpoint, **about, **result), indent=1) + "\n")
     columns = [f"k={name[6:]} {v:.2f} %" for name, v in result.items() if name.startswith("top1")]
     print("k-NN top-1 | " + " | ".join(columns) + f" | {path}")
+    try:
+        path.write_text(json.dumps(dict(checkpoint=checkpoint, **about, **result), indent=1) + "\n")
+    except OSError as error:
+        print(f"{path} could not be written: {error.strerror}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from torch import Tensor
 STUDENT_TEMP = 0.1  # fixed in the official code
 
 
-def all_reduce_(x: Tensor) -> Tensor:
-    """Sum of x over all processes, in place; x itself without a process group."""
+def all_reduce_(x: Tensor, op: str = "sum") -> Tensor:
+    """Sum (or "max") of x over all processes, in place; x itself without a process group."""
     if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(x)
+        dist.all_reduce(x, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
     return x
 
 
@@ -39,7 +39,8 @@ def softmax_center(logits: Tensor, center: Tensor, temp: float) -> Tensor:
 def update_center(center: Tensor, logits: Tensor, momentum: float = 0.9) -> None:
     """Moves the center, in place, towards the mean of the logits (M, K) of all processes. Call it after the targets
     are made: step t is centered by what was seen up to step t-1."""
-    total = torch.cat([logits.float().sum(0), logits.new_tensor([len(logits)], dtype=torch.float32)])  # (K+1,)
+    count = torch.full((1,), len(logits), dtype=torch.float32, device=logits.device)
+    total = torch.cat([logits.float().sum(0), count])  # (K+1,)
     all_reduce_(total)
     center.lerp_((total[:-1] / total[-1].clamp(min=1)).view_as(center), 1 - momentum)
 
@@ -52,7 +53,9 @@ def sinkhorn_knopp(logits: Tensor, temp: float, n_iterations: int = 3) -> Tensor
     The scaled matrix is never written back: it is diag(row) E diag(col), and an iteration is two matrix-vector
     products. M may differ between processes.
     """
-    E = torch.exp(logits.float() / temp)  # (M, K)
+    # A shift common to all processes cancels, and keeps exp from overflowing however large the logits grow.
+    largest = all_reduce_(logits.amax().float() if len(logits) else logits.new_full((), -torch.inf).float(), "max")
+    E = ((logits.float() - largest) / temp).exp_()  # (M, K)
     tiny = torch.finfo(E.dtype).tiny  # a prototype that underflows for every row keeps a finite scale
     row = E.new_ones(len(E))
     for _ in range(n_iterations):

@@ -15,8 +15,7 @@ Letters in shape comments
     R  registers       h, w  patch grid              p  patch side    T  tokens of several crop batches, packed
 Token order is [CLS, R registers, h*w patches row by row].
 """
-import pickle
-import re
+import warnings
 from functools import partial
 
 import torch
@@ -68,13 +67,15 @@ class PatchEmbed(nn.Module):
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if height % patch_size or width % patch_size:
             raise ValueError(f"image size {height}x{width} is not a multiple of the patch size {patch_size}")
-        self.patch_size = patch_size
-        self.num_patches = (height // patch_size) * (width // patch_size)
+        self.img_size, self.patch_size = (height, width), (patch_size, patch_size)
+        self.patches_resolution = (height // patch_size, width // patch_size)
+        self.num_patches = self.patches_resolution[0] * self.patches_resolution[1]
+        self.in_chans, self.embed_dim = in_chans, embed_dim
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
         self.norm = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width, p = *x.shape[-2:], self.patch_size
+        height, width, p = *x.shape[-2:], self.patch_size[0]
         if height % p or width % p:
             fits = f"{max(height // p, 1) * p}x{max(width // p, 1) * p}"
             raise ValueError(
@@ -89,7 +90,7 @@ class Attention(nn.Module):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"width {dim} is not a multiple of the number of heads {num_heads}")
-        self.num_heads = num_heads
+        self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
@@ -98,7 +99,8 @@ class Attention(nn.Module):
         outs = []
         for qkv in unpack(self.qkv(x), shapes):
             q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
-            outs.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (B, N, D)
+            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+            outs.append(out.transpose(1, 2).flatten(2))  # (B, N, D)
         return self.proj(pack(outs))
 
 
@@ -192,8 +194,10 @@ def add_to_subset(x: Tensor, shapes: list[tuple[int, int]], branch, rate: float)
     subset = flat[torch.cat(tokens)]
     subset = subset.view(*kept[0], -1) if len(kept) == 1 else subset[None]
     parts = branch(subset, kept).flatten(0, 1).to(x.dtype).split([len(t) for t in tokens])
-    for index, part, (b, _), (m, _) in zip(tokens, parts, shapes, kept):
-        flat = flat.index_add(0, index, part, alpha=b / m)
+    scales = [b / m for (b, _), (m, _) in zip(shapes, kept)]
+    flat = flat.index_add(0, tokens[0], parts[0], alpha=scales[0])  # the one copy of x; further batches add in place
+    for index, part, scale in zip(tokens[1:], parts[1:], scales[1:]):
+        flat.index_add_(0, index, part, alpha=scale)
     return flat.view_as(x)
 
 
@@ -399,16 +403,22 @@ class DINOHead(nn.Module):
 # Loading
 
 
+FORMAT = 1  # of the checkpoints of train.py, their entry "format"
+
+
 def read_checkpoint(path: str) -> dict:
     """A .pth file as a dict on the CPU. Nothing in it is executed. Raises ValueError, naming the cause, for a file that
     is missing, truncated, no checkpoint, or holds anything but tensors and plain values."""
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"no such checkpoint: {path}") from None
     except IsADirectoryError:
         raise ValueError(f"{path} is a folder; name the checkpoint in it, as {path.rstrip('/')}/ckpt.pth") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except PermissionError:
+        raise ValueError(f"{path} may not be read by this user") from None
+    except Exception as error:  # a damaged file can fail in any way
         if "GLOBAL" in str(error):  # the reader's word for a class or a function
             raise ValueError(f"{path} holds pickled code, not just weights: refused, nothing in it was run") from None
         raise ValueError(f"{path} is truncated or is not a PyTorch checkpoint; copy or download it again") from None
@@ -423,10 +433,11 @@ def load_backbone(path: str, ckpt: dict | None = None) -> DinoVisionTransformer:
     `ckpt` saves reading the file again. Loading is strict. Raises ValueError if the file holds no such backbone.
     """
     ckpt = read_checkpoint(path) if ckpt is None else ckpt
-    weights = ckpt.get("teacher", ckpt)
-    heads = ("dino_head.", "ibot_head.")
+    weights, heads = ckpt.get("teacher", ckpt), ("dino_head.", "ibot_head.")
+    if not isinstance(weights, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in weights.items()):
+        raise ValueError(f"{path} holds no DINOv2 backbone (its entries: {', '.join(map(str, list(ckpt)[:3]))})")
     weights = {k.removeprefix("backbone."): v for k, v in weights.items() if not k.startswith(heads)}
-    kwargs = ckpt["model"] if "model" in ckpt else infer_arguments(path, weights)
+    kwargs = ckpt["model"] if ckpt.get("format") == FORMAT else infer_arguments(path, weights)
     with torch.device("meta"):
         model = DinoVisionTransformer(**kwargs)
     load_strictly(model, weights, path)
@@ -448,17 +459,18 @@ def load_strictly(model: nn.Module, weights: dict[str, Tensor], path: str, assig
 def infer_arguments(path: str, weights: dict[str, Tensor]) -> dict:
     """Constructor arguments of a DINOv2 backbone, read off the names and shapes of its weights. All released models
     have heads of width 64, and those with registers another position rule. Raises ValueError for foreign weights."""
-    if not {"cls_token", "pos_embed", "mask_token", "patch_embed.proj.weight", "norm.weight"} <= weights.keys():
-        raise ValueError(f"{path} holds no DINOv2 backbone (first keys: {', '.join(map(str, list(weights)[:3]))})")
-    dim, in_chans, patch = weights["patch_embed.proj.weight"].shape[:3]
     blocks = [k.removesuffix(".norm1.weight").split(".")[1:] for k in weights if k.endswith(".norm1.weight")]
+    needed = {"cls_token", "pos_embed", "mask_token", "patch_embed.proj.weight", "norm.weight"}
+    if not blocks or not needed <= weights.keys() or weights["patch_embed.proj.weight"].ndim != 4:
+        raise ValueError(f"{path} holds no DINOv2 backbone (its entries: {', '.join(list(weights)[:3])})")
+    dim, in_chans, patch = weights["patch_embed.proj.weight"].shape[:3]
     chunks = len({b[0] for b in blocks}) if len(blocks[0]) == 2 else 0
     first = f"blocks.{'0.0' if chunks else '0'}."
     ffn = next((f for k, f in (("w12", "swiglu"), ("fc1", "mlp")) if f"{first}mlp.{k}.weight" in weights), "identity")
     registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
     return dict(
         img_size=round((weights["pos_embed"].shape[1] - 1) ** 0.5) * patch, patch_size=patch, in_chans=in_chans,
-        embed_dim=dim, depth=len(blocks), num_heads=dim // 64, block_chunks=chunks, ffn_layer=ffn,
+        embed_dim=dim, depth=len(blocks), num_heads=max(dim // 64, 1), block_chunks=chunks, ffn_layer=ffn,
         init_values=1.0 if first + "ls1.gamma" in weights else None, qkv_bias=first + "attn.qkv.bias" in weights,
         proj_bias=first + "attn.proj.bias" in weights,
         ffn_bias=first + ("mlp.w3.bias" if ffn == "swiglu" else "mlp.fc2.bias") in weights,

@@ -16,7 +16,6 @@ DINOv2: Oquab et al. 2023, arXiv 2304.07193. Apache License 2.0.
 """
 import argparse
 import dataclasses
-import difflib
 import inspect
 import json
 import math
@@ -28,9 +27,10 @@ import shutil
 import sys
 import time
 import warnings
+import zlib
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -47,8 +48,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from data import UNREADABLE, Batch, InMemory, TrainBatches, check_groups, eval_specs, open_source, prepare, train_loader
-from eval_knn import evaluate, knn_accuracy, pick_device
+from data import (
+    Batch, ImageFiles, InMemory, TrainBatches, check_groups, eval_specs, open_source, prepare, train_loader)
+from eval_knn import Parser, evaluate, knn_accuracy, nearest, pick_device
 from losses import dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp, softmax_center, update_center
 from model import ARCHS, DINOHead, build, init_linear, load_backbone, load_strictly
 
@@ -180,11 +182,6 @@ PRESETS["vitg14"] = PRESETS["vitl14"] | dict(arch="vit_giant2", batch_size=12 * 
 CHANGEABLE = {"out", "num_workers", "log_every", "eval_every", "export_every", "save_every", "keep", "device"}
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(message)
-
-
 def field_comments() -> dict[str, str]:
     """{field: its trailing comment}: the comments in Config are the help of the command line."""
     return dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(Config), re.MULTILINE))
@@ -192,17 +189,16 @@ def field_comments() -> dict[str, str]:
 
 def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     """Command line -> (config, arguments with preset, resume, overwrite). Raises ValueError with the nearest name."""
-    first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="digits")
-    preset = first.parse_known_args(argv)[0].preset
+    parser = Parser(__doc__)
+    parser.add_argument("--preset", default="digits", help=f"one of {', '.join(PRESETS)} (default digits)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out although the config changed")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run in --out and start anew")
+    given = sys.argv[1:] if argv is None else argv  # the other defaults, also those --help shows, depend on the preset
+    preset = parser.parse_known_args([a for a in given if a not in ("-h", "--help")])[0].preset
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; presets: {', '.join(PRESETS)}")
     defaults = Config(**PRESETS[preset])
 
-    parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="digits", help=f"one of {', '.join(PRESETS)} (default digits)")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out although the config changed")
-    parser.add_argument("--overwrite", action="store_true", help="delete the run in --out and start anew")
     comments = field_comments()
     for field in dataclasses.fields(Config):
         value = getattr(defaults, field.name)
@@ -211,22 +207,32 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
             kind = dict(type=float, nargs=len(value), metavar="X")
         text = f"{comments[field.name]} (default {value})".replace("%", "%%")
         parser.add_argument("--" + field.name.replace("_", "-"), default=value, help=text, **kind)
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = [s for action in parser._actions for s in action.option_strings]
-        raise ValueError(f"unknown argument {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}; see --help")
+    args = parser.parse_args(argv)
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)}
     cfg = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     return cfg, args
 
 
-def nearest(name: str, names) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f", did you mean {close[0]}?" if close else ""
+RANGES = {field: (0.0, 1.0) for field in (
+    "flip_prob", "jitter_prob", "jitter", "gray_prob", "blur_probs", "solarize_prob", "mask_sample_probability",
+    "mask_ratio_min_max", "momentum_teacher", "final_momentum_teacher", "betas")}
+RANGES |= {field: (1, math.inf) for field in (
+    "patch_size", "steps", "log_every", "save_every", "keep", "local_crops_number", "head_nlayers", "ibot_head_nlayers",
+    "head_n_prototypes", "head_bottleneck_dim", "head_hidden_dim", "ibot_head_n_prototypes", "ibot_head_bottleneck_dim",
+    "ibot_head_hidden_dim")}
+RANGES |= {field: (0.0, math.inf) for field in (
+    "num_workers", "warmup_steps", "warmup_teacher_temp_steps", "freeze_last_layer_steps", "eval_every", "export_every",
+    "num_register_tokens", "layerscale", "init_std", "pos_embed_std", "dino_loss_weight", "ibot_loss_weight",
+    "koleo_loss_weight", "lr", "min_lr", "weight_decay", "weight_decay_end", "layerwise_decay", "patch_embed_lr_mult",
+    "clip_grad")}
+RANGES |= dict(global_crops_scale=(1e-6, 1.0), local_crops_scale=(1e-6, 1.0), teacher_temp=(1e-3, 10.0),
+               warmup_teacher_temp=(1e-3, 10.0), drop_path_rate=(0.0, 0.99))
 
 
 def check(cfg: Config, n_ranks: int) -> None:
-    """Raises ValueError, naming flag and fix, for values that cannot work together."""
+    """Raises ValueError, naming flag and fix, for values that cannot work, alone or together."""
+    if cfg.patch_size < 1:
+        raise ValueError(f"--patch-size must be at least 1, got {cfg.patch_size}")
     for field in ("global_crops_size", "local_crops_size", "eval_crop"):
         size, p = getattr(cfg, field), cfg.patch_size
         if size < p or size % p:
@@ -241,9 +247,13 @@ def check(cfg: Config, n_ranks: int) -> None:
             raise ValueError(f"{flag} {value!r}{nearest(value, allowed)}; one of {', '.join(allowed)}")
     if cfg.warmup_steps > cfg.steps:
         raise ValueError(f"--warmup-steps {cfg.warmup_steps} is more than --steps {cfg.steps}; lower it too")
-    for field in ("steps", "log_every", "save_every", "keep", "local_crops_number", "head_nlayers"):
-        if getattr(cfg, field) < 1:
-            raise ValueError(f"--{field.replace('_', '-')} must be at least 1, got {getattr(cfg, field)}")
+    for field, (least, most) in RANGES.items():
+        value = getattr(cfg, field)
+        if not all(least <= v <= most for v in (value if isinstance(value, tuple) else [value])):
+            raise ValueError(f"--{field.replace('_', '-')} must lie between {least} and {most}, got {value}")
+    for field in ("global_crops_scale", "local_crops_scale", "mask_ratio_min_max"):
+        if getattr(cfg, field)[0] > getattr(cfg, field)[1]:
+            raise ValueError(f"--{field.replace('_', '-')} wants the smaller value first, got {getattr(cfg, field)}")
     if cfg.eval_resize < cfg.eval_crop:
         raise ValueError(f"--eval-resize {cfg.eval_resize} is less than --eval-crop {cfg.eval_crop}")
 
@@ -448,11 +458,9 @@ def start_processes(device: torch.device) -> DeviceMesh:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(device_id=device if device.type == "cuda" else None)
-    else:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    alone = {} if "WORLD_SIZE" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2),  # to list a folder
+                            device_id=device if device.type == "cuda" else None, **alone)
     return init_device_mesh(device.type, (dist.get_world_size(),))
 
 
@@ -482,14 +490,24 @@ def shard(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype, recomput
 # Output folder: who may write here, what is kept
 
 
+OUTPUTS = ("ckpt.pth", "metrics.jsonl", "resume", "eval", "bad_samples.txt")  # and config.json, which marks a run
+
+
 def check_output(cfg: Config, resume: bool, overwrite: bool) -> None:
     """Raises ValueError if --out holds another run and neither flag allows to touch it. Writes nothing."""
     out = Path(cfg.out)
     if not (out / "config.json").exists():
         if resume:
             raise ValueError(f"--resume: {out} holds no run; leave the flag out to start one")
+        if foreign := [name for name in OUTPUTS if (out / name).exists()]:
+            raise ValueError(f"--out {out} holds {foreign[0]} but no config.json, so it is no run of this program; "
+                             "choose another --out")
     elif not (resume or overwrite):
-        theirs, mine = json.loads((out / "config.json").read_text()), json.loads(json.dumps(dataclasses.asdict(cfg)))
+        try:
+            theirs = json.loads((out / "config.json").read_text())
+        except ValueError:
+            raise ValueError(f"{out}/config.json is damaged; --resume continues the run with these settings") from None
+        mine = json.loads(json.dumps(dataclasses.asdict(cfg)))
         changed = [f"{k} {theirs.get(k)} -> {v}" for k, v in mine.items() if theirs.get(k) != v and k not in CHANGEABLE]
         if changed:
             some = ", ".join(changed[:3]) + " …" * (len(changed) > 3)
@@ -502,10 +520,8 @@ def claim_output(cfg: Config, overwrite: bool) -> None:
     out = Path(cfg.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name in ("resume", "eval") if overwrite else ():
-            shutil.rmtree(out / name, ignore_errors=True)
-        for name in ("ckpt.pth", "metrics.jsonl", "bad_samples.txt") if overwrite else ():
-            (out / name).unlink(missing_ok=True)
+        for path in [out / name for name in OUTPUTS if (out / name).exists()] if overwrite else []:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         text = json.dumps(dataclasses.asdict(cfg), indent=1) + "\n"
         write_atomically(out / "config.json", lambda path: path.write_text(text))
     except OSError as error:
@@ -513,10 +529,19 @@ def claim_output(cfg: Config, overwrite: bool) -> None:
 
 
 def write_atomically(path: Path, write) -> None:
-    """write(p) to a neighbouring name, then rename: `path` is never half-written."""
+    """write(p) to a neighbouring name, then rename: `path` is never half-written, not even by a power cut."""
     partial_path = path.with_name(path.name + ".partial")
     write(partial_path)
+    make_durable(partial_path)
     os.replace(partial_path, path)
+    make_durable(path.parent)
+
+
+def make_durable(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def save_teacher(teacher: nn.ModuleDict, cfg: Config, preset: str, step: int, paths: list[Path]) -> None:
@@ -540,8 +565,9 @@ class TrainState:
         self.student = build_network(cfg, cfg.drop_path_rate)
         if cfg.init:
             load_strictly(self.student["backbone"], load_backbone(cfg.init).state_dict(), cfg.init, assign=False)
-        self.teacher = build_network(cfg)
-        self.teacher.load_state_dict(self.student.state_dict())
+        with torch.device("meta"):
+            self.teacher = build_network(cfg)
+        self.teacher.load_state_dict({k: v.clone() for k, v in self.student.state_dict().items()}, assign=True)
         self.teacher.requires_grad_(False).eval()
         bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type != "cpu")
         dtype = torch.bfloat16 if bf16 else torch.float32
@@ -555,8 +581,8 @@ class TrainState:
             self.optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of the run themselves, no copies: saving reads them, loading fills them. Nothing else is saved, so
-        that nothing but tensors need be read."""
+        """The tensors of the run themselves, no copies: saving reads them, loading fills them. Nothing else is saved,
+        so that nothing but tensors need be read."""
         named = dict(self.student.named_parameters())
         moments = {key: {name: self.optimizer.state[p][key] for name, p in named.items()}
                    for key in ("step", "exp_avg", "exp_avg_sq")}
@@ -565,10 +591,14 @@ class TrainState:
     def save(self, folder: Path, step: int, keep: int) -> None:
         """To folder/step_N, complete once it has that name; the oldest saves beyond `keep` are deleted."""
         final, partial_folder = folder / f"step_{step:09d}", folder / "partial"
-        dcp.save(self.tensors(), checkpoint_id=str(partial_folder))
+        if dist.get_rank() == 0:  # what a killed run may have left
+            shutil.rmtree(partial_folder, ignore_errors=True)
+        dist.barrier()
+        dcp.save(self.tensors(), checkpoint_id=str(partial_folder))  # makes its files durable
         if dist.get_rank() == 0:
             shutil.rmtree(final, ignore_errors=True)
             partial_folder.rename(final)
+            make_durable(folder)
             for old in sorted(folder.glob("step_*"))[:-keep]:
                 shutil.rmtree(old, ignore_errors=True)
         dist.barrier()
@@ -576,31 +606,44 @@ class TrainState:
     def load_newest(self, folder: Path) -> int:
         """Loads the newest complete save, if there is one, made by any number of processes; returns the steps done.
         Raises ValueError if it is damaged, foreign, or holds anything but tensors."""
-        saves = sorted(folder.glob("step_*"))
-        if not saves:
+        newest = [max(folder.glob("step_*"), default=None)]
+        dist.broadcast_object_list(newest)  # one process looks, lest a slow network file system give two answers
+        if newest[0] is None:
             return 0
         try:
-            with open(saves[-1] / ".metadata", "rb") as file:
-                MetadataOnly(file).load()
-            dcp.load(self.tensors(), checkpoint_id=str(saves[-1]))
-        except (OSError, pickle.UnpicklingError, EOFError, CheckpointException, RuntimeError) as error:
-            reason = str(error).splitlines()[0][:150]
-            raise ValueError(f"{saves[-1]} cannot be continued from ({reason}); delete that folder to continue from the "
-                             "save before it, or start anew with --overwrite") from None
-        return int(saves[-1].name.removeprefix("step_"))
+            check_metadata(newest[0] / ".metadata")
+            dcp.load(self.tensors(), checkpoint_id=str(newest[0]))
+        except Exception as error:  # a damaged save can fail in any way
+            while isinstance(error, CheckpointException) and error.failures:
+                error = next(iter(error.failures.values()))[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0][:150]
+            raise ValueError(f"{newest[0]} cannot be continued from ({reason}); delete that folder to continue from "
+                             "the save before it, or start anew with --overwrite") from None
+        return int(newest[0].name.removeprefix("step_"))
 
 
 class MetadataOnly(pickle.Unpickler):
-    """Reads the table of contents of a save, which PyTorch writes as a pickle, and refuses whatever else it may hold.
-    Run before PyTorch's own reader, which would execute it."""
+    """Reads the table of contents of a save, which PyTorch writes as a pickle, and refuses whatever else it holds."""
 
     def find_class(self, module: str, name: str):
-        plain = {("torch", "Size"), ("torch", "float32"), ("torch.serialization", "_get_layout"),
-                 ("torch.distributed.checkpoint.filesystem", "_StorageInfo")} | set(product(
-                     ["pathlib", "pathlib._local"], ["PosixPath", "WindowsPath"]))
-        if module == "torch.distributed.checkpoint.metadata" or (module, name) in plain:
+        known = {"torch.distributed.checkpoint.metadata": (
+            "Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex",
+            "StorageMeta", "_MEM_FORMAT_ENCODING"), "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+            "torch": ("Size", "float32"), "torch.serialization": ("_get_layout",),
+            "pathlib": ("PosixPath", "WindowsPath"), "pathlib._local": ("PosixPath", "WindowsPath")}
+        if name in known.get(module, ()):  # exact names: a dotted one would reach through the module to others
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it holds code, {module}.{name}; nothing in it was run")
+
+
+def check_metadata(path: Path) -> None:
+    """To be called before PyTorch's own reader, which would execute what a pickle says, there or in any entry that is
+    no tensor. Raises UnpicklingError."""
+    with open(path, "rb") as file:
+        metadata = MetadataOnly(file).load()
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            raise pickle.UnpicklingError(f"its entry {name} is no tensor; nothing in it was run")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -614,7 +657,8 @@ class Log:
         self.main = dist.get_rank() == 0
         self.path, self.records = path, []
         if self.main:
-            records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            lines = path.read_text().splitlines() if path.exists() else []
+            records = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
             self.records = [r for r in records if r["step"] < start + ("knn" in r and start > 0)]
             write_atomically(path, lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in self.records)))
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=None if self.main else True, smoothing=0.05)
@@ -630,28 +674,27 @@ class Log:
 
     def step(self, step: int, now: dict[str, float], means: dict[str, float], images_per_s: float,
              data_wait: float) -> None:
-        """One line for the steps since the last: `now` the schedules, `means` the losses over all processes and the
-        gradient norms of this step, `data_wait` the share of the time spent waiting for images."""
+        """One line for this step: `now` the schedules, `means` the losses over all processes and the gradient norms;
+        `images_per_s` and `data_wait`, the share of the time spent waiting for images, since the last line. Ends the
+        program if a number is not finite, before anything of it is saved."""
         loss = sum(v for k, v in means.items() if not k.startswith("grad_norm"))
         self.write(dict(step=step, loss=loss, **means, **now, images_per_s=images_per_s, data_wait=data_wait))
         self.bar.set_postfix_str(f"loss {loss:.3f}, {images_per_s:.0f} images/s, data wait {data_wait:.0%}")
-        if not math.isfinite(loss):
-            raise RuntimeError(f"the loss of step {step} is not finite ({means}); lower --lr and run again with "
-                               "--resume, from the last save")
+        if bad := [name for name, value in means.items() if not math.isfinite(value)]:
+            self.bar.close()
+            sys.exit(f"error: {', '.join(bad)} of step {step} is not finite; the last save is from before it. Lower "
+                     "--lr and continue with --resume" if self.main else 1)
 
     def say(self, text: str) -> None:
         if self.main:
-            self.bar.write(text)
+            self.bar.write(text, file=sys.stdout)
 
 
 class Knn:
     """k-NN of the teacher during the run, and of raw pixels once. Every process extracts a share of the features."""
 
-    def __init__(self, cfg: Config, device: torch.device):
-        train, val = eval_specs(cfg.data)
-        train, val = cfg.eval_train or train, cfg.eval_val or (None if cfg.eval_train else val)
-        self.cfg, self.device = cfg, device
-        self.sources = open_source(train), open_source(val) if val else None
+    def __init__(self, cfg: Config, device: torch.device, sources: list):
+        self.cfg, self.device, self.sources = cfg, device, sources
         for source in self.sources:
             if source is not None and source.labels is None:
                 raise ValueError(f"--eval-every needs labels, and {source.name} has none; make one sub-folder per "
@@ -683,6 +726,19 @@ def summary(log: Log, steps: int) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Run:
+    """A command that has passed all checks."""
+
+    cfg: Config
+    preset: str
+    device: torch.device
+    source: object
+    knn: Knn | None
+    state: TrainState
+    start: int  # steps already done
+
+
 def training_batches(cfg: Config, source, rank: int, n_ranks: int) -> TrainBatches:
     return TrainBatches(
         source, batch_size=cfg.batch_size, group_size=cfg.group_size, seed=cfg.seed, rank=rank, world=n_ranks,
@@ -698,8 +754,8 @@ def check_readable(source) -> None:
     for i in range(0, len(source), max(len(source) // 10, 1)):
         try:
             return source.image(i)
-        except UNREADABLE as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # decoders raise all sorts on damaged files
+            reason = (str(error) or type(error).__name__).splitlines()[0]
     raise ValueError(f"no readable image in {source.name}; the last of those tried says: {reason}")
 
 
@@ -716,69 +772,88 @@ def mean_over_processes(metrics: dict[str, Tensor], n_ranks: int) -> dict[str, f
     return dict(zip(metrics, values.tolist()))
 
 
-def set_up(argv: list[str] | None):
+def open_everywhere(specs: list[str | None]) -> list:
+    """The sources, listed by rank 0 first so that the others find the listing. Raises ValueError, on all processes, if
+    they do not see the same files."""
+    if dist.get_rank() == 0:
+        sources = [open_source(spec) if spec else None for spec in specs]
+    dist.barrier()
+    if dist.get_rank() > 0:
+        sources = [open_source(spec) if spec else None for spec in specs]
+    seen = [None] * dist.get_world_size()
+    names = [s.names.tobytes() if isinstance(s, ImageFiles) else b"" for s in sources]
+    dist.all_gather_object(seen, [(len(s), zlib.crc32(n)) if s is not None else 0 for s, n in zip(sources, names)])
+    if any(other != seen[0] for other in seen):
+        raise ValueError(f"the machines see different files in {specs}; give all of them the same copy")
+    return sources
+
+
+def set_up(argv: list[str] | None) -> Run:
     """All that can be wrong with a command is found here, before anything is written. Raises ValueError."""
     cfg, args = parse(argv)
     check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     device = pick_device(cfg.device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {cfg.device}: training runs on cpu and cuda, evaluation also on mps")
+    check_output(cfg, args.resume, args.overwrite)
     mesh = start_processes(device)
-    if dist.get_rank() == 0:  # lists the folder, the others read its listing
-        check_output(cfg, args.resume, args.overwrite)
-        open_source(cfg.data)
-    dist.barrier()
-    source = open_source(cfg.data)
+    evals = eval_specs(cfg.data, cfg.eval_train, cfg.eval_val) if cfg.eval_every else ()
+    source, *eval_sources = open_everywhere([cfg.data, *evals])
     check_readable(source)
-    knn = Knn(cfg, device) if cfg.eval_every else None
+    knn = Knn(cfg, device, eval_sources) if cfg.eval_every else None
     state = TrainState(cfg, mesh, device)
     start = 0 if args.overwrite else state.load_newest(Path(cfg.out) / "resume")
+    if start > cfg.steps:
+        raise ValueError(f"--steps {cfg.steps} is less than the {start} steps that {cfg.out} has done")
     if dist.get_rank() == 0:
         claim_output(cfg, args.overwrite)
     dist.barrier()
-    return cfg, args, device, source, knn, state, start
+    return Run(cfg, args.preset, device, source, knn, state, start)
 
 
-def main(argv: list[str] | None = None) -> None:
-    cfg, args, device, source, knn, state, start = set_up(argv)
-    out, rank, n_ranks = Path(cfg.out), dist.get_rank(), dist.get_world_size()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    log = Log(out / "metrics.jsonl", start, cfg.steps)
-    log.say(f"{args.preset}: {len(source):,} images, {cfg.arch}, step {start} of {cfg.steps}, batch {cfg.batch_size} "
-            f"on {n_ranks} x {device.type}, lr {cfg.lr * math.sqrt(cfg.batch_size / 1024):.2e}, out {out}")
-    if knn and start == 0:
+def train(run: Run) -> None:
+    """The loop: from run.start to the last step, with all that happens in between."""
+    cfg, state, knn, out = run.cfg, run.state, run.knn, Path(run.cfg.out)
+    rank, n_ranks = dist.get_rank(), dist.get_world_size()
+    log = Log(out / "metrics.jsonl", run.start, cfg.steps)
+    log.say(f"{run.preset}: {len(run.source):,} images, {cfg.arch}, step {run.start} of {cfg.steps}, batch "
+            f"{cfg.batch_size} on {n_ranks} x {run.device.type}, lr {cfg.lr * math.sqrt(cfg.batch_size / 1024):.2e}, "
+            f"out {out}")
+    if knn and run.start == 0:
         log.write(dict(step=0, knn=knn.teacher(state.teacher), knn_raw_pixels=knn.raw_pixels()))
 
-    batches = training_batches(cfg, source, rank, n_ranks)
-    loader = iter(train_loader(batches, start, cfg.steps, cfg.num_workers, device.type == "cuda"))
+    batches = training_batches(cfg, run.source, rank, n_ranks)
+    loader = iter(train_loader(batches, run.start, cfg.steps, cfg.num_workers, run.device.type == "cuda"))
     schedule = schedules(cfg)
-    clock, waited = time.perf_counter(), 0.0
-    for step in range(start, cfg.steps):
+    clock, waited, logged = time.perf_counter(), 0.0, run.start
+    for step in range(run.start, cfg.steps):
         asked = time.perf_counter()
         batch = next(loader)
         waited += time.perf_counter() - asked
         report_bad(out, batch.bad)
         torch.manual_seed(random.Random(f"{cfg.seed}/drop path/{step}/{rank}").getrandbits(63))
         now = {name: float(values[step]) for name, values in schedule.items()}
-        batch = prepare(batch, device)
+        batch = prepare(batch, run.device)
         metrics = train_step(state.student, state.teacher, state.optimizer, batch, cfg, now, state.centers)
+
         done = step + 1
+        last = done == cfg.steps
+        save, export = last or done % cfg.save_every == 0, cfg.export_every and done % cfg.export_every == 0
+        evaluate_now = knn and (last or done % cfg.eval_every == 0)
         log.bar.update()
-        if done % cfg.log_every == 0 or done == cfg.steps:
-            means = mean_over_processes(metrics, n_ranks)
-            seconds = time.perf_counter() - clock
-            n_steps = (step - start) % cfg.log_every + 1
-            log.step(step, now, means, cfg.batch_size * n_steps / seconds, waited / seconds)
-            clock, waited = time.perf_counter(), 0.0
-        if knn and (done % cfg.eval_every == 0 or done == cfg.steps):
+        if last or save or export or done % cfg.log_every == 0:  # nothing is saved before its loss is seen to be finite
+            means, seconds = mean_over_processes(metrics, n_ranks), time.perf_counter() - clock
+            log.step(step, now, means, cfg.batch_size * (done - logged) / seconds, waited / seconds)
+        if evaluate_now:
             log.write(dict(step=done, knn=knn.teacher(state.teacher)))
             log.say(f"step {done}: {summary(log, done)}")
-        save = done % cfg.save_every == 0 or done == cfg.steps
-        export = cfg.export_every and done % cfg.export_every == 0
         if save or export:
             paths = [out / "ckpt.pth"] * save + [out / f"eval/training_{step}/teacher_checkpoint.pth"] * bool(export)
-            save_teacher(state.teacher, cfg, args.preset, done, paths)
+            save_teacher(state.teacher, cfg, run.preset, done, paths)
         if save:
             state.save(out / "resume", done, cfg.keep)
+        if last or save or export or evaluate_now or done % cfg.log_every == 0:
+            clock, waited, logged = time.perf_counter(), 0.0, done
     log.bar.close()
     if knn and rank == 0:
         print(summary(log, cfg.steps))
@@ -786,8 +861,15 @@ def main(argv: list[str] | None = None) -> None:
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> None:
     try:
-        main()
+        run = set_up(argv)
     except ValueError as error:
+        if dist.is_initialized():
+            dist.destroy_process_group()
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    train(run)
+
+
+if __name__ == "__main__":
+    main()
