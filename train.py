@@ -52,7 +52,7 @@ from data import (
     Batch, ImageFiles, InMemory, TrainBatches, check_groups, eval_specs, open_source, prepare, train_loader)
 from eval_knn import Parser, evaluate, knn_accuracy, nearest, pick_device
 from losses import dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp, softmax_center, update_center
-from model import ARCHS, DINOHead, build, init_linear, load_backbone, load_strictly
+from model import ARCHS, FORMAT, DINOHead, build, init_linear, load_backbone, load_strictly
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Recipe. The defaults are the official defaults (ssl_default_config, which is vitl16_short); presets are differences.
@@ -160,10 +160,11 @@ PRESETS = {
         arch="vit_nano", patch_size=4, head_n_prototypes=512, momentum_teacher=0.98, steps=750, warmup_steps=75,
         warmup_teacher_temp_steps=400, lr=1.2e-2, eval_every=250, save_every=250),
     "fashion": SMALL | dict(
-        data="FashionMNIST:split=TRAIN", eval_resize=28, eval_crop=28, batch_size=128, group_size=64, flip_prob=0.5,
+        data="FashionMNIST:split=TRAIN", eval_resize=28, eval_crop=28, batch_size=64, group_size=64, flip_prob=0.5,
         global_crops_size=28, global_crops_scale=(0.5, 1.0), local_crops_number=2, local_crops_size=14,
-        local_crops_scale=(0.3, 0.7), arch="vit_nano", patch_size=7, head_n_prototypes=512, momentum_teacher=0.99,
-        steps=4800, warmup_steps=400, warmup_teacher_temp_steps=2400, lr=1.1e-2, eval_every=1200, save_every=1200),
+        local_crops_scale=(0.3, 0.7), arch="vit_nano", patch_size=7, head_n_prototypes=256, momentum_teacher=0.992,
+        warmup_teacher_temp=0.03, teacher_temp=0.04, warmup_teacher_temp_steps=3200, steps=6400, warmup_steps=400,
+        lr=1.2e-2, eval_every=1600, save_every=1600),
     # ViT-S/16 and ViT-B/16 by the ViT-L/16 recipe; no official counterpart, accuracy not yet measured here
     "vits16_short": dict(arch="vit_small", drop_path_rate=0.0, batch_size=1024),
     "vitb16_short": dict(arch="vit_base", drop_path_rate=0.1, batch_size=1024),
@@ -549,7 +550,7 @@ def save_teacher(teacher: nn.ModuleDict, cfg: Config, preset: str, step: int, pa
     weights = get_model_state_dict(teacher, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
         arguments = backbone_arguments(cfg)
-        ckpt = dict(format=1, preset=preset, config=dataclasses.asdict(cfg), step=step, torch=str(torch.__version__),
+        ckpt = dict(format=FORMAT, preset=preset, config=dataclasses.asdict(cfg), step=step, torch=str(torch.__version__),
                     model=ARCHS[arguments.pop("arch")] | arguments, teacher=weights)
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
