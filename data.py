@@ -222,15 +222,19 @@ def image_folder(root: Path) -> ImageFiles:
 
 
 def list_images(root: Path) -> dict[str, np.ndarray]:
-    names, folders, todo = [], {}, [""]
+    names, folders, todo, links, seen = [], {}, [""], [], set()
     with tqdm(desc=f"listing {root}", unit=" images", disable=None) as bar:
-        while todo:
-            folder = todo.pop()
-            folders[folder] = os.stat(root / folder).st_mtime_ns
+        while todo or links:
+            folder = todo.pop() if todo else links.pop()  # a folder goes by its real name, if it has one
+            about = os.stat(root / folder)
+            if (about.st_dev, about.st_ino) in seen:  # two links to one folder, or a link that leads back up
+                continue
+            seen.add((about.st_dev, about.st_ino))
+            folders[folder] = about.st_mtime_ns
             for entry in os.scandir(root / folder):
                 name = os.path.join(folder, entry.name)
-                if entry.is_dir(follow_symlinks=False) or (entry.is_dir() and not is_above(entry.path, root)):
-                    todo.append(name)
+                if entry.is_dir():
+                    (links if entry.is_symlink() else todo).append(name)
                 elif entry.name.lower().endswith(SUFFIXES):
                     names.append(name)
                     bar.update()
@@ -242,12 +246,6 @@ def list_images(root: Path) -> dict[str, np.ndarray]:
     return dict(
         names=np.frombuffer(b"".join(encoded), np.uint8), offsets=np.cumsum([0] + [len(e) for e in encoded]),
         labels=labels.astype(np.int64), classes=as_json(classes), folders=as_json(folders))
-
-
-def is_above(link: str, root: Path) -> bool:
-    """Whether a symbolic link leads back to a folder that holds it: following it would never end."""
-    target = os.path.realpath(link)
-    return os.path.realpath(os.path.dirname(link)).startswith(target) or str(root).startswith(target)
 
 
 def read_listing(cache: Path, root: Path) -> dict[str, np.ndarray] | None:

@@ -410,7 +410,8 @@ def read_checkpoint(path: str) -> dict:
     """A .pth file as a dict on the CPU. Nothing in it is executed. Raises ValueError, naming the cause, for a file that
     is missing, truncated, no checkpoint, or holds anything but tensors and plain values."""
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"no such checkpoint: {path}") from None

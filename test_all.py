@@ -639,6 +639,9 @@ def test_data_folder(tmp_path, monkeypatch):
     write_images(photos, ["loose.jpg"])
     assert data.open_source(str(photos)).labels is None
     assert data.eval_specs(str(photos)) == (str(photos), None)
+    (photos / "a/deep/back").symlink_to(photos)
+    (photos / "twice").symlink_to(photos / "b")
+    assert len(data.open_source(str(photos))) == 6  # links are followed, each folder once
     write_images(tmp_path / "split", ["train/x/1.jpg", "train/y/2.jpg", "val/x/3.jpg", "val/y/4.jpg"])
     train_spec, val_spec = data.eval_specs(str(tmp_path / "split"))
     assert [len(data.open_source(s)) for s in (str(tmp_path / "split"), train_spec, val_spec)] == [2, 2, 2]
