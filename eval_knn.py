@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import EvalImages, eval_specs, normalize, open_source
-from model import load_backbone, read_checkpoint
+from model import FORMAT, load_backbone, read_checkpoint
 
 KS = (10, 20, 100, 200)
 
@@ -197,7 +197,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ks", type=int, nargs="+", default=list(KS), help="numbers of neighbours")
     parser.add_argument("--temperature", type=float, default=0.07, help="of the votes")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="precision of the backbone")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the backbone's arithmetic")
     parser.add_argument("--num-workers", type=int, default=2, help="data loading processes")
     return parser.parse_args(argv)
 
@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     device = pick_device(args.device)
     ckpt = read_checkpoint(args.checkpoint)
     model = load_backbone(args.checkpoint, ckpt).to(device)
-    config = ckpt.get("config", {"eval_resize": 256, "eval_crop": 224})
+    config = ckpt["config"] if ckpt.get("format") == FORMAT else {"eval_resize": 256, "eval_crop": 224}
     if not args.train and "data" not in config:
         raise ValueError(f"{args.checkpoint} does not say which data to use; give --train and --val")
     if args.train:

@@ -550,8 +550,8 @@ def save_teacher(teacher: nn.ModuleDict, cfg: Config, preset: str, step: int, pa
     weights = get_model_state_dict(teacher, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
         arguments = backbone_arguments(cfg)
-        ckpt = dict(format=FORMAT, preset=preset, config=dataclasses.asdict(cfg), step=step, torch=str(torch.__version__),
-                    model=ARCHS[arguments.pop("arch")] | arguments, teacher=weights)
+        ckpt = dict(format=FORMAT, preset=preset, config=dataclasses.asdict(cfg), step=step, teacher=weights,
+                    model=ARCHS[arguments.pop("arch")] | arguments, torch=str(torch.__version__))
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, partial(torch.save, ckpt))
@@ -714,18 +714,18 @@ class Knn:
                                  "class, or set --eval-every 0")
 
     def teacher(self, teacher: nn.ModuleDict) -> dict[str, float]:
+        cfg = self.cfg
         weights = get_model_state_dict(teacher["backbone"], options=StateDictOptions(full_state_dict=True))
         with torch.device("meta"):
-            backbone = build(**backbone_arguments(self.cfg))
+            backbone = build(**backbone_arguments(cfg))
         backbone.load_state_dict(weights, assign=True)
-        cfg = self.cfg
         return evaluate(backbone.eval(), *self.sources, cfg.eval_resize, cfg.eval_crop, self.device, cfg.num_workers)
 
     def raw_pixels(self) -> dict[str, float] | None:
         """The same vote on the pixels themselves; None for sources that are not in memory."""
         if not all(isinstance(source, InMemory) for source in self.sources):
             return None
-        tables = [F.normalize(source.pixels.flatten(1).float(), dim=-1) for source in self.sources]
+        tables = [F.normalize(s.pixels.flatten(1).float(), dim=-1).to(self.device) for s in self.sources]
         return knn_accuracy(tables[0], self.sources[0].labels, tables[1], self.sources[1].labels)
 
 
