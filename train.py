@@ -157,8 +157,8 @@ PRESETS = {
     "digits": SMALL | dict(
         data="digits", eval_resize=12, eval_crop=12, batch_size=128, group_size=64, global_crops_size=12,
         global_crops_scale=(0.5, 1.0), local_crops_number=2, local_crops_size=8, local_crops_scale=(0.25, 0.6),
-        arch="vit_nano", patch_size=4, head_n_prototypes=512, momentum_teacher=0.98, steps=750, warmup_steps=75,
-        warmup_teacher_temp_steps=400, lr=1.2e-2, eval_every=250, save_every=250),
+        arch="vit_nano", patch_size=4, head_n_prototypes=512, momentum_teacher=0.98, steps=800, warmup_steps=80,
+        warmup_teacher_temp_steps=400, lr=1.2e-2, eval_every=200, save_every=200),
     "fashion": SMALL | dict(
         data="FashionMNIST:split=TRAIN", eval_resize=28, eval_crop=28, batch_size=64, group_size=64, flip_prob=0.5,
         global_crops_size=28, global_crops_scale=(0.5, 1.0), local_crops_number=2, local_crops_size=14,
