@@ -1121,8 +1121,8 @@ def test_train_compiled_blocks_are_called(tmp_path, monkeypatch):
 
 
 FIELD_CHANGES = dict(  # every field of Config, with a value that must change something in a two-step run
-    data="digits:split=VAL", eval_train="digits:split=VAL", eval_val="digits:split=TRAIN", eval_resize=24, eval_crop=12,
-    batch_size=16, group_size=2, num_workers=1, seed=1, global_crops_size=12, global_crops_scale=(0.2, 0.5),
+    data="digits:split=VAL", eval_train="digits:split=VAL", eval_val="digits:split=TRAIN", eval_resize=24, eval_crop=8,
+    batch_size=16, group_size=2, num_workers=1, seed=1, global_crops_size=16, global_crops_scale=(0.2, 0.5),
     local_crops_number=3, local_crops_size=12, local_crops_scale=(0.1, 0.2), flip_prob=1.0, jitter_prob=0.1,
     jitter=(0.1, 0.4, 0.2, 0.1), gray_prob=1.0, blur_probs=(1.0, 1.0, 1.0), solarize_prob=1.0, arch="vit_micro",
     patch_size=2, ffn_layer="swiglu", qkv_bias=False, proj_bias=False, ffn_bias=False, layerscale=0.1,
