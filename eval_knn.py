@@ -170,8 +170,9 @@ def pick_device(name: str) -> torch.device:
 class Parser(argparse.ArgumentParser):
     """Raises ValueError where argparse would print its usage and leave; names the nearest flag; no abbreviations."""
 
-    def __init__(self, manual: str):
-        super().__init__(description=manual, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def __init__(self, manual: str, usage: str | None = None):
+        super().__init__(description=manual, usage=usage, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str):
         raise ValueError(message)

@@ -190,7 +190,7 @@ def field_comments() -> dict[str, str]:
 
 def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     """Command line -> (config, arguments with preset, resume, overwrite). Raises ValueError with the nearest name."""
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, usage="train.py [--preset NAME] [--resume | --overwrite] [--any-field-below VALUE ...]")
     parser.add_argument("--preset", default="digits", help=f"one of {', '.join(PRESETS)} (default digits)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out although the config changed")
     parser.add_argument("--overwrite", action="store_true", help="delete the run in --out and start anew")
