@@ -24,6 +24,7 @@ import math
 import os
 import random
 import re
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -568,7 +569,13 @@ JITTER = (brightness, contrast, saturation, hue)
 def train_loader(batches: TrainBatches, start: int, stop: int, num_workers: int, pin_memory: bool):
     """Batches of the steps start, …, stop - 1, made by `num_workers` processes ahead of time (0: in this process)."""
     return torch.utils.data.DataLoader(
-        batches, batch_size=None, sampler=range(start, stop), num_workers=num_workers, pin_memory=pin_memory)
+        batches, batch_size=None, sampler=range(start, stop), num_workers=num_workers, pin_memory=pin_memory,
+        worker_init_fn=leave_interrupts_to_parent)
+
+
+def leave_interrupts_to_parent(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; only the training process is to answer it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def prepare(batch: Batch, device: torch.device, mean=MEAN, std=STD) -> Batch:

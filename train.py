@@ -874,7 +874,11 @@ def main(argv: list[str] | None = None) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
-    train(run)
+    try:
+        train(run)
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command continues from the last save in {run.cfg.out}/resume", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
