@@ -120,6 +120,8 @@ def open_source(spec: str):
         return fashion_mnist(Path(options.get("root", "/usr/share/datasets/fashion-mnist")), split)
     if name == "ImageNet":
         return imagenet(options, split)
+    if name == "ImageNet22k":
+        raise ValueError("ImageNet-22k is read as class folders: give --data /path/to/them")
     root = Path(name).expanduser()
     if not root.is_dir():
         what = "is a file" if root.exists() else "is no folder, nor one of digits, FashionMNIST:…, ImageNet:…"
@@ -140,16 +142,16 @@ def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
 def eval_specs(spec: str, train: str = "", val: str = "") -> tuple[str, str | None]:
     """The specs of the labelled images to learn from and to classify (None: leave one out): those given, else the TRAIN
     and VAL splits of the training source `spec`, as far as it has them."""
-    if train:
+    name, options = parse_spec(train or spec)
+    if train and "split" in options:
         return train, val or None
     if val:
-        return eval_specs(spec)[0], val
-    name, options = parse_spec(spec)
+        return eval_specs(train or spec)[0], val
     specs = [":".join([name] + [f"{k}={v}" for k, v in {**options, "split": s}.items()]) for s in ("TRAIN", "VAL")]
     if name in ("digits", "FashionMNIST", "ImageNet"):
         return tuple(specs)
     has = [any((Path(name).expanduser() / f).is_dir() for f in SPLIT_FOLDERS[s]) for s in ("TRAIN", "VAL")]
-    return tuple(specs) if all(has) else (spec, None)
+    return tuple(specs) if all(has) else (train or spec, None)
 
 
 def digits(split: str) -> InMemory:
@@ -234,9 +236,11 @@ def list_images(root: Path) -> dict[str, np.ndarray]:
             folders[folder] = about.st_mtime_ns
             for entry in os.scandir(root / folder):
                 name = os.path.join(folder, entry.name)
+                if entry.name.startswith("."):  # hidden, such as the ._ files of macOS
+                    continue
                 if entry.is_dir():
                     (links if entry.is_symlink() else todo).append(name)
-                elif entry.name.lower().endswith(SUFFIXES):
+                elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():  # a file, or a link to one
                     names.append(name)
                     bar.update()
     names.sort()

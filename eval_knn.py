@@ -122,7 +122,8 @@ def evaluate(model: nn.Module, train_source, val_source, resize: int, crop: int,
     """k-NN accuracies of `model` in percent; `val_source` None: leave one out. Raises ValueError without labels."""
     for source in (train_source, val_source):
         if source is not None and source.labels is None:
-            raise ValueError(f"{source.name} has no labels; k-NN needs one sub-folder per class")
+            raise ValueError(f"{source.name} has no labels, k-NN needs one sub-folder per class; name labelled images "
+                             "by --train and --val")
     sets = []
     for source, labels in zip((train_source, val_source), common_labels(train_source, val_source)):
         if source is not None:
@@ -136,8 +137,13 @@ def evaluate(model: nn.Module, train_source, val_source, resize: int, crop: int,
 def common_labels(train_source, val_source) -> tuple:
     """The labels of both sources in the numbering of the first, whose folders may be more than those of the second.
     Raises ValueError for a class that the first does not have."""
-    if val_source is None or train_source.classes is None or val_source.classes is None:
-        return train_source.labels, val_source.labels if val_source is not None else None
+    if val_source is None:
+        return train_source.labels, None
+    if (train_source.classes is None) != (val_source.classes is None):
+        raise ValueError(f"the classes of {val_source.name} cannot be compared with those of {train_source.name}: one "
+                         "has names, the other numbers; choose two sets of a kind")
+    if train_source.classes is None:
+        return train_source.labels, val_source.labels
     if foreign := set(val_source.classes) - set(train_source.classes):
         raise ValueError(f"{val_source.name} has a class {min(foreign)!r} that {train_source.name} does not have")
     number = {name: i for i, name in enumerate(train_source.classes)}
@@ -212,11 +218,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if not args.train and "data" not in config:
         raise ValueError(f"{args.checkpoint} does not say which data to use; give --train and --val")
     if args.train:
-        train, val = args.train, args.val or None
+        train, val = eval_specs(args.train, args.train, args.val)
     else:
         train, val = eval_specs(config["data"], config["eval_train"], args.val or config["eval_val"])
-    if min(args.ks) < 1 or args.temperature <= 0:
-        raise ValueError("--ks and --temperature must be positive")
+    if train == val:
+        raise ValueError(f"--val is the same as --train, {train}; leave --val out to leave each image out in turn")
+    if min(args.ks) < 1 or not args.temperature > 0 or args.num_workers < 0:
+        raise ValueError("--ks and --temperature must be positive, --num-workers 0 or more")
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(device_id=device if device.type == "cuda" else None)
     sources = open_source(train), open_source(val) if val else None
@@ -236,7 +244,8 @@ def report(checkpoint: str, result: dict[str, float], about: dict) -> None:
     """One line on the screen, the same and what it was measured on in a JSON file beside the checkpoint."""
     path = Path(checkpoint).with_suffix(".eval_knn.json")
     columns = [f"k={name[6:]} {v:.2f} %" for name, v in result.items() if name.startswith("top1")]
-    print("k-NN top-1 | " + " | ".join(columns) + f" | {path}")
+    how = "" if about["val"] else " (leave one out)"
+    print(f"k-NN top-1{how} | " + " | ".join(columns) + f" | {path}")
     try:
         path.write_text(json.dumps(dict(checkpoint=checkpoint, **about, **result), indent=1) + "\n")
     except OSError as error:

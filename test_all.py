@@ -187,6 +187,13 @@ def test_readme_commands_parse():
             eval_knn.parse(argv)
 
 
+def test_readme_snippet_runs(trained):
+    snippet = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
+    names = {}
+    exec(snippet.replace("out/ckpt.pth", str(trained / "ckpt.pth")), names)
+    assert names["cls"].shape == (2, 64) and [m.shape for m in names["maps"]] == [(2, 64, 4, 4)] * 2
+
+
 def test_readme_line_counts():
     """The file map of the README states the line counts, rounded to tens."""
     text = (HERE / "README.md").read_text()
@@ -638,12 +645,17 @@ def test_data_folder(tmp_path, monkeypatch):
     assert len(data.open_source(str(photos))) == 5
     write_images(photos, ["loose.jpg"])
     assert data.open_source(str(photos)).labels is None
-    assert data.eval_specs(str(photos)) == (str(photos), None)
+    (photos / "a/.hidden.jpg").write_bytes(b"")
+    (photos / "a/dangling.jpg").symlink_to("nowhere")
+    assert data.eval_specs(str(photos)) == data.eval_specs("digits", str(photos)) == (str(photos), None)
     (photos / "a/deep/back").symlink_to(photos)
     (photos / "twice").symlink_to(photos / "b")
     assert len(data.open_source(str(photos))) == 6  # links are followed, each folder once
     write_images(tmp_path / "split", ["train/x/1.jpg", "train/y/2.jpg", "val/x/3.jpg", "val/y/4.jpg"])
     train_spec, val_spec = data.eval_specs(str(tmp_path / "split"))
+    assert data.eval_specs("digits", str(tmp_path / "split")) == (train_spec, val_spec)
+    assert data.eval_specs("digits", "digits:split=VAL") == ("digits:split=VAL", None)
+    assert data.eval_specs("digits", "", "x") == ("digits:split=TRAIN", "x")
     assert [len(data.open_source(s)) for s in (str(tmp_path / "split"), train_spec, val_spec)] == [2, 2, 2]
 
 
@@ -1201,7 +1213,11 @@ class Payload:
     (["--batch-size", "100"], "multiple of 64"),
     (["--steps", "10"], "--warmup-steps 20 is more than --steps 10"),
     (["--steps", "0", "--warmup-steps", "0"], "--steps must lie between 1 and inf, got 0"),
-    (["--patch-size", "0"], "--patch-size must be at least 1"),
+    (["--patch-size", "0"], "--patch-size must lie between 1 and inf"),
+    (["--data", ""], "--data must not be empty"),
+    (["--betas", "0.9", "1.0"], "--betas must lie between"),
+    (["--preset", "vitl14", "--group-size", "32"], "give --data /path/to/them"),
+    (["--resume", "--overwrite"], "give one of the two"),
     (["--clip-grad", "-1"], "--clip-grad must lie between 0.0 and inf"),
     (["--lr", "nan"], "--lr must lie between"),
     (["--mask-ratio-min-max", "0.5", "0.1"], "wants the smaller value first"),

@@ -216,29 +216,35 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
 
 RANGES = {field: (0.0, 1.0) for field in (
     "flip_prob", "jitter_prob", "jitter", "gray_prob", "blur_probs", "solarize_prob", "mask_sample_probability",
-    "mask_ratio_min_max", "momentum_teacher", "final_momentum_teacher", "betas")}
+    "mask_ratio_min_max", "momentum_teacher", "final_momentum_teacher")}
 RANGES |= {field: (1, math.inf) for field in (
-    "patch_size", "steps", "log_every", "save_every", "keep", "local_crops_number", "head_nlayers", "ibot_head_nlayers",
-    "head_n_prototypes", "head_bottleneck_dim", "head_hidden_dim", "ibot_head_n_prototypes", "ibot_head_bottleneck_dim",
-    "ibot_head_hidden_dim")}
+    "batch_size", "group_size", "patch_size", "steps", "log_every", "save_every", "keep", "local_crops_number",
+    "head_nlayers", "head_n_prototypes", "head_bottleneck_dim", "head_hidden_dim", "ibot_head_nlayers",
+    "ibot_head_n_prototypes", "ibot_head_bottleneck_dim", "ibot_head_hidden_dim")}
 RANGES |= {field: (0.0, math.inf) for field in (
     "num_workers", "warmup_steps", "warmup_teacher_temp_steps", "freeze_last_layer_steps", "eval_every", "export_every",
     "num_register_tokens", "layerscale", "init_std", "pos_embed_std", "dino_loss_weight", "ibot_loss_weight",
     "koleo_loss_weight", "lr", "min_lr", "weight_decay", "weight_decay_end", "layerwise_decay", "patch_embed_lr_mult",
     "clip_grad")}
 RANGES |= dict(global_crops_scale=(1e-6, 1.0), local_crops_scale=(1e-6, 1.0), teacher_temp=(1e-3, 10.0),
-               warmup_teacher_temp=(1e-3, 10.0), drop_path_rate=(0.0, 0.99))
+               warmup_teacher_temp=(1e-3, 10.0), drop_path_rate=(0.0, 0.99), betas=(0.0, 0.999999),
+               seed=(0, 2**63 - 1))
 
 
 def check(cfg: Config, n_ranks: int) -> None:
     """Raises ValueError, naming flag and fix, for values that cannot work, alone or together."""
-    if cfg.patch_size < 1:
-        raise ValueError(f"--patch-size must be at least 1, got {cfg.patch_size}")
+    for field in ("data", "out"):
+        if not getattr(cfg, field):
+            raise ValueError(f"--{field} must not be empty")
+    for field, (least, most) in RANGES.items():
+        value = getattr(cfg, field)
+        if not all(least <= v <= most for v in (value if isinstance(value, tuple) else [value])):
+            raise ValueError(f"--{field.replace('_', '-')} must lie between {least} and {most}, got {value}")
     for field in ("global_crops_size", "local_crops_size", "eval_crop"):
         size, p = getattr(cfg, field), cfg.patch_size
         if size < p or size % p:
-            raise ValueError(f"--{field.replace('_', '-')} {size} is not a multiple of --patch-size {p}; "
-                             f"use {max(size // p, 1) * p} or {(size // p + 1) * p}")
+            fits = " or ".join(str(n * p) for n in (size // p, size // p + 1) if n > 0)
+            raise ValueError(f"--{field.replace('_', '-')} {size} is not a multiple of --patch-size {p}; use {fits}")
     check_groups(cfg.batch_size, cfg.group_size, n_ranks)
     choices = dict(centering=("centering", "sinkhorn_knopp"), dtype=("auto", "bf16", "fp32"), arch=tuple(ARCHS),
                    ffn_layer=("mlp", "swiglu", "swiglufused", "identity"))
@@ -248,10 +254,6 @@ def check(cfg: Config, n_ranks: int) -> None:
             raise ValueError(f"{flag} {value!r}{nearest(value, allowed)}; one of {', '.join(allowed)}")
     if cfg.warmup_steps > cfg.steps:
         raise ValueError(f"--warmup-steps {cfg.warmup_steps} is more than --steps {cfg.steps}; lower it too")
-    for field, (least, most) in RANGES.items():
-        value = getattr(cfg, field)
-        if not all(least <= v <= most for v in (value if isinstance(value, tuple) else [value])):
-            raise ValueError(f"--{field.replace('_', '-')} must lie between {least} and {most}, got {value}")
     for field in ("global_crops_scale", "local_crops_scale", "mask_ratio_min_max"):
         if getattr(cfg, field)[0] > getattr(cfg, field)[1]:
             raise ValueError(f"--{field.replace('_', '-')} wants the smaller value first, got {getattr(cfg, field)}")
@@ -352,12 +354,12 @@ def project(network: nn.ModuleDict, cls: Tensor, patches: Tensor) -> tuple[Tenso
 
 
 @torch.no_grad()
-def teacher_targets(teacher: nn.ModuleDict, batch: Batch, centering: str, temp: float, centers: dict[str, Tensor],
-                    with_patches: bool) -> tuple[Tensor, Tensor]:
-    """Probabilities over the prototypes: of the CLS of both global crops (2, B, K) and of the masked patches (M, K).
-    The teacher sees the crops without masks. Updates the centers, in place, after using them."""
+def teacher_targets(teacher: nn.ModuleDict, batch: Batch, index: Tensor, centering: str, temp: float,
+                    centers: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Probabilities over the prototypes: of both crops' CLS (2, B, K) and of the patches at `index` (M, K). The teacher
+    sees the crops without masks. Updates the centers, in place, after using them."""
     out = teacher["backbone"](batch.global_crops, is_training=True)
-    patches = out["x_norm_patchtokens"].flatten(0, 1)[batch.mask_index if with_patches else slice(0)]  # (M, D)
+    patches = out["x_norm_patchtokens"].flatten(0, 1)[index]  # (M, D)
     targets = {}
     for name, logits in zip(("cls", "patch"), project(teacher, out["x_norm_clstoken"], patches)):
         if centering == "sinkhorn_knopp":
@@ -373,16 +375,18 @@ def step_losses(student: nn.ModuleDict, teacher: nn.ModuleDict, batch: Batch, cf
     """The four terms of the DINOv2 loss on one process's batch, weighted: their sum is what is minimised.
 
     With L local crops there are 2L + 2 pairs (student crop, teacher crop) of different crops of the same image; the
-    DINO terms are the mean over these pairs. `centers` is updated in place.
+    DINO terms are the mean over these pairs: dino_loss() sums, the division is here. Rows of a batch are crop-major, so
+    (L+2)*B rows unflatten to (L+2, B). `centers` is updated in place.
     """
     n_images, n_local = len(batch.samples), len(batch.local_crops) // len(batch.samples)
     with_patches = cfg.ibot_loss_weight > 0
-    targets, patch_targets = teacher_targets(teacher, batch, cfg.centering, teacher_temp, centers, with_patches)
+    index = batch.mask_index if with_patches else batch.mask_index[:0]  # (M,) masked patches; none without iBOT
+    targets, patch_targets = teacher_targets(teacher, batch, index, cfg.centering, teacher_temp, centers)
 
     # The student sees the global crops through masks, and the local crops, in one pass.
     out, out_local = student["backbone"]([batch.global_crops, batch.local_crops], [batch.masks, None], is_training=True)
     cls, cls_local = out["x_norm_clstoken"], out_local["x_norm_clstoken"]  # (2B, D), (L*B, D)
-    patches = out["x_norm_patchtokens"].flatten(0, 1)[batch.mask_index if with_patches else slice(0)]  # (M, D)
+    patches = out["x_norm_patchtokens"].flatten(0, 1)[index]  # (M, D)
     logits, patch_logits = project(student, torch.cat([cls_local, cls]), patches)
     logits = logits.unflatten(0, (n_local + 2, n_images))  # (L+2, B, K)
 
@@ -395,7 +399,7 @@ def step_losses(student: nn.ModuleDict, teacher: nn.ModuleDict, batch: Batch, cf
         ibot = ibot_loss(patch_logits, patch_targets, batch.mask_weight, n_crops=2 * n_images)
         terms["ibot"] = cfg.ibot_loss_weight * ibot
     if cfg.koleo_loss_weight > 0:
-        koleo = sum(koleo_loss(crop, cfg.group_size) for crop in cls.chunk(2))
+        koleo = sum(koleo_loss(crop, cfg.group_size) for crop in cls.chunk(2))  # an image's two crops may be close
         terms["koleo"] = cfg.koleo_loss_weight * koleo
     return terms
 
@@ -497,6 +501,10 @@ OUTPUTS = ("ckpt.pth", "metrics.jsonl", "resume", "eval", "bad_samples.txt")  # 
 def check_output(cfg: Config, resume: bool, overwrite: bool) -> None:
     """Raises ValueError if --out holds another run and neither flag allows to touch it. Writes nothing."""
     out = Path(cfg.out)
+    if resume and overwrite:
+        raise ValueError("--resume continues the run in --out, --overwrite deletes it; give one of the two")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
     if not (out / "config.json").exists():
         if resume:
             raise ValueError(f"--resume: {out} holds no run; leave the flag out to start one")
@@ -526,7 +534,7 @@ def claim_output(cfg: Config, overwrite: bool) -> None:
         text = json.dumps(dataclasses.asdict(cfg), indent=1) + "\n"
         write_atomically(out / "config.json", lambda path: path.write_text(text))
     except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error.strerror}") from None
+        raise ValueError(f"--out {out} cannot be written ({error.strerror}); choose another folder") from None
 
 
 def write_atomically(path: Path, write) -> None:
@@ -688,8 +696,8 @@ class Log:
             self.told = time.monotonic()
         if bad := [name for name, value in means.items() if not math.isfinite(value)]:
             self.bar.close()
-            sys.exit(f"error: {', '.join(bad)} of step {step} is not finite; the last save is from before it. Lower "
-                     "--lr and continue with --resume" if self.main else 1)
+            sys.exit(f"error: {', '.join(bad)} of step {step} is not finite; a save, if there is one, is from before "
+                     "it. Lower --lr and continue with --resume" if self.main else 1)
 
     def bad(self, files: list[str]) -> None:
         """Files that could not be read, and were replaced by others: listed once each, by the process that met them."""
@@ -782,10 +790,10 @@ def open_everywhere(specs: list[str | None]) -> list:
     """The sources, listed by rank 0 first so that the others find the listing. Raises ValueError, on all processes, if
     they do not see the same files."""
     if dist.get_rank() == 0:
-        sources = [open_source(spec) if spec else None for spec in specs]
+        sources = [open_source(spec) if spec is not None else None for spec in specs]
     dist.barrier()
     if dist.get_rank() > 0:
-        sources = [open_source(spec) if spec else None for spec in specs]
+        sources = [open_source(spec) if spec is not None else None for spec in specs]
     seen = [None] * dist.get_world_size()
     names = [s.names.tobytes() if isinstance(s, ImageFiles) else b"" for s in sources]
     dist.all_gather_object(seen, [(len(s), zlib.crc32(n)) if s is not None else 0 for s, n in zip(sources, names)])
@@ -822,9 +830,9 @@ def train(run: Run) -> None:
     cfg, state, knn, out = run.cfg, run.state, run.knn, Path(run.cfg.out)
     rank, n_ranks = dist.get_rank(), dist.get_world_size()
     log = Log(out / "metrics.jsonl", run.start, cfg.steps)
-    log.say(f"{run.preset}: {len(run.source):,} images, {cfg.arch}, step {run.start} of {cfg.steps}, batch "
-            f"{cfg.batch_size} on {n_ranks} x {run.device.type}, lr {cfg.lr * math.sqrt(cfg.batch_size / 1024):.2e}, "
-            f"out {out}")
+    log.say(f"preset {run.preset} on {run.source.name}: {len(run.source):,} images, {cfg.arch}, step {run.start} of "
+            f"{cfg.steps}, batch {cfg.batch_size} on {n_ranks} x {run.device.type}, "
+            f"lr {cfg.lr * math.sqrt(cfg.batch_size / 1024):.2e}")
     if knn and run.start == 0:
         log.write(dict(step=0, knn=knn.teacher(state.teacher), knn_raw_pixels=knn.raw_pixels()))
 
@@ -861,8 +869,8 @@ def train(run: Run) -> None:
         if last or save or export or evaluate_now or done % cfg.log_every == 0:
             clock, waited, logged = time.perf_counter(), 0.0, done
     log.bar.close()
-    if knn and rank == 0:
-        print(summary(log, cfg.steps))
+    if rank == 0:
+        print(summary(log, cfg.steps) if knn else f"done; the teacher is in {out}/ckpt.pth")
     dist.barrier()
     dist.destroy_process_group()
 
