@@ -1,11 +1,20 @@
 """Images for DINOv2: where they come from, multi-crop, block masks, and colour augmentation on the device.
 
 A source is named by one string:
-    digits                                    1,797 scans shipped with scikit-learn, a fifth held out as split=VAL
-    /any/folder                               all images below it; with class sub-folders also labels; train/ and val/
-                                              sub-folders are recognised as splits
-    FashionMNIST:root=/usr/share/datasets/fashion-mnist          the four idx files, .gz or not
-    ImageNet:split=TRAIN:root=/data/imagenet[:extra=/data/extra]  train/<wnid>/*.JPEG, val/<wnid>/*.JPEG
+    /any/folder                        all images below it; with class sub-folders also labels; train/ and val/
+                                       sub-folders are recognised as splits
+    photos.txt                         a file with one image path per line, a tab and a label behind it if you like
+    /data/shards/*.tar                 tar shards (WebDataset), or x-{000..099}.tar; labels from .cls members; 16 shards
+                                       are read at a time, from front to back, mixed; :interleave=0 reads at random
+    ImageNet:split=TRAIN:root=/data/imagenet[:extra=/data/extra]       train/<wnid>/*.JPEG, val/<wnid>/*.JPEG, test/
+    ImageNet22k:root=/data/in22k[:extra=/data/extra]                   <wnid>.tar
+    CIFAR10, CIFAR100, MNIST, FashionMNIST[:root=…][:download=yes]     as torchvision keeps them
+    digits                             1,797 scans shipped with scikit-learn, a fifth held out as split=VAL
+    A*0.7,B*0.3                        any of these mixed in exact shares; A,B: all images of both once per pass
+
+    python data.py stats /my/photos                # mean and standard deviation per channel, for --mean and --std
+    python data.py check /my/photos                # reads every image and lists those that cannot be read
+    python data.py extra ImageNet:root=/data/imagenet:extra=/data/extra     # writes the official metadata; or 22k's
 
     source = open_source("digits")
     batches = TrainBatches(source, batch_size=128, ...)      # batches[step] is the whole batch of that step
@@ -16,89 +25,218 @@ and which colours; the step and the group of images decide the masks. So any ste
 process or worker. A worker decodes an image once and cuts uint8 crops; all photometric work is batched, on the device.
 No model, no config in this file. Apache License 2.0.
 """
+import argparse
+import bisect
+import csv
+import ctypes
+import difflib
+import functools
+import glob
 import gzip
 import hashlib
+import io
 import itertools
-import json
 import math
 import os
 import random
 import re
 import signal
+import stat
+import struct
+import sys
+import tarfile
+import time
+import zlib
+from array import array
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which all released models expect
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
 SPLIT_FOLDERS = {"TRAIN": ("train", "training"), "VAL": ("val", "valid", "validation", "test")}
+MAX_PIXELS = 2**27  # an image of more is refused, lest a small file fill the memory; Pillow refuses 2**27.4 itself
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sources. Each has len(), image(i) -> uint8 (3, H, W), labels (int64 array or None), the classes they number (list of
-# names, or None where the numbers speak for themselves) and a name for messages.
+# Image files
 
 
-class InMemory:
-    """A source that fits in memory: `pixels` (n, H, W) uint8, grey, served enlarged to `side`; `labels` (n,)."""
+def decode(data: np.ndarray, channels: int = 3) -> Tensor:
+    """The bytes of an image file, uint8 (n,), as an upright image (channels, H, W), uint8 or, of deep grey, uint16.
 
-    def __init__(self, pixels: np.ndarray, labels: np.ndarray, name: str, side: int | None = None):
+    Grey is repeated, alpha dropped, colour turned to grey as `channels` wants it; other numbers of channels come from
+    .npy arrays (H, W, C), also for 16-bit colour, and the pages of a TIFF. Raises whatever a decoder does if the file
+    cannot be decoded.
+    """
+    if data[:2].tobytes() == b"\x1f\x8b":  # some files of ImageNet-22k are compressed once more
+        data = np.frombuffer(bytearray(zlib.decompressobj(31).decompress(data, MAX_PIXELS)), np.uint8)
+    kind = data[:6].tobytes()
+    if kind == b"\x93NUMPY":
+        return as_channels(read_array(data), channels)
+    width, height = image_size(data)
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels are more than data.MAX_PIXELS")
+    if kind.startswith(b"\xff\xd8\xff") and channels in (1, 3):  # a damaged PNG would crash torchvision's decoder
+        modes = torchvision.io.ImageReadMode
+        try:
+            return torchvision.io.decode_jpeg(torch.from_numpy(data), modes.RGB if channels == 3 else modes.GRAY,
+                                              apply_exif_orientation=True)
+        except (RuntimeError, AttributeError):  # CMYK and others it leaves to Pillow; or gone, as 0.29 announces
+            pass
+    with Image.open(io.BytesIO(data)) as file:
+        return as_channels(from_pillow(file, channels), channels)
+
+
+def image_size(data: np.ndarray) -> tuple[int, int]:
+    """(width, height) as the header of an image file has it, without decoding it."""
+    at = 2
+    while data[0] == 0xFF and at + 9 < len(data) and data[at] == 0xFF:  # the segments of a JPEG, until the frame's
+        marker, length, _, height, width = struct.unpack_from(">xBHBHH", data, at)
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return width, height
+        at += 2 + length
+    with Image.open(io.BytesIO(data)) as file:
+        return file.size
+
+
+def from_pillow(file: Image.Image, channels: int) -> Tensor:
+    if file.mode[0] in "IF":  # 16-bit grey is I;16, in older versions I
+        pixels = np.asarray(file)
+        if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError(f"pixels of type {pixels.dtype} outside of 0 to 65535; save them as 16-bit integers")
+        return torch.from_numpy(pixels.astype(np.uint16))[None]
+    if channels > 4 and getattr(file, "n_frames", 1) == channels:
+        pages = [file.seek(i) or np.array(file) for i in range(channels)]
+        return torch.from_numpy(np.stack(pages))
+    upright = ImageOps.exif_transpose(file)
+    return TF.pil_to_tensor(upright.convert({1: "L", 4: "RGBA"}.get(channels, "RGB")))
+
+
+def read_array(data: np.ndarray) -> Tensor:
+    """A .npy file of uint8 or uint16 (H, W) or (H, W, C) as (C, H, W)."""
+    pixels = np.load(io.BytesIO(data), allow_pickle=False) if len(data) <= 8 * MAX_PIXELS else np.empty(0)
+    if pixels.dtype not in (np.uint8, np.uint16) or pixels.ndim not in (2, 3) or pixels.size == 0:
+        raise ValueError(f"array of {pixels.dtype} {pixels.shape}; images are uint8 or uint16, (H, W) or (H, W, C)")
+    return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
+
+
+def as_channels(image: Tensor, channels: int) -> Tensor:
+    """(c, H, W) -> (channels, H, W). Raises ValueError if there is no usual way."""
+    c = len(image)
+    if c == channels:
+        return image
+    if c == 1:
+        return image.expand(channels, -1, -1)
+    if c == 3 and channels == 1:
+        return luma(image[None].float())[0].round().to(image.dtype)
+    if c == 4 and channels == 3:
+        return image[:3]
+    raise ValueError(f"it has {c} channels, not {channels}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sources
+
+
+class Source:
+    """Numbered images. `labels` (n,) integers or None; `classes`: what they number, a list of names, or None where the
+    numbers speak for themselves; `name` for messages; `fingerprint`, the same on every machine that sees the same."""
+
+    name, labels, classes, fingerprint = "", None, None, 0
+    spec, channels = "", 3  # as given to open_source
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def encoded(self, i: int) -> np.ndarray:
+        """The bytes of image i's file, uint8 (n,). Raises whatever reading does."""
+        raise NotImplementedError
+
+    def describe(self, i: int) -> str:
+        raise NotImplementedError
+
+    def image(self, i: int) -> Tensor:
+        """Image i, uint8 or uint16 (channels, H, W). Raises whatever reading or decoding does."""
+        return decode(self.encoded(i), self.channels)
+
+    def order(self, position: int, key: int) -> int:
+        """The image that comes at `position` of the pass over all images named by `key`."""
+        return shuffled(position, len(self), key)
+
+    def pick(self, s: int, seed) -> int:
+        """Index of the image of sample s: every n samples each of the n images comes once, in a new order."""
+        epoch, position = divmod(s, len(self))
+        return self.order(position, key=random.Random(f"{seed}/epoch/{epoch}").getrandbits(64))
+
+    def __reduce__(self):  # worker processes that are not forked open it again, instead of a copy of all tables
+        return open_source, (self.spec, self.channels)
+
+
+class InMemory(Source):
+    """A source that fits in memory: `pixels` uint8 (n, H, W) or (n, H, W, 3), served enlarged to `side`."""
+
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray, name: str, side: int | None = None, classes=None):
         self.pixels, self.labels, self.name = torch.from_numpy(pixels), labels.astype(np.int64), name
-        self.classes = None
-        self.images = self.pixels
+        self.classes, self.fingerprint = classes, zlib.crc32(pixels)
+        self.images = self.pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else self.pixels[:, None]
         if side:
-            self.images = TF.resize(self.pixels, [side, side], InterpolationMode.BICUBIC, antialias=True)
+            self.images = TF.resize(self.images, [side, side], InterpolationMode.BICUBIC, antialias=True)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def image(self, i: int) -> Tensor:
-        return self.images[i].expand(3, -1, -1)
+        return as_channels(self.images[i], self.channels)
 
     def describe(self, i: int) -> str:
         return f"{self.name}[{i}]"
 
 
-class ImageFiles:
-    """Files below `root`. Names are kept as one byte string with offsets: small, and shared with forked workers.
-    `labels` number the sorted `classes`; both None without labels."""
+class ImageFiles(Source):
+    """Files by a listing of names, kept as one byte string with offsets and mapped into memory: small for a hundred
+    million files, and shared by all processes of a machine."""
 
-    def __init__(self, root: Path, names: np.ndarray, offsets: np.ndarray, labels: np.ndarray | None, classes):
-        self.root, self.names, self.offsets, self.name = root, names, offsets, str(root)
-        self.labels, self.classes = labels, classes
+    def __init__(self, root: Path, listing: dict):
+        self.root, self.name = str(root), str(root)
+        self.names, self.ends = listing["names"].numpy(), listing["ends"].numpy()
+        self.fingerprint = listing["fingerprint"]
+        self.labels = listing["labels"].numpy() if len(listing["labels"]) else None
+        self.classes = listing["classes"] or None
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.ends) - 1
 
-    def image(self, i: int) -> Tensor:
-        return read_image(self.describe(i))
+    def encoded(self, i: int) -> np.ndarray:
+        return read_file(self.describe(i))
 
     def describe(self, i: int) -> str:
-        return os.path.join(self.root, os.fsdecode(self.names[self.offsets[i] : self.offsets[i + 1]].tobytes()))
+        return os.path.join(self.root, os.fsdecode(self.names[self.ends[i] : self.ends[i + 1]].tobytes()))
 
 
-class ImageNetEntries:
+class ImageNetEntries(Source):
     """ImageNet through the official metadata, `extra`/entries-SPLIT.npy, instead of listing the folders."""
 
     def __init__(self, root: Path, entries: np.ndarray, split: str):
         self.root, self.entries, self.split, self.name = root, entries, split, f"{root} ({split})"
-        self.labels = None if split == "TEST" else entries["class_index"].astype(np.int64)
-        self.classes = None  # the numbers are ImageNet's
+        self.labels = None if split == "TEST" else entries["class_index"].astype(np.int32)
+        self.fingerprint = zlib.crc32(np.ascontiguousarray(entries["actual_index"]))
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def image(self, i: int) -> Tensor:
-        return read_image(self.describe(i))
+    def encoded(self, i: int) -> np.ndarray:
+        return read_file(self.describe(i))
 
     def describe(self, i: int) -> str:
         number, wnid = self.entries["actual_index"][i], self.entries["class_id"][i]
@@ -107,36 +245,135 @@ class ImageNetEntries:
         return os.path.join(self.root, name)
 
 
-def open_source(spec: str):
-    """The source named by `spec` (see the top of this file). Raises ValueError with the fix in the message."""
+class InTars(Source):
+    """Images inside of tar files. Image i is bytes start[i] to start[i] + size[i] of tar number shard[i]; the images of
+    a tar have consecutive numbers. With `interleave` tars are read from front to back, that many at a time."""
+
+    def __init__(self, name: str, tars: list[str], shard, start, size, fingerprint: int, labels=None, classes=None,
+                 interleave: int = 0):
+        self.name, self.tars, self.shard, self.start, self.size = name, tars, shard, start, size
+        self.fingerprint, self.labels, self.classes, self.interleave = fingerprint, labels, classes, interleave
+        self.first = np.searchsorted(shard, np.arange(len(tars) + 1))  # (tars + 1,) first image of each tar, and n
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    def encoded(self, i: int) -> np.ndarray:
+        size = int(self.size[i])
+        data = np.fromfile(self.tars[self.shard[i]], np.uint8, size, offset=int(self.start[i]))
+        if len(data) < size:
+            raise EOFError("the tar file ends within this image")
+        return data
+
+    def describe(self, i: int) -> str:
+        return f"{self.tars[self.shard[i]]} at byte {int(self.start[i])}"
+
+    def order(self, position: int, key: int) -> int:
+        """With `interleave` = L: the tars in random order make one long row, which L readers divide among themselves;
+        what they read in turn is shuffled within windows of 256 images each. Like a shuffle buffer, but a permutation
+        of which any element can be computed alone."""
+        if not self.interleave:
+            return super().order(position, key)
+        tars, starts = self.tars_in_order(key)
+        lanes = min(self.interleave, len(self))
+        depth = -(-len(self) // lanes)
+        while True:
+            window, place = divmod(position, 256 * lanes)
+            first = window * 256 * lanes
+            place = first + shuffled(place, min(256 * lanes, depth * lanes - first), key + window)
+            position = place % lanes * depth + place // lanes  # lane, and how deep in it
+            if position < len(self):  # the last lane may be a little shorter: walk on as shuffled() does
+                break
+        j = bisect.bisect_right(starts, position) - 1
+        return int(self.first[tars[j]]) + position - starts[j]
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019
+    def tars_in_order(self, key: int) -> tuple[list[int], list[int]]:
+        """The numbers of the tars in the order of the pass `key`, and at which position each begins."""
+        tars = [j for j in range(len(self.tars)) if self.first[j] < self.first[j + 1]]
+        random.Random(key).shuffle(tars)
+        return tars, [0, *itertools.accumulate(int(self.first[j + 1] - self.first[j]) for j in tars[:-1])]
+
+
+class Mix(Source):
+    """Several sources as one. With `weights` they come in these shares, exactly in every run of samples as long as the
+    weights' common denominator; without, every image comes once per pass."""
+
+    def __init__(self, sources: list[Source], weights: list[Fraction] | None):
+        self.sources, self.name = sources, " + ".join(s.name for s in sources)
+        self.first = [0, *itertools.accumulate(len(s) for s in sources)]
+        self.fingerprint = zlib.crc32(str([(len(s), s.fingerprint) for s in sources]).encode())
+        self.quota = None  # how many of a round of samples come from each source, cumulated
+        if weights:
+            scale = math.lcm(*(w.denominator for w in weights))
+            counts = [int(w * scale) for w in weights]
+            self.quota = [0, *itertools.accumulate(c // math.gcd(*counts) for c in counts)]
+
+    def __len__(self) -> int:
+        return self.first[-1]
+
+    def whose(self, i: int) -> tuple[Source, int]:
+        """The source of image i and the image's number there."""
+        k = bisect.bisect_right(self.first, i) - 1
+        return self.sources[k], i - self.first[k]
+
+    def image(self, i: int) -> Tensor:
+        source, i = self.whose(i)
+        return source.image(i)
+
+    def describe(self, i: int) -> str:
+        source, i = self.whose(i)
+        return source.describe(i)
+
+    def pick(self, s: int, seed) -> int:
+        if self.quota is None:
+            return super().pick(s, seed)
+        turn, place = divmod(s, self.quota[-1])
+        place = shuffled(place, self.quota[-1], key=random.Random(f"{seed}/mix/{turn}").getrandbits(64))
+        k = bisect.bisect_right(self.quota, place) - 1
+        place -= self.quota[k]
+        return self.first[k] + self.sources[k].pick(turn * (self.quota[k + 1] - self.quota[k]) + place, f"{seed}/{k}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Opening a source
+
+
+def open_source(spec: str, channels: int = 3) -> Source:
+    """The source named by `spec` (see the top of this file), serving images of so many channels. Raises ValueError with
+    the fix in the message."""
+    exists = os.path.exists(os.path.expanduser(parse_spec(spec)[0]))  # even if it looks like a mixture
+    parts = [spec] if exists else re.split(r",(?![^{]*\})", spec)
+    weighted = [None if exists else re.fullmatch(r"(.+)\*(\d*\.?\d+)", part) for part in parts]
+    if len(parts) > 1 or weighted[0]:
+        if any(weighted) and not all(weighted):
+            raise ValueError(f"--data {spec!r}: give all sources a weight, as in A*0.7,B*0.3, or none")
+        weights = [Fraction(w[2]).limit_denominator(1000) for w in weighted if w]
+        if any(w <= 0 for w in weights):
+            raise ValueError(f"--data {spec!r}: weights must be 0.001 or more")
+        source = Mix([open_source(w[1] if w else part, channels) for w, part in zip(weighted, parts)], weights)
+    else:
+        source = open_single(spec)
+    source.spec, source.channels = spec, channels
+    return source
+
+
+def open_single(spec: str) -> Source:
     name, options = parse_spec(spec)
-    split = options.get("split", "TRAIN")
-    keys = {"FashionMNIST": ("split", "root"), "ImageNet": ("split", "root", "extra")}.get(name, ("split",))
+    opener, keys = NAMED.get(name, (open_path, ("interleave",) if name.endswith(".tar") else ("split",)))
     if unknown := options.keys() - set(keys):
         raise ValueError(f"--data {spec!r}: unknown key {min(unknown)!r}; {name} takes {', '.join(keys)}")
-    if name == "digits":
-        return digits(split)
-    if name == "FashionMNIST":
-        return fashion_mnist(Path(options.get("root", "/usr/share/datasets/fashion-mnist")), split)
-    if name == "ImageNet":
-        return imagenet(options, split)
-    if name == "ImageNet22k":
-        raise ValueError("ImageNet-22k is read as class folders: give --data /path/to/them")
-    root = Path(name).expanduser()
-    if not root.is_dir():
-        what = "is a file" if root.exists() else "is no folder, nor one of digits, FashionMNIST:…, ImageNet:…"
-        raise ValueError(f"--data {spec!r} {what}; give a folder of images")
-    folders = {s: next((root / f for f in SPLIT_FOLDERS[s] if (root / f).is_dir()), None) for s in SPLIT_FOLDERS}
-    if "split" in options and folders.get(split) is None:
-        names = ", ".join(SPLIT_FOLDERS.get(split, ("TRAIN and VAL are the splits of a folder",)))
-        raise ValueError(f"{root} has no sub-folder for split {split} ({names})")
-    return image_folder(folders[split] if "split" in options or all(folders.values()) else root)
+    return opener(name, options)
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
     """"Name:key=value:key=value" or "path:key=value" -> (name or path, {key: value})."""
     name, *rest = re.split(r":(\w+)=", spec)
     return name, dict(zip(rest[::2], rest[1::2]))
+
+
+def join_spec(name: str, options: dict[str, str]) -> str:
+    return ":".join([name] + [f"{key}={value}" for key, value in options.items()])
 
 
 def eval_specs(spec: str, train: str = "", val: str = "") -> tuple[str, str | None]:
@@ -147,16 +384,22 @@ def eval_specs(spec: str, train: str = "", val: str = "") -> tuple[str, str | No
         return train, val or None
     if val:
         return eval_specs(train or spec)[0], val
-    specs = [":".join([name] + [f"{k}={v}" for k, v in {**options, "split": s}.items()]) for s in ("TRAIN", "VAL")]
-    if name in ("digits", "FashionMNIST", "ImageNet"):
+    specs = [join_spec(name, {**options, "split": split}) for split in ("TRAIN", "VAL")]
+    if "split" in NAMED.get(name, ((), ()))[1]:
         return tuple(specs)
     has = [any((Path(name).expanduser() / f).is_dir() for f in SPLIT_FOLDERS[s]) for s in ("TRAIN", "VAL")]
     return tuple(specs) if all(has) else (train or spec, None)
 
 
-def digits(split: str) -> InMemory:
-    if split not in ("TRAIN", "VAL"):
-        raise ValueError(f"digits has the splits TRAIN and VAL, not {split}")
+def take_split(name: str, options: dict[str, str], splits=("TRAIN", "VAL")) -> str:
+    split = options.get("split", "TRAIN")
+    if split not in splits:
+        raise ValueError(f"{name} has the splits {', '.join(splits[:-1])} and {splits[-1]}, not {split}")
+    return split
+
+
+def open_digits(name: str, options: dict[str, str]) -> InMemory:
+    split = take_split(name, options)
     from sklearn.datasets import load_digits  # a second's import, wanted here only
     from sklearn.model_selection import train_test_split
 
@@ -167,17 +410,26 @@ def digits(split: str) -> InMemory:
     return InMemory(pixels, data.target[rows], f"digits {split}", side=32)  # so that crops may begin between two pixels
 
 
-def fashion_mnist(root: Path, split: str) -> InMemory:
-    prefix = {"TRAIN": "train", "VAL": "t10k", "TEST": "t10k"}.get(split)
-    if prefix is None:
-        raise ValueError(f"FashionMNIST has the splits TRAIN and VAL, not {split}")
-    images, labels = (read_idx(root, f"{prefix}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
-    return InMemory(images, labels, f"FashionMNIST {split}")
+def open_torchvision(name: str, options: dict[str, str]) -> InMemory:
+    """CIFAR10, CIFAR100, MNIST and FashionMNIST; the last two also as the plain idx files in a folder."""
+    split = take_split(name, options)
+    root = Path(options.get("root", "/usr/share/datasets/fashion-mnist" if name == "FashionMNIST" else "~/data"))
+    root = root.expanduser()
+    if name.endswith("MNIST") and options.get("download") != "yes":
+        prefix = "train" if split == "TRAIN" else "t10k"
+        arrays = [read_idx(root, name, f"{prefix}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
+        return InMemory(*arrays, f"{name} {split}")
+    try:
+        dataset = getattr(torchvision.datasets, name)(root, split == "TRAIN", download=options.get("download") == "yes")
+    except (RuntimeError, OSError) as error:
+        hint = f"try again later ({error})" if "download" in options else "name its root=FOLDER, or add :download=yes"
+        raise ValueError(f"{name} is not in {root}, or damaged; {hint}") from None
+    return InMemory(np.asarray(dataset.data), np.asarray(dataset.targets), f"{name} {split}", classes=dataset.classes)
 
 
-def read_idx(root: Path, name: str) -> np.ndarray:
+def read_idx(root: Path, dataset: str, name: str) -> np.ndarray:
     """An idx file of LeCun's format as an array; plain or .gz, in `root` or in torchvision's raw/ folder below it."""
-    for folder, suffix in itertools.product(("", "FashionMNIST/raw", "raw"), ("", ".gz")):
+    for folder, suffix in itertools.product(("", f"{dataset}/raw", "raw"), ("", ".gz")):
         path = root / folder / (name + suffix)
         if path.is_file():
             try:
@@ -187,106 +439,333 @@ def read_idx(root: Path, name: str) -> np.ndarray:
                 return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy()
             except (OSError, EOFError, IndexError, ValueError):
                 raise ValueError(f"{path} is damaged or no idx file; copy or download it again") from None
-    raise ValueError(f"no {name}[.gz] in {root}; install Debian's dataset-fashion-mnist or name another root=FOLDER")
+    debian = "install Debian's dataset-fashion-mnist, " if dataset == "FashionMNIST" else ""
+    raise ValueError(f"no {name}[.gz] in {root}; {debian}name another root=FOLDER, or add :root=FOLDER:download=yes")
 
 
-def imagenet(options: dict[str, str], split: str):
-    if "root" not in options or split not in ("TRAIN", "VAL", "TEST"):
+def open_imagenet(name: str, options: dict[str, str]) -> Source:
+    split = take_split(name, options, ("TRAIN", "VAL", "TEST"))
+    if "root" not in options:
         raise ValueError("ImageNet is named as ImageNet:split=TRAIN:root=/data/imagenet, split one of TRAIN, VAL, TEST")
     root, folder = Path(options["root"]).expanduser(), Path(options["root"]).expanduser() / split.lower()
     if not folder.is_dir():
         raise ValueError(f"{folder} does not exist; ImageNet's root must hold the folders train and val")
     if "extra" not in options:
-        return image_folder(folder)
-    entries = Path(options["extra"]).expanduser() / f"entries-{split}.npy"
-    if not entries.is_file():
-        raise ValueError(f"{entries} does not exist; leave out :extra= to list the folders instead")
-    return ImageNetEntries(root, np.load(entries, mmap_mode="r"), split)
+        return open_folder(folder)
+    return ImageNetEntries(root, load_entries(options, f"entries-{split}.npy"), split)
 
 
-def image_folder(root: Path) -> ImageFiles:
-    """All images below `root`, sorted; labelled by their first sub-folder if every image lies in one and there are at
-    least two. The listing is cached and stays valid as long as no folder below `root` changes."""
+def load_entries(options: dict[str, str], name: str) -> np.ndarray:
+    path = Path(options["extra"]).expanduser() / name
+    try:
+        return np.load(path, mmap_mode="r")
+    except OSError:
+        raise ValueError(f"{path} does not exist; leave out :extra= to do without, or write it by python data.py extra"
+                         ) from None
+    except ValueError:
+        raise ValueError(f"{path} is damaged; write it again by python data.py extra") from None
+
+
+def open_imagenet22k(name: str, options: dict[str, str]) -> InTars:
+    if "root" not in options:
+        raise ValueError("ImageNet22k is named as ImageNet22k:root=/data/in22k, the folder of the <wnid>.tar files")
+    root = Path(options["root"]).expanduser()
+    if "extra" not in options:
+        tars = sorted(glob.glob(f"{glob.escape(str(root))}/*.tar"))
+        if not tars:
+            raise ValueError(f"{root} holds no <wnid>.tar; if it holds folders of images, give --data {root}")
+        source = open_tars(str(root), tars, interleave=0)
+        source.labels, source.classes = source.shard, [Path(t).stem for t in tars]
+        return source
+    entries = load_entries(options, "entries.npy")
+    classes, rows = np.unique(entries["class_index"], return_index=True)
+    tars = {int(c): str(root / f"{entries['class_id'][row]}.tar") for c, row in zip(classes, rows)}
+    tars = [tars.get(c, "") for c in range(max(tars) + 1)]
+    start = entries["start_offset"].astype(np.int64) + 512  # behind the header
+    return InTars(str(root), tars, entries["class_index"].astype(np.int32), start, entries["end_offset"] - start,
+                  zlib.crc32(np.ascontiguousarray(entries["start_offset"])), entries["class_index"].astype(np.int32))
+
+
+def open_path(spec: str, options: dict[str, str]) -> Source:
+    path = Path(spec).expanduser()
+    if spec.endswith(".tar"):
+        numbers = re.search(r"\{(\d+)\.\.(\d+)\}", spec)
+        patterns = [str(path)] if not numbers else [
+            str(path).replace(numbers[0], str(n).zfill(len(numbers[1])))
+            for n in range(int(numbers[1]), int(numbers[2]) + 1)]
+        tars = [tar for pattern in patterns for tar in sorted(glob.glob(pattern)) or [pattern]]
+        if missing := [tar for tar in tars if not os.path.isfile(tar)]:
+            raise ValueError(f"--data {spec!r}: {missing[0]} does not exist")
+        interleave = options.get("interleave", "16")
+        if not interleave.isdecimal():
+            raise ValueError(f"--data {spec!r}: interleave is the number of tars to read in turn, or 0")
+        return open_tars(spec, tars, int(interleave))
+    if path.is_file():
+        return open_list(path)
+    if not path.is_dir():
+        raise ValueError(f"--data {spec!r} is no folder, no file, nor one of {', '.join(NAMED)}; a folder will do")
+    folders = {s: next((path / f for f in SPLIT_FOLDERS[s] if (path / f).is_dir()), None) for s in SPLIT_FOLDERS}
+    if "split" in options and folders.get(options["split"]) is None:
+        names = ", ".join(SPLIT_FOLDERS.get(options["split"], ("TRAIN and VAL are the splits of a folder",)))
+        raise ValueError(f"{path} has no sub-folder for split {options['split']} ({names})")
+    chosen = folders[options.get("split", "TRAIN")] if "split" in options or all(folders.values()) else path
+    return open_folder(chosen)
+
+
+NAMED = {"digits": (open_digits, ("split",)), "ImageNet": (open_imagenet, ("split", "root", "extra")),
+         "ImageNet22k": (open_imagenet22k, ("root", "extra"))}
+NAMED |= {name: (open_torchvision, ("split", "root", "download"))
+          for name in ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST")}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Listings: made once, with a progress bar, then remembered in ~/.cache/dinov2 and mapped into memory
+
+
+def remembered(what: str, make) -> dict:
+    """make()'s tables: {"stamps": {path: mtime in ns}, name: tensor or plain data}. They are made again when a path's
+    time has changed."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dinov2"
+    path = folder / f"{hashlib.sha1(os.fsencode(what)).hexdigest()[:16]}.listing2"
+    try:
+        listing = torch.load(path, mmap=True, weights_only=True)
+        if all(os.stat(p).st_mtime_ns == t for p, t in listing["stamps"].items()):
+            return listing
+    except Exception:  # none, a damaged one, or a path is gone: list again
+        pass
+    listing = make()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = f"{path}.{os.getpid()}.partial"
+        torch.save(listing, partial)
+        os.replace(partial, path)
+        return torch.load(path, mmap=True, weights_only=True)
+    except OSError as error:
+        print(f"the listing could not be remembered ({error}); every start, and every worker, may have to list again")
+        return listing
+
+
+class Names:
+    """Collects file names and labels into the tables of a listing."""
+
+    def __init__(self):
+        self.names, self.ends, self.labels = bytearray(), array("q", [0]), array("i")
+
+    def add(self, name: str, label: int) -> None:
+        self.names += os.fsencode(name)
+        self.ends.append(len(self.names))
+        self.labels.append(label)
+
+    def tables(self, classes: dict[str, int] | None) -> dict:
+        """`classes` maps names to the labels given so far, which are renumbered in the order of the names."""
+        labels = torch.from_numpy(np.array(self.labels, np.int32))
+        if classes:
+            order = sorted(classes)
+            rank = torch.empty(len(order), dtype=torch.int32)
+            rank[[classes[c] for c in order]] = torch.arange(len(order), dtype=torch.int32)
+            labels = rank[labels]
+        tables = dict(names=torch.frombuffer(self.names or bytearray(1), dtype=torch.uint8),
+                      ends=torch.from_numpy(np.array(self.ends)), labels=labels if classes else labels[:0],
+                      classes=sorted(classes) if classes else [])
+        return tables | dict(fingerprint=zlib.crc32(tables["labels"].numpy(), zlib.crc32(self.names)))
+
+
+def open_folder(root: Path) -> ImageFiles:
+    """All images below `root`, each folder's files in order of their names, before its sub-folders; labelled by their
+    first sub-folder if every image lies in one and there are at least two."""
     root = root.resolve()
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dinov2"
-    cache = cache / f"{hashlib.sha1(os.fsencode(root)).hexdigest()[:16]}.npz"
-    listing = read_listing(cache, root)
-    if listing is None:
-        try:
-            listing = list_images(root)
-        except PermissionError as error:
-            raise ValueError(f"{error.filename} may not be read by this user; move it or change its mode") from None
-        write_listing(cache, listing)
-    names, offsets = listing["names"], listing["offsets"]
-    if len(offsets) == 1:
-        raise ValueError(f"{root} holds no image ({', '.join(SUFFIXES)})")
-    classes = json.loads(listing["classes"].tobytes())
-    return ImageFiles(root, names, offsets, listing["labels"] if classes else None, classes or None)
+    try:
+        source = ImageFiles(root, remembered(f"folder {root}", lambda: list_folder(root)))
+    except PermissionError as error:
+        raise ValueError(f"{error.filename} may not be read by this user; move it or change its mode") from None
+    if len(source) == 0:
+        tars = f"; its tar files are named {root}/*.tar" if any(root.glob("*.tar")) else ""
+        raise ValueError(f"{root} holds no image ({', '.join(SUFFIXES)}){tars}")
+    return source
 
 
-def list_images(root: Path) -> dict[str, np.ndarray]:
-    names, folders, todo, links, seen = [], {}, [""], [], set()
+def list_folder(root: Path) -> dict:
+    names, classes, stamps, seen = Names(), {}, {}, set()
+    todo, links = [""], []
     with tqdm(desc=f"listing {root}", unit=" images", disable=None) as bar:
         while todo or links:
-            folder = todo.pop() if todo else links.pop()  # a folder goes by its real name, if it has one
+            folder = todo.pop() if todo else links.pop(0)  # a folder goes by its real name, if it has one
             about = os.stat(root / folder)
             if (about.st_dev, about.st_ino) in seen:  # two links to one folder, or a link that leads back up
                 continue
             seen.add((about.st_dev, about.st_ino))
-            folders[folder] = about.st_mtime_ns
+            stamps[str(root / folder)] = about.st_mtime_ns
+            files, folders = [], []
             for entry in os.scandir(root / folder):
-                name = os.path.join(folder, entry.name)
                 if entry.name.startswith("."):  # hidden, such as the ._ files of macOS
                     continue
                 if entry.is_dir():
-                    (links if entry.is_symlink() else todo).append(name)
+                    (links if entry.is_symlink() else folders).append(os.path.join(folder, entry.name))
                 elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():  # a file, or a link to one
-                    names.append(name)
-                    bar.update()
-    names.sort()
-    classes, labels = np.unique([n.split(os.sep)[0] if os.sep in n else "" for n in names], return_inverse=True)
-    classes = classes.tolist() if len(classes) > 1 and classes[0] != "" else []
-    encoded = [os.fsencode(n) for n in names]
-    as_json = lambda value: np.frombuffer(json.dumps(value).encode(), np.uint8)  # noqa: E731
-    return dict(
-        names=np.frombuffer(b"".join(encoded), np.uint8), offsets=np.cumsum([0] + [len(e) for e in encoded]),
-        labels=labels.astype(np.int64), classes=as_json(classes), folders=as_json(folders))
+                    files.append(os.path.join(folder, entry.name))
+            for name in sorted(files):
+                names.add(name, classes.setdefault(folder.split(os.sep)[0], len(classes)))
+            todo += sorted(folders, reverse=True)
+            links.sort()
+            bar.update(len(files))
+    labelled = len(classes) > 1 and "" not in classes
+    return dict(stamps=stamps, **names.tables(classes if labelled else None))
 
 
-def read_listing(cache: Path, root: Path) -> dict[str, np.ndarray] | None:
-    """The cached listing, unless there is none or a folder in it has changed since."""
+def open_list(path: Path) -> ImageFiles:
+    """A text file: one path per line, absolute or from the file's own folder, with a label after a tab or not."""
+    path = path.resolve()
+    source = ImageFiles(path.parent, remembered(f"list {path}", lambda: read_list(path)))
+    source.name = str(path)
+    if len(source) == 0:
+        raise ValueError(f"{path} names no image; write one path per line")
+    return source
+
+
+def read_list(path: Path) -> dict:
+    names, classes, unlabelled = Names(), {}, 0
+    stamps = {str(path): os.stat(path).st_mtime_ns}
     try:
-        with np.load(cache) as file:
-            listing = dict(file)
-        folders = json.loads(listing["folders"].tobytes())
-        return listing if all(os.stat(root / f).st_mtime_ns == t for f, t in folders.items()) else None
-    except Exception:  # no cache, a damaged one, or one of an older format: list again
-        return None
+        with open(path, encoding=sys.getfilesystemencoding(), errors=sys.getfilesystemencodeerrors()) as file:
+            for line in tqdm(file, desc=f"reading {path}", unit=" images", disable=None):
+                name, _, label = line.strip("\r\n").partition("\t")
+                if name.strip():
+                    unlabelled += not label
+                    names.add(name, classes.setdefault(label, len(classes)))
+                if "\0" in name:
+                    raise ValueError
+    except (ValueError, PermissionError):
+        raise ValueError(f"{path} is no readable text; --data takes a folder, or a file with one image path per line"
+                         ) from None
+    if 0 < unlabelled < len(names.labels):
+        raise ValueError(f"{path}: {unlabelled} lines have no label after a tab, the others do; label all or none")
+    return dict(stamps=stamps, **names.tables(None if unlabelled else classes))
 
 
-def write_listing(cache: Path, listing: dict[str, np.ndarray]) -> None:
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = cache.with_name(f"{cache.stem}.{os.getpid()}.npz")
-        np.savez(partial, **listing)
-        os.replace(partial, cache)
-    except OSError as error:
-        print(f"the listing could not be cached ({error}); the next start will list again")
+def open_tars(name: str, tars: list[str], interleave: int) -> InTars:
+    tars = [os.path.abspath(tar) for tar in tars]
+    table = remembered("\n".join(["tars", *tars]), lambda: list_tars(tars))
+    if len(table["shard"]) == 0:
+        raise ValueError(f"{name}: there is no image in {tars[0]}" + " or the others" * (len(tars) > 1))
+    labels = table["labels"].numpy() if len(table["labels"]) else None
+    return InTars(name, tars, *(table[key].numpy() for key in ("shard", "start", "size")), table["fingerprint"],
+                  labels, interleave=interleave)
 
 
-def read_image(path: str) -> Tensor:
-    """An image file as uint8 (3, H, W), upright. Raises whatever the decoder does if it cannot be decoded."""
-    try:
-        image = decode_image(path, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-    except RuntimeError:  # CMYK, TIFF, BMP and others that torchvision leaves to Pillow
-        with Image.open(path) as file:
-            return TF.pil_to_tensor(ImageOps.exif_transpose(file).convert("RGB"))
-    image = image[0] if image.ndim == 4 else image  # the first frame of an animation
-    return TF.to_dtype(image, torch.uint8, scale=True)  # 16-bit PNG
+def list_tars(tars: list[str]) -> dict:
+    """Where the images lie, found by walking from header to header; labels from the .cls members of the same name."""
+    columns, stamps = {"shard": array("i"), "start": array("q"), "size": array("q"), "labels": array("i")}, {}
+    for j, path in enumerate(tqdm(tars, desc="listing tars", unit="tar", disable=None)):
+        stamps[path], keys, labels, end = os.stat(path).st_mtime_ns, [], {}, 0
+        try:
+            with tarfile.open(path, "r:") as tar:
+                while (member := tar.next()) is not None:
+                    tar.members.clear()  # it would keep them all
+                    end = member.offset_data + member.size
+                    key, _, suffix = member.name.rpartition("/")[2].partition(".")
+                    key = member.name[: len(member.name) - len(suffix)]
+                    if member.isreg() and member.name.lower().endswith(SUFFIXES):
+                        keys.append(key)
+                        for column, value in zip(columns.values(), (j, member.offset_data, member.size)):
+                            column.append(value)
+                    elif member.isreg() and suffix == "cls":
+                        labels[key] = int(tar.extractfile(member).read())
+            if os.path.getsize(path) < end + 512:
+                raise tarfile.ReadError("it has no end")
+        except tarfile.TarError as error:
+            if not keys:
+                raise ValueError(f"{path} is no plain tar file ({error}); unpack it if it is compressed") from None
+            print(f"{path} is damaged after {len(keys)} images ({error}); the rest of it is left out", file=sys.stderr)
+        except ValueError:
+            raise ValueError(f"{path}: the label {member.name} is no number") from None
+        columns["labels"].extend(labels.get(key, -1) for key in keys)
+    tables = {name: torch.from_numpy(np.array(column)) for name, column in columns.items()}
+    if (tables["labels"] < 0).any():
+        tables["labels"] = tables["labels"][:0]
+    print_of = functools.reduce(lambda crc, table: zlib.crc32(table.numpy(), crc), tables.values(), 0)
+    return dict(stamps=stamps, fingerprint=print_of, **tables)
+
+
+def read_file(path: str) -> np.ndarray:
+    if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait for ever
+        raise OSError("not a file")
+    return np.fromfile(path, np.uint8)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Keyed order: which image is sample number s
+# The official metadata of ImageNet
+
+
+def write_extra(spec: str) -> None:
+    """Writes the .npy files which the official code reads instead of listing folders. Raises ValueError."""
+    name, options = parse_spec(spec)
+    if name not in ("ImageNet", "ImageNet22k") or not {"root", "extra"} <= options.keys():
+        raise ValueError(f"extra wants ImageNet:root=FOLDER:extra=FOLDER, or ImageNet22k likewise, not {spec!r}")
+    root, extra = Path(options["root"]).expanduser(), Path(options["extra"]).expanduser()
+    arrays = extra_of_imagenet22k(root) if name == "ImageNet22k" else {}
+    if name == "ImageNet":
+        splits = [options["split"]] if "split" in options else ["TRAIN", "VAL", "TEST"]
+        for split in [s for s in splits if (root / s.lower()).is_dir()]:
+            arrays |= extra_of_imagenet(root, split)
+    if not arrays:
+        raise ValueError(f"{root} has no folder train, val or test")
+    extra.mkdir(parents=True, exist_ok=True)
+    for name, values in arrays.items():
+        np.save(extra / name, values)
+        print(f"{extra / name}: {len(values):,} entries")
+
+
+def extra_of_imagenet(root: Path, split: str) -> dict[str, np.ndarray]:
+    """Class names come from root/labels.txt (rows "wnid,name"); without it they are the wnids."""
+    source = open_folder(root / split.lower())
+    paths = [Path(source.describe(i)) for i in range(len(source))]
+    numbers = [int(path.stem.rpartition("_")[2]) for path in paths]
+    if split == "TEST":
+        rows = [(number, 2**32 - 1, "", "") for number in sorted(numbers)]
+        return {"entries-TEST.npy": np.array(rows, [*ENTRY, ("class_id", "<U1"), ("class_name", "<U1")])}
+    if source.classes is None:
+        raise ValueError(f"{root / split.lower()} has no class folders; sort its images into <wnid>/ first")
+    labels = root / "labels.txt"
+    names = dict(csv.reader(labels.read_text().splitlines())) if labels.is_file() else {}
+    names = [names.get(wnid, wnid) for wnid in source.classes]
+    text = [("class_id", f"<U{max(map(len, source.classes))}"), ("class_name", f"<U{max(map(len, names))}")]
+    rows = [(n, c, source.classes[c], names[c]) for n, c in zip(numbers, source.labels.tolist())]
+    return {f"entries-{split}.npy": np.array(rows, [*ENTRY, *text]), f"class-ids-{split}.npy": np.array(source.classes),
+            f"class-names-{split}.npy": np.array(names)}
+
+
+ENTRY = [("actual_index", "<u4"), ("class_index", "<u4")]
+
+
+def extra_of_imagenet22k(root: Path) -> dict[str, np.ndarray]:
+    """From root/blocks/<wnid>.log, the output of `tar -tR`, where it exists; else from the tar itself."""
+    tars = sorted(root.glob("*.tar"))
+    if not tars:
+        raise ValueError(f"{root} holds no <wnid>.tar")
+    rows = []
+    for j, tar in enumerate(tqdm(tars, desc="reading tars", unit="tar", disable=None)):
+        log = root / "blocks" / f"{tar.stem}.log"
+        if log.is_file():
+            lines = re.findall(r"^block (\d+): (.*)$", log.read_text(), re.MULTILINE)
+            starts, names = [512 * int(block) for block, _ in lines], [name for _, name in lines]
+        else:
+            with tarfile.open(tar, "r:") as file:
+                members = file.getmembers()
+            starts, names = [m.offset for m in members], [m.name for m in members]
+            starts.append(members[-1].offset_data + -(-members[-1].size // 512) * 512 if members else 0)
+        for name, start, end in zip(names, starts, starts[1:]):
+            if name != "n06470073_47249.JPEG":  # known to be damaged; the official tables leave it out as well
+                rows.append((j, tar.stem, start, end, name))
+    if rows and max(row[3] for row in rows) >= 2**32:
+        raise ValueError(f"a tar in {root} is larger than the format's 4 GB; leave out :extra= when training")
+    widths = [f"<U{max((len(row[k]) for row in rows), default=1)}" for k in (1, 4)]
+    fields = [("class_index", "<u4"), ("class_id", widths[0]), ("start_offset", "<u4"), ("end_offset", "<u4"),
+              ("filename", widths[1])]
+    return {"entries.npy": np.array(rows, fields), "class-ids.npy": np.array([tar.stem for tar in tars])}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Keyed order
 
 
 def shuffled(i: int, n: int, key: int) -> int:
@@ -305,35 +784,33 @@ def shuffled(i: int, n: int, key: int) -> int:
             return i
 
 
-def image_of_sample(s: int, n: int, seed: int) -> int:
-    """Index of the image of sample s: every n samples each of the n images comes once, in a new order."""
-    epoch, position = divmod(s, n)
-    return shuffled(position, n, key=random.Random(f"{seed}/epoch/{epoch}").getrandbits(64))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Crops, cut as uint8 on the worker
 
 
 def crop_box(rng: random.Random, height: int, width: int, scale, ratio=(3 / 4, 4 / 3)) -> tuple[int, int, int, int]:
     """(top, left, h, w) of a random resized crop: area U(scale) of the image, log aspect ratio U(log ratio)."""
+    low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
-        area = height * width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * rng.random())
+        aspect = math.exp(low + (high - low) * rng.random())
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+            return int((height - h + 1) * rng.random()), int((width - w + 1) * rng.random()), h, w
     aspect = min(max(width / height, ratio[0]), ratio[1])  # the largest central box of an allowed shape
     w, h = min(width, max(round(height * aspect), 1)), min(height, max(round(width / aspect), 1))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def cut_crop(rng: random.Random, image: Tensor, size: int, scale, flip_prob: float) -> Tensor:
-    """A random resized crop of a uint8 image (3, H, W), uint8 (3, size, size), mirrored with probability flip_prob."""
+def cut_crop(rng: random.Random, image: Tensor, size: int, scale) -> Tensor:
+    """A random resized crop of an image (C, H, W): (size, size, C) of its dtype."""
     top, left, h, w = crop_box(rng, *image.shape[-2:], scale)
-    crop = image[None, :, top : top + h, left : left + w]
-    crop = F.interpolate(crop, size=(size, size), mode="bicubic", antialias=True)[0]
-    return crop.flip(-1) if rng.random() < flip_prob else crop
+    pixels = image.permute(1, 2, 0).numpy()[None, top : top + h, left : left + w]
+    region = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2)  # NumPy copies a part twice as fast
+    deep = image.dtype == torch.uint16
+    crop = F.interpolate(region.float() if deep else region, size=(size, size), mode="bicubic", antialias=True)
+    crop = crop[0].permute(1, 2, 0)  # a view: channels-last is how the fast path for uint8 wants and leaves the pixels
+    return crop.round().clamp(0, 65535).to(torch.uint16) if deep else crop
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -358,7 +835,7 @@ def add_block(rng: random.Random, mask: np.ndarray, budget: float, min_patches: 
         if h < mask.shape[0] and w < mask.shape[1]:
             top, left = rng.randint(0, mask.shape[0] - h), rng.randint(0, mask.shape[1] - w)
             window = mask[top : top + h, left : left + w]
-            new = window.size - int(window.sum())
+            new = window.size - np.count_nonzero(window)
             if 0 < new <= budget:
                 window[:] = True
                 return new
@@ -370,7 +847,7 @@ def draw_masks(rng: random.Random, n_crops: int, grid: tuple[int, int], max_patc
     """Bool (n_crops, h*w): the share `sample_prob` of the crops is masked, at ratios spread evenly over `ratio`, in
     random order (DINOv2, appendix B.1)."""
     n_masked = int(n_crops * sample_prob)
-    edges = torch.linspace(*ratio, n_masked + 1)  # float32 matters: it decides the rounding of the targets
+    edges = torch.linspace(*ratio, n_masked + 1).numpy()  # float32 matters: it decides the rounding of the targets
     masks = [block_mask(rng, grid, int(grid[0] * grid[1] * rng.uniform(a, b)), max_patches)
              for a, b in zip(edges[:-1], edges[1:])]
     masks += [np.zeros(grid, bool)] * (n_crops - n_masked)
@@ -392,15 +869,15 @@ def mask_weights(masks: Tensor) -> tuple[Tensor, Tensor]:
 class Batch(NamedTuple):
     """One process's share of a step: B images, L local crops each. Rows are crop-major: crop 0 of all images first."""
 
-    global_crops: Tensor  # (2B, 3, G, G) uint8; float and normalised after prepare()
-    local_crops: Tensor  # (L*B, 3, l, l) likewise
-    global_ops: Tensor  # (2B, 8) colour operations, see draw_ops
-    local_ops: Tensor  # (L*B, 8)
+    global_crops: Tensor  # (2B, G, G, C) uint8 or uint16; (2B, C, G, G) float and normalised after prepare()
+    local_crops: Tensor  # (L*B, l, l, C) likewise
+    global_ops: Tensor  # (2B, 9) what is to be done to them, see draw_ops
+    local_ops: Tensor  # (L*B, 9)
     masks: Tensor  # (2B, h*w) bool
     mask_index: Tensor  # (M,) int64, positions of the masked patches in masks.flatten()
     mask_weight: Tensor  # (M,) float32, 1 / number of masked patches of the crop
     samples: Tensor  # (B,) int64 sample numbers
-    bad: list[str]  # files that could not be read and were replaced by others
+    bad: list[tuple[str, str]]  # files that could not be read, and why; other samples took their place
 
 
 class TrainBatches(torch.utils.data.Dataset):
@@ -409,50 +886,56 @@ class TrainBatches(torch.utils.data.Dataset):
     A step has `batch_size` images over all processes, in groups of `group_size`; each process owns whole groups. A
     group has its own quota of masks, as had the batch of one GPU in the official code, so masks don't depend on the
     number of processes. `global_scale` and `local_scale` are shares of the image's area; `ops` = keyword arguments of
-    draw_ops. Raises ValueError if the groups cannot be shared out.
+    draw_ops; those that need red, green and blue are left out for other numbers of channels. Raises ValueError if the
+    groups cannot be shared out.
     """
 
     def __init__(self, source, *, batch_size: int, group_size: int, seed: int = 0, rank: int = 0, world: int = 1,
                  global_size: int = 224, global_scale=(0.32, 1.0), n_local: int = 8, local_size: int = 96,
-                 local_scale=(0.05, 0.32), flip_prob: float = 0.5, patch_size: int = 16, mask_prob: float = 0.5,
-                 mask_ratio=(0.1, 0.5), ops: dict | None = None):
+                 local_scale=(0.05, 0.32), patch_size: int = 16, mask_prob: float = 0.5, mask_ratio=(0.1, 0.5),
+                 ops: dict | None = None):
         check_groups(batch_size, group_size, world)
         self.source, self.batch_size, self.group_size, self.seed = source, batch_size, group_size, seed
         self.first, self.count = rank * (batch_size // world), batch_size // world
         self.crops = [(global_size, global_scale)] * 2 + [(local_size, local_scale)] * n_local
-        self.flip_prob, self.ops = flip_prob, ops or {}
+        self.shapes = [(2, global_size), (n_local, local_size)]
+        self.ops = dict(ops or {})
+        if source.channels != 3:
+            self.ops |= dict(jitter=(*self.ops.get("jitter", JITTER)[:2], 0.0, 0.0), gray_prob=0.0)
         self.grid = (global_size // patch_size,) * 2
         self.max_patches = 0.5 * global_size // patch_size * global_size // patch_size  # floors from left to right
         self.mask_prob, self.mask_ratio = mask_prob, mask_ratio
 
     def __getitem__(self, step: int) -> Batch:
         samples = range(step * self.batch_size + self.first, step * self.batch_size + self.first + self.count)
-        bad: list[str] = []
-        crops, ops = zip(*(self.crops_of(s, bad) for s in samples))  # B lists of 2+L each
-        crops, ops = list(zip(*crops)), list(zip(*ops))  # crop-major: 2+L lists of B each
+        crops = [empty(n, self.count, size, size, self.source.channels) for n, size in self.shapes]  # crop-major
+        places = [*crops[0], *crops[1]]  # 2 + L views (B, size, size, C)
+        ops: list[list[list[float]]] = [[] for _ in places]
+        bad: list[tuple[str, str]] = []
+        for row, s in enumerate(samples):
+            image, rng = self.image_of(s, bad), random.Random(f"{self.seed}/sample/{s}")
+            if image.dtype != crops[0].dtype:  # among images of 16 bits those of 8 are scaled to 16
+                crops, image = ([widen(c) for c in crops], image) if image.dtype == torch.uint16 else (
+                    crops, widen(image))
+                places = [*crops[0], *crops[1]]
+            for c, (size, scale) in enumerate(self.crops):
+                places[c][row] = cut_crop(rng, image, size, scale)
+                ops[c].append(draw_ops(rng, min(c, 2), **self.ops))
+        ops = torch.from_numpy(np.array(ops, np.float32))  # (2 + L, B, 9)
         masks = torch.from_numpy(self.masks_of(step))
-        flat = itertools.chain.from_iterable
-        return Batch(torch.stack(list(flat(crops[:2]))), torch.stack(list(flat(crops[2:]))),
-                     torch.tensor(list(flat(ops[:2]))), torch.tensor(list(flat(ops[2:]))),
-                     masks, *mask_weights(masks), torch.tensor(list(samples)), bad)
+        return Batch(*(c.flatten(0, 1) for c in crops), ops[:2].flatten(0, 1), ops[2:].flatten(0, 1), masks,
+                     *mask_weights(masks), torch.tensor(list(samples)), bad)
 
-    def crops_of(self, s: int, bad: list[str]) -> tuple[list[Tensor], list[list[float]]]:
-        """The crops of sample s and their colour operations."""
-        image, rng = self.image_of(s, bad), random.Random(f"{self.seed}/sample/{s}")
-        crops = [cut_crop(rng, image, size, scale, self.flip_prob) for size, scale in self.crops]
-        return crops, [draw_ops(rng, min(kind, 2), **self.ops) for kind in range(len(self.crops))]
-
-    def image_of(self, s: int, bad: list[str]) -> Tensor:
-        """The image of sample s; if its file cannot be read, another one drawn by s. Raises RuntimeError after 10."""
-        n = len(self.source)
-        i = image_of_sample(s, n, self.seed)
-        for attempt in range(10):
+    def image_of(self, s: int, bad: list) -> Tensor:
+        """The image of sample s; if its file cannot be read, another one drawn by s. Raises Unreadable after 20."""
+        i = self.source.pick(s, self.seed)
+        for attempt in range(20):
             try:
                 return self.source.image(i)
-            except Exception:  # decoders raise all sorts on damaged files
-                bad.append(self.source.describe(i))
-                i = random.Random(f"{self.seed}/replace/{s}/{attempt}").randrange(n)
-        raise RuntimeError(f"10 images in a row could not be read, the last {bad[-1]}")
+            except Exception as error:  # decoders raise all sorts on damaged files
+                bad.append((self.source.describe(i), reason(error)))
+                i = random.Random(f"{self.seed}/replace/{s}/{attempt}").randrange(len(self.source))
+        raise Unreadable(f"20 images in a row could not be read, the last {bad[-1][0]}: {bad[-1][1]}")
 
     def masks_of(self, step: int) -> np.ndarray:
         """The masks (2B, h*w) of this process's groups, crop-major like the crops."""
@@ -460,6 +943,27 @@ class TrainBatches(torch.utils.data.Dataset):
         masks = [draw_masks(random.Random(f"{self.seed}/masks/{step}/{g}"), 2 * self.group_size, self.grid,
                             self.max_patches, self.mask_prob, self.mask_ratio) for g in groups]
         return np.concatenate([m.reshape(2, self.group_size, -1) for m in masks], 1).reshape(2 * self.count, -1)
+
+
+class Unreadable(RuntimeError):
+    """The images are gone."""
+
+
+def reason(error: Exception) -> str:
+    """The first line of what a decoder said."""
+    line = str(error).partition("\n")[0].replace("\t", " ")
+    return re.sub(r" <_io\.BytesIO object at \w+>", "", line)[:200] or type(error).__name__
+
+
+def empty(*shape: int) -> Tensor:
+    """A new uint8 tensor; in a worker in memory that the training process shares, which saves a copy."""
+    out = torch.empty(shape, dtype=torch.uint8)
+    return out.share_memory_() if torch.utils.data.get_worker_info() else out
+
+
+def widen(x: Tensor) -> Tensor:
+    """uint8 -> uint16, 255 becoming 65535."""
+    return (x.to(torch.int32) * 257).to(torch.uint16)
 
 
 def check_groups(batch_size: int, group_size: int, world: int) -> None:
@@ -476,79 +980,125 @@ def check_groups(batch_size: int, group_size: int, world: int) -> None:
 # Colour, batched on the device
 
 
-ORDERS = torch.tensor(list(itertools.permutations(range(4))))  # (24, 4) orders of the four jitter operations
+JITTER = (0.4, 0.4, 0.2, 0.1)  # largest change of brightness, contrast, saturation, hue
+IDENTITY = (1.0, 1.0, 1.0, 0.0)  # what changes nothing
+ORDERS = torch.tensor(list(itertools.permutations(range(4))))  # (24, 4) orders of these four
 
 
-def draw_ops(rng: random.Random, kind: int, jitter_prob: float = 0.8, jitter=(0.4, 0.4, 0.2, 0.1),
+def draw_ops(rng: random.Random, kind: int, flip_prob: float = 0.5, jitter_prob: float = 0.8, jitter=JITTER,
              gray_prob: float = 0.2, blur_probs=(0.0, 0.9, 0.5), blur_sigma=(0.1, 2.0),
              solarize_prob: float = 0.2) -> list[float]:
-    """Colour operations of one crop: [brightness, contrast, saturation factors, hue shift in turns, order (row of
-    ORDERS), grey?, blur sigma in pixels or 0, solarise?]. `kind` is 0, 1 for the first and second global crop, 2 for
-    local ones; only kind 1 is solarised. Identity is [1, 1, 1, 0, …, 0, 0, 0]."""
-    b, c, s, h = jitter if rng.random() < jitter_prob else (0, 0, 0, 0)
-    factors = [rng.uniform(max(0, 1 - a), 1 + a) for a in (b, c, s)] + [rng.uniform(-h, h)]
-    gray = rng.random() < gray_prob
-    sigma = rng.uniform(*blur_sigma) if rng.random() < blur_probs[kind] else 0.0
-    return factors + [rng.randrange(24), float(gray), sigma, float(kind == 1 and rng.random() < solarize_prob)]
+    """What is done to one crop on the device: [brightness, contrast, saturation factors, hue shift in turns, order (row
+    of ORDERS), grey?, blur sigma in pixels or 0, solarise?, mirror?]. `kind` is 0, 1 for the first and second global
+    crop, 2 for local ones; only kind 1 is solarised. Identity is IDENTITY and then […, 0, 0, 0, 0]."""
+    draw, wide = rng.random, jitter if rng.random() < jitter_prob else (0, 0, 0, 0)
+    ops = [one + width * (2 * draw() - 1) for one, width in zip(IDENTITY, wide)]
+    return ops + [int(24 * draw()), draw() < gray_prob,
+                  blur_sigma[0] + (blur_sigma[1] - blur_sigma[0]) * draw() if draw() < blur_probs[kind] else 0.0,
+                  kind == 1 and draw() < solarize_prob, draw() < flip_prob]
 
 
 def augment(crops: Tensor, ops: Tensor, mean=MEAN, std=STD) -> Tensor:
-    """uint8 crops (n, 3, h, w) -> float32, colours changed as `ops` (n, 8) says (see draw_ops), then normalised.
+    """Crops (n, h, w, C), uint8 or uint16, -> float32 (n, C, h, w), mirrored and coloured as `ops` (n, 9)
+    says (see draw_ops), then normalised. `ops` may be on the CPU."""
+    return (augment_by_groups if crops.device.type == "cpu" else augment_at_once)(crops, ops, mean, std)
 
-    `ops` stays on the CPU: which rows an operation touches is known without asking the device.
-    """
-    x = crops.float() / 255  # (n, 3, h, w)
-    values = ops.float().to(x.device, non_blocking=True)
-    order, identity = ORDERS[ops[:, 4].long()], (1.0, 1.0, 1.0, 0.0)
-    for place, op in itertools.product(range(4), range(4)):
-        touched = (order[:, place] == op) & (ops[:, op] != identity[op])
-        change_rows(x, touched, JITTER[op], values[:, op])
-    change_rows(x, ops[:, 5] > 0, lambda x, _: luma(x).expand_as(x), values[:, 5])
-    change_rows(x, ops[:, 6] > 0, gaussian_blur, values[:, 6])
-    change_rows(x, ops[:, 7] > 0, lambda x, _: torch.where(x < 127.5 / 255, x, 1 - x), values[:, 7])
-    return normalize(x, mean, std)
+
+def augment_by_groups(crops: Tensor, ops: Tensor, mean=MEAN, std=STD) -> Tensor:
+    """augment() for a CPU: crops that go through the same operations in the same order are done together. Nothing is
+    computed in vain, and a few crops at a time stay in the cache."""
+    out = torch.empty(len(crops), crops.shape[3], *crops.shape[1:3])
+    changed, mirrored = ops[:, :4] != torch.tensor(IDENTITY), ops[:, 8] > 0
+    recipe = torch.cat([changed, ops[:, 4:5] * changed.any(1, keepdim=True), ops[:, 5:8] > 0], dim=1)  # (n, 8)
+    recipes, which = recipe.unique(dim=0, return_inverse=True)
+    for k, (*jitter, order, gray, blur, solar) in enumerate(recipes.tolist()):
+        rows = torch.cat([(mirrored & (which == k)).nonzero(), (~mirrored & (which == k)).nonzero()]).flatten()
+        x, values = to_float(crops.index_select(0, rows).permute(0, 3, 1, 2)), ops[rows, :, None, None, None]
+        n_mirrored = int(mirrored[rows].sum())
+        x[:n_mirrored] = x[:n_mirrored].flip(-1)
+        for op in ORDERS[int(order)].tolist():
+            x = JITTERS[op](x, values[:, op]) if jitter[op] else x
+        x = to_gray(x) if gray else x
+        x = gaussian_blur(x, values[:, 6]) if blur else x
+        out.index_copy_(0, rows, normalize_(solarize(x) if solar else x, mean, std))
+    return out
+
+
+def augment_at_once(crops: Tensor, ops: Tensor, mean=MEAN, std=STD) -> Tensor:
+    """augment() for a GPU: all operations for all crops, of which each crop selects its own. No shape depends on the
+    values, nothing waits for the device, and torch.compile makes a few kernels of it."""
+    x, ops = to_float(crops.permute(0, 3, 1, 2)), ops.to(crops.device, non_blocking=True)
+    values, order = ops[:, :, None, None, None], ORDERS.to(ops.device)[ops[:, 4].long()]  # (n, 9, 1, 1, 1), (n, 4)
+    x = torch.where(values[:, 8] > 0, x.flip(-1), x)
+    for place, op in itertools.product(range(4), range(4) if x.shape[1] == 3 else range(2)):
+        x = torch.where((order[:, place] == op)[:, None, None, None], JITTERS[op](x, values[:, op]), x)
+    x = torch.where(values[:, 5] > 0, to_gray(x), x)
+    x = torch.where(values[:, 6] > 0, gaussian_blur(x, values[:, 6]), x)
+    return normalize_(torch.where(values[:, 7] > 0, solarize(x), x), mean, std)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """(n, C, h, w) of uint8 or uint16 -> float32 in [0, 1], contiguous."""
+    x = images.to(torch.float32, memory_format=torch.contiguous_format)  # a copy, whatever the layout was
+    return x.div_(65535 if images.dtype == torch.uint16 else 255)
 
 
 def normalize(x: Tensor, mean=MEAN, std=STD) -> Tensor:
-    """(n, 3, h, w) in [0, 1] -> (x - mean) / std."""
-    channels = [(c - m) / s for c, m, s in zip(x.unbind(1), mean, std)]  # numbers, not tensors: no copy to the device
-    return torch.stack(channels, dim=1)
+    """(n, C, h, w) in [0, 1] -> (x - mean) / std."""
+    return normalize_(x.clone(), mean, std)
 
 
-def change_rows(x: Tensor, touched: Tensor, change, value: Tensor) -> None:
-    """x[touched] = change(x[touched], value[touched] as (m, 1, 1, 1)), in place."""
-    rows = touched.nonzero().flatten()
-    if len(rows):
-        rows = rows.to(x.device, non_blocking=True)
-        x[rows] = change(x[rows], value[rows, None, None, None])
+def normalize_(x: Tensor, mean, std) -> Tensor:
+    for channel, m, s in zip(x.unbind(1), mean, std, strict=True):  # numbers, not tensors: nothing goes to the device
+        channel.sub_(m).div_(s)
+    return x
 
 
 def luma(x: Tensor) -> Tensor:
+    """Brightness as it is seen, (n, 1, h, w); the plain mean if the channels aren't red, green and blue."""
+    if x.shape[1] != 3:
+        return x.mean(1, keepdim=True)
     r, g, b = x.split(1, dim=1)
-    return 0.299 * r + 0.587 * g + 0.114 * b  # (n, 1, h, w)
+    return (0.299 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
+
+
+def blend(base: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+    return (x * factor).add_(base * (1 - factor)).clamp_(0, 1)  # torch.lerp is three times as slow when it broadcasts
 
 
 def brightness(x: Tensor, factor: Tensor) -> Tensor:
-    return (x * factor).clamp(0, 1)
+    return (x * factor).clamp_(0, 1)
 
 
 def contrast(x: Tensor, factor: Tensor) -> Tensor:
-    return torch.lerp(luma(x).mean((2, 3), keepdim=True).expand_as(x), x, factor).clamp(0, 1)
+    return blend(luma(x.mean((2, 3), keepdim=True)), x, factor)
 
 
 def saturation(x: Tensor, factor: Tensor) -> Tensor:
-    return torch.lerp(luma(x).expand_as(x), x, factor).clamp(0, 1)
+    return blend(luma(x), x, factor)
 
 
 def hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turns the hue of the HSV colour by `shift` of a full turn, value and saturation kept. A channel of a colour with
-    value v and chroma c is v - c * clamp(min(k, 4 - k), 0, 1), k = (n + 6 * hue) mod 6, n = 5, 3, 1 for R, G, B."""
-    value, chroma = x.amax(1), x.amax(1) - x.amin(1)  # (n, h, w)
-    r, g, b = x.unbind(1)
-    safe = chroma.clamp(min=1e-12)
-    sector = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    k = (torch.stack([5 + sector, 3 + sector, 1 + sector], dim=1) + 6 * shift) % 6  # (n, 3, h, w)
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    """Turns the hue of the HSV colour by `shift` of a full turn, in [-0.5, 0.5]; value v and chroma c are kept.
+
+    The hue h runs from 0 (red) over 2 (green) and 4 (blue) to 6. Up to 3 it is 1 + (g + b - r - min) / c, and minus
+    that on the other side, where b > g. A channel whose colour is at hue n is v - c * clamp(d - 1, 0, 1), with d the
+    distance from h to n around the circle. No branches: on a CPU comparing and choosing would take most of the time.
+    """
+    r, g, b = x.unbind(1)  # (n, h, w)
+    most, least = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    chroma = most - least
+    h = (g + b).sub_(r).sub_(least).div_(chroma.clamp(min=1e-12)).add_(1)
+    h = torch.copysign(h, g - b).add_(6 * shift[:, 0])
+    h = h.sub_((h / 6).floor_(), alpha=6)  # [0, 6)
+    red = (3 - h).abs_().sub_(1).clamp_(0, 1)  # d measured from the other side: 1 - clamp(d - 1, 0, 1)
+    green, blue = ((h - n).abs_().sub_(1).clamp_(0, 1) for n in (2, 4))
+    return torch.stack([torch.addcmul(least, chroma, red), torch.addcmul(most, chroma, green, value=-1),
+                        torch.addcmul(most, chroma, blue, value=-1)], dim=1)
+
+
+def to_gray(x: Tensor) -> Tensor:
+    return luma(x).repeat(1, x.shape[1], 1, 1)
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
@@ -556,34 +1106,76 @@ def gaussian_blur(x: Tensor, sigma: Tensor) -> Tensor:
     taps = torch.arange(-4, 5, device=x.device) / sigma  # (n, 1, 1, 9)
     taps = torch.softmax(-0.5 * taps**2, dim=-1)
     radius = min(4, min(x.shape[-2:]) - 1)  # a mirror cannot reach further than the image
-    taps = taps[..., 4 - radius : 5 + radius]
+    taps = taps[..., 4 - radius : 5 + radius].split(1, dim=-1)
     for dim in (2, 3):
         padded = F.pad(x, (0, 0, radius, radius) if dim == 2 else (radius, radius, 0, 0), mode="reflect")
-        x = sum(taps[..., i : i + 1] * padded.narrow(dim, i, x.shape[dim]) for i in range(taps.shape[-1]))
+        shifted = [padded.narrow(dim, i, x.shape[dim]) for i in range(len(taps))]
+        x = taps[0] * shifted[0]
+        for tap, view in zip(taps[1:], shifted[1:]):
+            x.addcmul_(tap, view)
     return x
 
 
-JITTER = (brightness, contrast, saturation, hue)
+def solarize(x: Tensor) -> Tensor:
+    """What is brighter than the middle is inverted."""
+    return torch.minimum(x, 1 - x)
+
+
+JITTERS = (brightness, contrast, saturation, hue)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Loading
 
 
+def usable_cores() -> int:
+    """CPU cores this process may use: those it is bound to, or its control group's share of their time."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    try:
+        group = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()  # version 2: the one line 0::/path
+        folders = [Path("/sys/fs/cgroup" + group), *Path("/sys/fs/cgroup" + group).parents]
+    except OSError:
+        folders = [Path("/sys/fs/cgroup")]
+    for folder in folders:
+        for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"],
+                      ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+            if all((folder / name).is_file() for name in names):
+                quota, period = " ".join((folder / name).read_text() for name in names).split()
+                if quota not in ("max", "-1"):
+                    cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
+def worker_count(wanted: int, processes_here: int = 1) -> int:
+    """`wanted`, or if that is negative as many as there are cores for, but one for the process itself; at most 16."""
+    return wanted if wanted >= 0 else max(1, min(16, usable_cores() // processes_here - 1))
+
+
 def train_loader(batches: TrainBatches, start: int, stop: int, num_workers: int, pin_memory: bool):
     """Batches of the steps start, …, stop - 1, made by `num_workers` processes ahead of time (0: in this process)."""
     return torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(start, stop), num_workers=num_workers, pin_memory=pin_memory,
-        worker_init_fn=leave_interrupts_to_parent)
+        worker_init_fn=start_worker)
 
 
-def leave_interrupts_to_parent(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; only the training process is to answer it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def start_worker(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the training's answers
+    keep_memory()
 
 
-def prepare(batch: Batch, device: torch.device, mean=MEAN, std=STD) -> Batch:
-    """The batch on the device, its crops augmented and normalised."""
+def keep_memory() -> None:
+    """Has glibc keep freed memory instead of returning it to the system, to ask for it again page by page: without, a
+    fifth of the time that images take on a CPU goes there. Does nothing where there is no glibc."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return
+    libc.mallopt(-4, 0)  # M_MMAP_MAX: large pieces come from the heap as well
+    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: of which up to 2 GB stay when freed
+
+
+def prepare(batch: Batch, device: torch.device, mean=MEAN, std=STD, augment=augment) -> Batch:
+    """The batch on the device, its crops augmented and normalised. `augment` may be augment_at_once, compiled."""
     on_device = lambda t: t.to(device, non_blocking=True)  # noqa: E731
     return batch._replace(
         global_crops=augment(on_device(batch.global_crops), batch.global_ops, mean, std),
@@ -591,9 +1183,72 @@ def prepare(batch: Batch, device: torch.device, mean=MEAN, std=STD) -> Batch:
         mask_index=on_device(batch.mask_index), mask_weight=on_device(batch.mask_weight))
 
 
+class Prefetcher:
+    """Iterates over prepared batches. On a GPU the next batch is copied and augmented on a stream of its own while the
+    step before it computes. `waited`: seconds spent so far waiting for the loader."""
+
+    def __init__(self, loader, prepare, device: torch.device):
+        self.loader, self.prepare, self.device, self.waited = loader, prepare, device, 0.0
+
+    def timed(self):
+        loader, end = iter(self.loader), object()
+        while True:
+            asked = time.perf_counter()
+            batch = next(loader, end)
+            self.waited += time.perf_counter() - asked
+            if batch is end:
+                return
+            yield batch
+
+    def __iter__(self):
+        if self.device.type != "cuda":
+            yield from map(self.prepare, self.timed())
+            return
+        stream, ahead = torch.cuda.Stream(self.device), None
+        for batch in itertools.chain(self.timed(), [None]):
+            following = None
+            if batch is not None:
+                with torch.cuda.stream(stream):
+                    following = self.prepare(batch), stream.record_event()
+            if ahead is not None:
+                ready, event = ahead
+                current = torch.cuda.current_stream(self.device)
+                current.wait_event(event)
+                for tensor in ready:
+                    if isinstance(tensor, Tensor) and tensor.is_cuda:
+                        tensor.record_stream(current)  # its memory must outlive its use on this stream
+                yield ready
+            ahead = following
+
+
+def draw_batch(batch: Batch, mean=MEAN, std=STD, n: int = 8) -> Image.Image:
+    """A picture of the first n images of a prepared batch, as the networks see them: a row for each, its two global
+    crops with the masked patches dark, then its local crops."""
+    n_images, grid = len(batch.samples), math.isqrt(batch.masks.shape[1])
+    n = min(n, n_images)
+    rows = []
+    for crops in (batch.global_crops, batch.local_crops):
+        crops = crops.unflatten(0, (-1, n_images))[:, :n].cpu()  # (crops, n, C, h, w)
+        shown = [c * s + m for c, m, s in zip(crops.unbind(2), mean, std)]
+        shown = torch.stack(shown if len(shown) == 3 else shown[:1] * 3, dim=-1)  # (crops, n, h, w, 3)
+        if crops.shape[-1] == batch.global_crops.shape[-1] and not rows:
+            masks = batch.masks.cpu().unflatten(0, (-1, n_images))[:, :n].unflatten(2, (grid, grid)).float()
+            shown = shown * (1 - 0.8 * F.interpolate(masks, size=crops.shape[-2:])[..., None])
+        rows.append([Image.fromarray((s.clamp(0, 1) * 255).byte().numpy()) for s in shown.flatten(0, 1)])
+    sides = [row[0].width for row in rows]
+    zoom = max(1, 96 // sides[0])  # tiny images are enlarged to be seen
+    widths = [len(row) // n * (side + 2) for row, side in zip(rows, sides)]
+    sheet = Image.new("RGB", (sum(widths) * zoom, n * (max(sides) + 2) * zoom), "white")
+    for row, side, left in zip(rows, sides, (0, widths[0])):
+        for k, crop in enumerate(row):
+            place = ((left + k // n * (side + 2)) * zoom, k % n * (max(sides) + 2) * zoom)
+            sheet.paste(crop.resize((side * zoom, side * zoom), Image.Resampling.NEAREST), place)
+    return sheet
+
+
 class EvalImages(torch.utils.data.Dataset):
-    """Images of a source as uint8 (3, crop, crop): short side resized to `resize`, central square cut out; and whether
-    the image could be read (if not, it is black)."""
+    """Images of a source as uint8 or uint16 (C, crop, crop): short side resized to `resize`, central square cut out;
+    and whether the image could be read (if not, it is black)."""
 
     def __init__(self, source, resize: int = 256, crop: int = 224, indices=None):
         self.source, self.resize, self.crop = source, resize, crop
@@ -606,6 +1261,102 @@ class EvalImages(torch.utils.data.Dataset):
         try:
             image = self.source.image(self.indices[i])
         except Exception:  # decoders raise all sorts on damaged files
-            return torch.zeros(3, self.crop, self.crop, dtype=torch.uint8), False
-        image = TF.resize(image, [self.resize], InterpolationMode.BICUBIC, antialias=True)
-        return TF.center_crop(image, [self.crop, self.crop]), True
+            return torch.zeros(self.source.channels, self.crop, self.crop, dtype=torch.uint8), False
+        h, w = image.shape[-2:]
+        most = 8 * min(h, w)  # of very long images the middle is enough, and resizing all of it could fill the memory
+        image = TF.center_crop(image, [min(h, most), min(w, most)]) if max(h, w) > most else image
+        deep = image.dtype == torch.uint16
+        image = TF.resize(image.float() if deep else image, [self.resize], InterpolationMode.BICUBIC, antialias=True)
+        image = TF.center_crop(image, [self.crop, self.crop])
+        return image.round().clamp(0, 65535).to(torch.uint16) if deep else image, True
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ValueError where argparse would print its usage and leave; names the nearest flag; no abbreviations."""
+
+    def __init__(self, manual: str, usage: str | None = None):
+        super().__init__(description=manual, usage=usage, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+    def parse_args(self, argv: list[str] | None) -> argparse.Namespace:
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            flags = [s for action in self._actions for s in action.option_strings]
+            raise ValueError(f"unknown argument {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}; see --help")
+        return args
+
+
+def nearest(name: str, names) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+class Tried(torch.utils.data.Dataset):
+    """tried[k] -> image number i = indices[k]; the sums of its pixels and their squares per channel, and how many, in a
+    (3, C) float64 tensor; and why it cannot be read, if so."""
+
+    def __init__(self, source: Source, indices):
+        self.source, self.indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, k: int) -> tuple[int, Tensor, str]:
+        try:
+            x = to_float(self.source.image(self.indices[k])[None])[0].double().flatten(1)  # (C, H*W)
+        except Exception as error:
+            return self.indices[k], torch.zeros(3, self.source.channels, dtype=torch.float64), reason(error)
+        return self.indices[k], torch.stack([x.sum(1), x.square().sum(1), torch.full_like(x[:, 0], x.shape[1])]), ""
+
+
+def read_all(source: Source, indices, num_workers: int):
+    """Goes through Tried with a progress bar."""
+    loader = torch.utils.data.DataLoader(Tried(source, indices), batch_size=None, num_workers=worker_count(num_workers),
+                                         worker_init_fn=start_worker)
+    return tqdm(loader, desc=f"reading {source.name}", unit=" images", disable=None)
+
+
+def measure_stats(source: Source, n: int, num_workers: int = 0) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation per channel, in [0, 1], over all pixels of n images (0: all), drawn at random."""
+    n = min(n, len(source)) or len(source)
+    sums = sum(sums for _, sums, _ in read_all(source, [shuffled(i, len(source), 0) for i in range(n)], num_workers))
+    if not sums[2].any():
+        raise ValueError(f"no image of {source.name} can be read")
+    mean = sums[0] / sums[2]
+    return mean.tolist(), (sums[1] / sums[2] - mean**2).clamp(min=0).sqrt().tolist()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("command", choices=("stats", "check", "extra"), help="what to do, see above")
+    parser.add_argument("spec", help="the source")
+    parser.add_argument("--in-chans", type=int, default=3, help="channels of the images")
+    parser.add_argument("--images", type=int, default=10_000, help="stats: how many images to measure, 0 for all")
+    parser.add_argument("--num-workers", type=int, default=-1, help="reading processes; -1: as many as cores allow")
+    args = parser.parse_args(argv)
+    if args.in_chans < 1 or args.images < 0:
+        raise ValueError("--in-chans must be 1 or more, --images 0 or more")
+    if args.command == "extra":
+        return write_extra(args.spec)
+    source = open_source(args.spec, args.in_chans)
+    if args.command == "stats":
+        mean, std = measure_stats(source, args.images, args.num_workers)
+        print(*(f"--{name} {' '.join(f'{v:.4f}' for v in values)}" for name, values in (("mean", mean), ("std", std))))
+    else:
+        bad = [(source.describe(i), why) for i, _, why in read_all(source, range(len(source)), args.num_workers) if why]
+        print(*(f"{name}\t{why}" for name, why in bad), sep="\n", end="\n" * bool(bad))
+        print(f"{len(bad):,} of {len(source):,} images of {source.name} cannot be read")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

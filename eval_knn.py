@@ -10,7 +10,6 @@ classified by all others (leave one out). Prints top-1, and writes it with top-5
 exit code 2. Apache License 2.0.
 """
 import argparse
-import difflib
 import json
 import os
 import sys
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import EvalImages, eval_specs, normalize, open_source
+from data import MEAN, STD, EvalImages, Parser, eval_specs, normalize, open_source, to_float, worker_count
 from model import FORMAT, load_backbone, read_checkpoint
 
 KS = (10, 20, 100, 200)
@@ -36,11 +35,12 @@ def world() -> tuple[int, int]:
 
 @torch.inference_mode()
 def extract_features(model: nn.Module, source, resize: int, crop: int, device: torch.device, batch_size: int = 256,
-                     num_workers: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+                     num_workers: int = 0, dtype: torch.dtype = torch.float32, mean=MEAN,
+                     std=STD) -> tuple[Tensor, Tensor]:
     """L2-normalised features (n, D), float32 on `device`, of all images of a source, in its order, and which of the
     images could be read, (n,) bool.
 
-    `model` maps normalised images (B, 3, crop, crop) to (B, D). With a process group each process does every world-th
+    `model` maps normalised images (B, C, crop, crop) to (B, D). With a process group each process does every world-th
     image and all get the full table. Raises ValueError if a feature is not finite or no image can be read.
     """
     rank, n_ranks = world()
@@ -51,7 +51,7 @@ def extract_features(model: nn.Module, source, resize: int, crop: int, device: t
     bar = tqdm(loader, desc=f"features of {source.name}", leave=False, disable=None if rank == 0 else True)
     for (images, ok), rows in zip(bar, mine.split(batch_size)):
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            features = model(normalize(images.to(device, non_blocking=True).float() / 255))
+            features = model(normalize(to_float(images.to(device, non_blocking=True)), mean, std))
         if table is None:
             table = torch.zeros(len(source), features.shape[-1], device=device)
         table[rows] = F.normalize(features.float(), dim=-1)
@@ -67,8 +67,6 @@ def extract_features(model: nn.Module, source, resize: int, crop: int, device: t
     if not readable.any():
         raise ValueError(f"no image of {source.name} can be read")
     return table, readable.bool()
-
-
 
 
 @torch.inference_mode()
@@ -97,7 +95,7 @@ def knn_accuracy(bank: Tensor, labels, queries: Tensor | None, query_labels=None
     """Percent of right answers, {"top1_k10": …, "top5_k10": …, …}. `queries` None: leave one out on the bank. `chunk`
     queries are compared at a time; 0: as many as fit a gigabyte."""
     device, leave_one_out, (rank, n_ranks) = bank.device, queries is None, world()
-    labels = torch.as_tensor(labels, device=device)
+    labels = torch.as_tensor(labels, device=device).long()
     queries, answers = (bank, labels) if leave_one_out else (queries, torch.as_tensor(query_labels, device=device))
     n_classes = int(max(labels.max(), answers.max())) + 1
     names = [f"top{t}_k{k}" for k in ks for t in (1, 5)]
@@ -117,8 +115,8 @@ def knn_accuracy(bank: Tensor, labels, queries: Tensor | None, query_labels=None
 
 
 def evaluate(model: nn.Module, train_source, val_source, resize: int, crop: int, device: torch.device,
-             num_workers: int = 0, dtype: torch.dtype = torch.float32, ks=KS,
-             temperature: float = 0.07) -> dict[str, float]:
+             num_workers: int = 0, dtype: torch.dtype = torch.float32, ks=KS, temperature: float = 0.07, mean=MEAN,
+             std=STD) -> dict[str, float]:
     """k-NN accuracies of `model` in percent; `val_source` None: leave one out. Raises ValueError without labels."""
     for source in (train_source, val_source):
         if source is not None and source.labels is None:
@@ -127,7 +125,7 @@ def evaluate(model: nn.Module, train_source, val_source, resize: int, crop: int,
     sets = []
     for source, labels in zip((train_source, val_source), common_labels(train_source, val_source)):
         if source is not None:
-            features, ok = extract_features(model, source, resize, crop, device, 256, num_workers, dtype)
+            features, ok = extract_features(model, source, resize, crop, device, 256, num_workers, dtype, mean, std)
             sets += [features[ok], torch.as_tensor(labels, device=device)[ok]]
             if world()[0] == 0 and not ok.all():
                 print(f"{source.name}: {int((~ok).sum())} images could not be read and were left out")
@@ -173,29 +171,6 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-class Parser(argparse.ArgumentParser):
-    """Raises ValueError where argparse would print its usage and leave; names the nearest flag; no abbreviations."""
-
-    def __init__(self, manual: str, usage: str | None = None):
-        super().__init__(description=manual, usage=usage, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def error(self, message: str):
-        raise ValueError(message)
-
-    def parse_args(self, argv: list[str] | None) -> argparse.Namespace:
-        args, unknown = self.parse_known_args(argv)
-        if unknown:
-            flags = [s for action in self._actions for s in action.option_strings]
-            raise ValueError(f"unknown argument {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}; see --help")
-        return args
-
-
-def nearest(name: str, names) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f", did you mean {close[0]}?" if close else ""
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("checkpoint", help="out/ckpt.pth, or the weights of a released DINOv2 backbone")
@@ -205,7 +180,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.07, help="of the votes")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the backbone's arithmetic")
-    parser.add_argument("--num-workers", type=int, default=2, help="data loading processes")
+    parser.add_argument("--num-workers", type=int, default=-1, help="reading processes; -1: by the number of cores")
     return parser.parse_args(argv)
 
 
@@ -214,7 +189,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     device = pick_device(args.device)
     ckpt = read_checkpoint(args.checkpoint)
     model = load_backbone(args.checkpoint, ckpt).to(device)
-    config = ckpt["config"] if ckpt.get("format") == FORMAT else {"eval_resize": 256, "eval_crop": 224}
+    config = ckpt["config"] if ckpt.get("format") == FORMAT else dict(eval_resize=256, eval_crop=224)
+    config = dict(in_chans=3, mean=MEAN, std=STD) | config  # which checkpoints did not always say
     if not args.train and "data" not in config:
         raise ValueError(f"{args.checkpoint} does not say which data to use; give --train and --val")
     if args.train:
@@ -223,14 +199,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train, val = eval_specs(config["data"], config["eval_train"], args.val or config["eval_val"])
     if train == val:
         raise ValueError(f"--val is the same as --train, {train}; leave --val out to leave each image out in turn")
-    if min(args.ks) < 1 or not args.temperature > 0 or args.num_workers < 0:
-        raise ValueError("--ks and --temperature must be positive, --num-workers 0 or more")
+    if min(args.ks) < 1 or not args.temperature > 0:
+        raise ValueError("--ks and --temperature must be positive")
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(device_id=device if device.type == "cuda" else None)
-    sources = open_source(train), open_source(val) if val else None
+    sources = [open_source(spec, config["in_chans"]) if spec else None for spec in (train, val)]
+    num_workers = worker_count(args.num_workers, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    result = evaluate(model, *sources, config["eval_resize"], config["eval_crop"], device, args.num_workers, dtype,
-                      tuple(args.ks), args.temperature)
+    result = evaluate(model, *sources, config["eval_resize"], config["eval_crop"], device, num_workers, dtype,
+                      tuple(args.ks), args.temperature, config["mean"], config["std"])
     if world()[0] == 0:
         report(args.checkpoint, result, dict(train=train, val=val, temperature=args.temperature, dtype=args.dtype,
                                              step=ckpt.get("step"), torch=torch.__version__))

@@ -27,7 +27,6 @@ import shutil
 import sys
 import time
 import warnings
-import zlib
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -49,8 +48,9 @@ from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 from data import (
-    Batch, ImageFiles, InMemory, TrainBatches, check_groups, eval_specs, open_source, prepare, train_loader)
-from eval_knn import Parser, evaluate, knn_accuracy, nearest, pick_device
+    MEAN, STD, Batch, InMemory, Parser, Prefetcher, TrainBatches, Unreadable, augment, augment_at_once, check_groups,
+    draw_batch, eval_specs, keep_memory, nearest, open_source, prepare, reason, train_loader, worker_count)
+from eval_knn import evaluate, knn_accuracy, pick_device
 from losses import dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp, softmax_center, update_center
 from model import ARCHS, FORMAT, DINOHead, build, init_linear, load_backbone, load_strictly
 
@@ -61,14 +61,18 @@ from model import ARCHS, FORMAT, DINOHead, build, init_linear, load_backbone, lo
 @dataclass(frozen=True)
 class Config:
     # data
-    data: str = "ImageNet:split=TRAIN"  # a folder, digits, FashionMNIST:root=…, ImageNet:split=…:root=…
+    data: str = "ImageNet:split=TRAIN"  # a folder, a list, tars, ImageNet:split=…:root=…, A*0.7,B*0.3: see data.py
+    in_chans: int = 3  # channels of the images; with other than 3, hue, saturation and grey stay as they are
+    mean: tuple = MEAN  # per channel, in [0, 1]; measure your own by: python data.py stats DATA
+    std: tuple = STD  # likewise
+    max_bad_share: float = 0.1  # the run stops if more of the images cannot be read
     eval_train: str = ""  # labelled images for k-NN; empty: the TRAIN split of --data
     eval_val: str = ""  # labelled images to classify; empty: the VAL split of --data, or leave one out
     eval_resize: int = 256  # evaluation: short side in pixels, before ...
     eval_crop: int = 224  # ... the central square of this side is cut out
     batch_size: int = 2048  # images per step over all processes; official 64 x 32 GPUs
     group_size: int = 64  # images that share a mask quota and a KoLeo search; official: the batch of one GPU
-    num_workers: int = 10  # data loading processes per training process; 0: in the training process itself
+    num_workers: int = -1  # data loading processes per training process; -1: as many as there are cores; 0: none
     seed: int = 0  # of weights, order, crops, colours, masks and dropped paths
     # crops
     global_crops_size: int = 224  # side in pixels of the 2 global crops, which teacher and student see
@@ -180,7 +184,8 @@ PRESETS = {
 # official: 12 images per GPU, number of GPUs not stated; 256 of them make the paper's batch of 3k
 PRESETS["vitg14"] = PRESETS["vitl14"] | dict(arch="vit_giant2", batch_size=12 * 256, group_size=12)
 
-CHANGEABLE = {"out", "num_workers", "log_every", "eval_every", "export_every", "save_every", "keep", "device"}
+CHANGEABLE = {"out", "num_workers", "log_every", "eval_every", "export_every", "save_every", "keep", "device",
+              "max_bad_share"}
 
 
 def field_comments() -> dict[str, str]:
@@ -205,29 +210,32 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
         value = getattr(defaults, field.name)
         kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type, metavar="X")
         if field.type is tuple:
-            kind = dict(type=float, nargs=len(value), metavar="X")
+            kind = dict(type=float, nargs="+" if field.name in ("mean", "std") else len(value), metavar="X")
         text = f"{comments[field.name]} (default {value})".replace("%", "%%")
         parser.add_argument("--" + field.name.replace("_", "-"), default=value, help=text, **kind)
     args = parser.parse_args(argv)
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)}
-    cfg = Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    return cfg, args
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for field, ours in (("mean", MEAN), ("std", STD)):  # ImageNet's, in grey, for every channel of other images
+        if values["in_chans"] != 3 and values[field] == ours:
+            values[field] = (round(sum(ours) / 3, 3),) * values["in_chans"]
+    return Config(**values), args
 
 
 RANGES = {field: (0.0, 1.0) for field in (
     "flip_prob", "jitter_prob", "jitter", "gray_prob", "blur_probs", "solarize_prob", "mask_sample_probability",
-    "mask_ratio_min_max", "momentum_teacher", "final_momentum_teacher")}
+    "mask_ratio_min_max", "momentum_teacher", "final_momentum_teacher", "max_bad_share", "mean")}
 RANGES |= {field: (1, math.inf) for field in (
-    "batch_size", "group_size", "patch_size", "steps", "log_every", "save_every", "keep", "local_crops_number",
-    "head_nlayers", "head_n_prototypes", "head_bottleneck_dim", "head_hidden_dim", "ibot_head_nlayers",
-    "ibot_head_n_prototypes", "ibot_head_bottleneck_dim", "ibot_head_hidden_dim")}
+    "in_chans", "batch_size", "group_size", "patch_size", "steps", "log_every", "save_every", "keep",
+    "local_crops_number", "head_nlayers", "head_n_prototypes", "head_bottleneck_dim", "head_hidden_dim",
+    "ibot_head_nlayers", "ibot_head_n_prototypes", "ibot_head_bottleneck_dim", "ibot_head_hidden_dim")}
 RANGES |= {field: (0.0, math.inf) for field in (
-    "num_workers", "warmup_steps", "warmup_teacher_temp_steps", "freeze_last_layer_steps", "eval_every", "export_every",
+    "warmup_steps", "warmup_teacher_temp_steps", "freeze_last_layer_steps", "eval_every", "export_every",
     "num_register_tokens", "layerscale", "init_std", "pos_embed_std", "dino_loss_weight", "ibot_loss_weight",
     "koleo_loss_weight", "lr", "min_lr", "weight_decay", "weight_decay_end", "layerwise_decay", "patch_embed_lr_mult",
     "clip_grad")}
 RANGES |= dict(global_crops_scale=(1e-6, 1.0), local_crops_scale=(1e-6, 1.0), teacher_temp=(1e-3, 10.0),
-               warmup_teacher_temp=(1e-3, 10.0), drop_path_rate=(0.0, 0.99), betas=(0.0, 0.999999),
+               warmup_teacher_temp=(1e-3, 10.0), drop_path_rate=(0.0, 0.99), betas=(0.0, 0.999999), std=(1e-6, 1.0),
                seed=(0, 2**63 - 1))
 
 
@@ -240,6 +248,10 @@ def check(cfg: Config, n_ranks: int) -> None:
         value = getattr(cfg, field)
         if not all(least <= v <= most for v in (value if isinstance(value, tuple) else [value])):
             raise ValueError(f"--{field.replace('_', '-')} must lie between {least} and {most}, got {value}")
+    for field in ("mean", "std"):
+        if len(getattr(cfg, field)) != cfg.in_chans:
+            raise ValueError(f"--{field} has {len(getattr(cfg, field))} values, --in-chans is {cfg.in_chans}; give one "
+                             f"per channel: python data.py stats {cfg.data} --in-chans {cfg.in_chans} measures them")
     for field in ("global_crops_size", "local_crops_size", "eval_crop"):
         size, p = getattr(cfg, field), cfg.patch_size
         if size < p or size % p:
@@ -333,10 +345,11 @@ def build_network(cfg: Config, drop_path_rate: float = 0.0) -> nn.ModuleDict:
 
 def backbone_arguments(cfg: Config) -> dict:
     """Arguments of model.build for the teacher; they go into the checkpoint, which so describes itself."""
-    return dict(arch=cfg.arch, img_size=cfg.global_crops_size, patch_size=cfg.patch_size, ffn_layer=cfg.ffn_layer,
-                init_values=cfg.layerscale, qkv_bias=cfg.qkv_bias, proj_bias=cfg.proj_bias, ffn_bias=cfg.ffn_bias,
-                num_register_tokens=cfg.num_register_tokens, interpolate_antialias=cfg.interpolate_antialias,
-                interpolate_offset=cfg.interpolate_offset, block_chunks=0)
+    return dict(arch=cfg.arch, img_size=cfg.global_crops_size, patch_size=cfg.patch_size, in_chans=cfg.in_chans,
+                ffn_layer=cfg.ffn_layer, init_values=cfg.layerscale, qkv_bias=cfg.qkv_bias, proj_bias=cfg.proj_bias,
+                ffn_bias=cfg.ffn_bias, num_register_tokens=cfg.num_register_tokens,
+                interpolate_antialias=cfg.interpolate_antialias, interpolate_offset=cfg.interpolate_offset,
+                block_chunks=0)
 
 
 def build_centers(cfg: Config, device: torch.device) -> dict[str, Tensor]:
@@ -495,7 +508,8 @@ def shard(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype, recomput
 # Output folder: who may write here, what is kept
 
 
-OUTPUTS = ("ckpt.pth", "metrics.jsonl", "resume", "eval", "bad_samples.txt")  # and config.json, which marks a run
+OUTPUTS = (  # and config.json, which marks a run
+    "ckpt.pth", "metrics.jsonl", "resume", "eval", "bad_samples.txt", "first_batch.png")
 
 
 def check_output(cfg: Config, resume: bool, overwrite: bool) -> None:
@@ -516,8 +530,9 @@ def check_output(cfg: Config, resume: bool, overwrite: bool) -> None:
             theirs = json.loads((out / "config.json").read_text())
         except ValueError:
             raise ValueError(f"{out}/config.json is damaged; --resume continues the run with these settings") from None
-        mine = json.loads(json.dumps(dataclasses.asdict(cfg)))
-        changed = [f"{k} {theirs.get(k)} -> {v}" for k, v in mine.items() if theirs.get(k) != v and k not in CHANGEABLE]
+        mine, defaults = (json.loads(json.dumps(dataclasses.asdict(c))) for c in (cfg, Config()))
+        theirs = defaults | theirs  # a run of an older version did not know all fields
+        changed = [f"{k} {theirs[k]} -> {v}" for k, v in mine.items() if theirs[k] != v and k not in CHANGEABLE]
         if changed:
             some = ", ".join(changed[:3]) + " …" * (len(changed) > 3)
             raise ValueError(f"--out {out} holds a different run ({some}); choose another --out, or --overwrite it, or "
@@ -625,8 +640,7 @@ class TrainState:
         except (Exception, CheckpointException) as error:  # a damaged save can fail in any way
             while isinstance(error, CheckpointException) and error.failures:
                 error = next(iter(error.failures.values()))[0]
-            reason = (str(error) or type(error).__name__).splitlines()[0][:150]
-            raise ValueError(f"{newest[0]} cannot be continued from ({reason}); delete that folder to continue from "
+            raise ValueError(f"{newest[0]} cannot be continued from ({reason(error)}); delete it to continue from "
                              "the save before it, or start anew with --overwrite") from None
         return int(newest[0].name.removeprefix("step_"))
 
@@ -671,7 +685,12 @@ class Log:
             self.records = [r for r in records if r["step"] < start + ("knn" in r and start > 0)]
             write_atomically(path, lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in self.records)))
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=None if self.main else True, smoothing=0.05)
-        self.steps, self.told, self.bad_files = steps, time.monotonic(), set()
+        self.steps, self.told = steps, time.monotonic()
+        self.bad_path, self.new_bad = path.with_name("bad_samples.txt"), []
+        self.bad_before = max((r.get("bad_samples", 0) for r in self.records), default=0)
+        self.bad_total = self.bad_before
+        lines = self.bad_path.read_text().splitlines() if self.main and self.bad_path.exists() else []
+        self.listed = {line.partition("\t")[0] for line in lines}
 
     def write(self, record: dict) -> None:
         if self.main:
@@ -688,7 +707,8 @@ class Log:
         `images_per_s` and `data_wait`, the share of the time spent waiting for images, since the last line. Ends the
         program if a number is not finite, before anything of it is saved."""
         loss = sum(v for k, v in means.items() if not k.startswith("grad_norm"))
-        self.write(dict(step=step, loss=loss, **means, **now, images_per_s=images_per_s, data_wait=data_wait))
+        self.write(dict(step=step, loss=loss, **means, **now, images_per_s=images_per_s, data_wait=data_wait,
+                        bad_samples=self.bad_total))
         text = f"loss {loss:.3f}, {images_per_s:.0f} images/s, data wait {data_wait:.0%}"
         self.bar.set_postfix_str(text)
         if self.main and self.bar.disable and time.monotonic() - self.told > 60:  # no terminal: a line a minute
@@ -699,12 +719,19 @@ class Log:
             sys.exit(f"error: {', '.join(bad)} of step {step} is not finite; a save, if there is one, is from before "
                      "it. Lower --lr and continue with --resume" if self.main else 1)
 
-    def bad(self, files: list[str]) -> None:
-        """Files that could not be read, and were replaced by others: listed once each, by the process that met them."""
-        if new := set(files) - self.bad_files:
-            self.bad_files |= new
-            with open(self.path.with_name("bad_samples.txt"), "a") as file:
-                file.writelines(f + "\n" for f in sorted(new))
+    def count_bad(self, n_samples: int) -> float:
+        """Adds up what all processes could not read since the last line, and lists each file once, with the reason, in
+        bad_samples.txt. Returns the share of bad ones among all that this command read for its `n_samples` samples."""
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, self.new_bad)
+        new = [item for bad in gathered for item in bad]
+        self.new_bad, self.bad_total = [], self.bad_total + len(new)
+        if self.main and (unlisted := sorted((f, why) for f, why in dict(new).items() if f not in self.listed)):
+            self.listed.update(f for f, _ in unlisted)
+            with open(self.bad_path, "a") as file:
+                file.writelines(f"{f}\t{why}\n" for f, why in unlisted)
+        bad = self.bad_total - self.bad_before
+        return bad / (bad + n_samples)
 
     def say(self, text: str) -> None:
         if self.main:
@@ -727,7 +754,8 @@ class Knn:
         with torch.device("meta"):
             backbone = build(**backbone_arguments(cfg))
         backbone.load_state_dict(weights, assign=True)
-        return evaluate(backbone.eval(), *self.sources, cfg.eval_resize, cfg.eval_crop, self.device, cfg.num_workers)
+        return evaluate(backbone.eval(), *self.sources, cfg.eval_resize, cfg.eval_crop, self.device,
+                        local_workers(cfg), mean=cfg.mean, std=cfg.std)
 
     def raw_pixels(self) -> dict[str, float] | None:
         """The same vote on the pixels themselves; None for sources that are not in memory."""
@@ -764,10 +792,25 @@ def training_batches(cfg: Config, source, rank: int, n_ranks: int) -> TrainBatch
     return TrainBatches(
         source, batch_size=cfg.batch_size, group_size=cfg.group_size, seed=cfg.seed, rank=rank, world=n_ranks,
         global_size=cfg.global_crops_size, global_scale=cfg.global_crops_scale, n_local=cfg.local_crops_number,
-        local_size=cfg.local_crops_size, local_scale=cfg.local_crops_scale, flip_prob=cfg.flip_prob,
-        patch_size=cfg.patch_size, mask_prob=cfg.mask_sample_probability, mask_ratio=cfg.mask_ratio_min_max,
-        ops=dict(jitter_prob=cfg.jitter_prob, jitter=cfg.jitter, gray_prob=cfg.gray_prob, blur_probs=cfg.blur_probs,
-                 solarize_prob=cfg.solarize_prob))
+        local_size=cfg.local_crops_size, local_scale=cfg.local_crops_scale, patch_size=cfg.patch_size,
+        mask_prob=cfg.mask_sample_probability, mask_ratio=cfg.mask_ratio_min_max,
+        ops=dict(flip_prob=cfg.flip_prob, jitter_prob=cfg.jitter_prob, jitter=cfg.jitter, gray_prob=cfg.gray_prob,
+                 blur_probs=cfg.blur_probs, solarize_prob=cfg.solarize_prob))
+
+
+def local_workers(cfg: Config) -> int:
+    return worker_count(cfg.num_workers, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def check_shared_memory(cfg: Config, n_ranks: int) -> None:
+    """Raises ValueError if the batches that wait in the workers do not fit into shared memory, which containers often
+    limit to 64 MB; the workers would die of a bus error."""
+    pixels = 2 * cfg.global_crops_size**2 + cfg.local_crops_number * cfg.local_crops_size**2
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    need = (2 * local_workers(cfg) + 1) * here * cfg.batch_size // n_ranks * pixels * cfg.in_chans  # 2 per worker
+    if cfg.num_workers and os.path.isdir("/dev/shm") and need > (free := shutil.disk_usage("/dev/shm").free):
+        raise ValueError(f"/dev/shm has {free / 2**20:.0f} MB free, batches in the making need {need / 2**20:.0f} MB; "
+                         "start the container with --ipc=host or a larger --shm-size, or lower --num-workers")
 
 
 def check_readable(source) -> None:
@@ -776,8 +819,8 @@ def check_readable(source) -> None:
         try:
             return source.image(i)
         except Exception as error:  # decoders raise all sorts on damaged files
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-    raise ValueError(f"no readable image in {source.name}; the last of those tried says: {reason}")
+            why = reason(error)
+    raise ValueError(f"no readable image in {source.name}; the last of those tried says: {why}")
 
 
 def mean_over_processes(metrics: dict[str, Tensor], n_ranks: int) -> dict[str, float]:
@@ -786,17 +829,16 @@ def mean_over_processes(metrics: dict[str, Tensor], n_ranks: int) -> dict[str, f
     return dict(zip(metrics, values.tolist()))
 
 
-def open_everywhere(specs: list[str | None]) -> list:
+def open_everywhere(specs: list[str | None], channels: int) -> list:
     """The sources, listed by rank 0 first so that the others find the listing. Raises ValueError, on all processes, if
     they do not see the same files."""
     if dist.get_rank() == 0:
-        sources = [open_source(spec) if spec is not None else None for spec in specs]
+        sources = [open_source(spec, channels) if spec is not None else None for spec in specs]
     dist.barrier()
     if dist.get_rank() > 0:
-        sources = [open_source(spec) if spec is not None else None for spec in specs]
+        sources = [open_source(spec, channels) if spec is not None else None for spec in specs]
     seen = [None] * dist.get_world_size()
-    names = [s.names.tobytes() if isinstance(s, ImageFiles) else b"" for s in sources]
-    dist.all_gather_object(seen, [(len(s), zlib.crc32(n)) if s is not None else 0 for s, n in zip(sources, names)])
+    dist.all_gather_object(seen, [(len(s), s.fingerprint) if s is not None else 0 for s in sources])
     if any(other != seen[0] for other in seen):
         raise ValueError(f"the machines see different files in {specs}; give all of them the same copy")
     return sources
@@ -810,9 +852,10 @@ def set_up(argv: list[str] | None) -> Run:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {cfg.device}: training runs on cpu and cuda, evaluation also on mps")
     check_output(cfg, args.resume, args.overwrite)
+    check_shared_memory(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     mesh = start_processes(device)
     evals = eval_specs(cfg.data, cfg.eval_train, cfg.eval_val) if cfg.eval_every else ()
-    source, *eval_sources = open_everywhere([cfg.data, *evals])
+    source, *eval_sources = open_everywhere([cfg.data, *evals], cfg.in_chans)
     check_readable(source)
     knn = Knn(cfg, device, eval_sources) if cfg.eval_every else None
     state = TrainState(cfg, mesh, device)
@@ -837,17 +880,18 @@ def train(run: Run) -> None:
         log.write(dict(step=0, knn=knn.teacher(state.teacher), knn_raw_pixels=knn.raw_pixels()))
 
     batches = training_batches(cfg, run.source, rank, n_ranks)
-    loader = iter(train_loader(batches, run.start, cfg.steps, cfg.num_workers, run.device.type == "cuda"))
+    loader = train_loader(batches, run.start, cfg.steps, local_workers(cfg), run.device.type == "cuda")
+    colour = torch.compile(augment_at_once) if cfg.compile else augment
+    loader = Prefetcher(loader, partial(prepare, device=run.device, mean=cfg.mean, std=cfg.std, augment=colour),
+                        run.device)
     schedule = schedules(cfg)
     clock, waited, logged = time.perf_counter(), 0.0, run.start
-    for step in range(run.start, cfg.steps):
-        asked = time.perf_counter()
-        batch = next(loader)
-        waited += time.perf_counter() - asked
-        log.bad(batch.bad)
+    for step, batch in enumerate(loader, run.start):
+        if step == 0 and rank == 0:
+            draw_batch(batch, cfg.mean, cfg.std).save(out / "first_batch.png")
+        log.new_bad += batch.bad
         torch.manual_seed(random.Random(f"{cfg.seed}/drop path/{step}/{rank}").getrandbits(63))
         now = {name: float(values[step]) for name, values in schedule.items()}
-        batch = prepare(batch, run.device)
         metrics = train_step(state.student, state.teacher, state.optimizer, batch, cfg, now, state.centers)
 
         done = step + 1
@@ -855,9 +899,14 @@ def train(run: Run) -> None:
         save, export = last or done % cfg.save_every == 0, cfg.export_every and done % cfg.export_every == 0
         evaluate_now = knn and (last or done % cfg.eval_every == 0)
         log.bar.update()
+        too_bad = False
         if last or save or export or done % cfg.log_every == 0:  # nothing is saved before its loss is seen to be finite
+            n_samples = (done - run.start) * cfg.batch_size
+            bad_share = log.count_bad(n_samples)
+            too_bad = bad_share > cfg.max_bad_share and (last or n_samples >= 1000)
+            save |= too_bad
             means, seconds = mean_over_processes(metrics, n_ranks), time.perf_counter() - clock
-            log.step(step, now, means, cfg.batch_size * (done - logged) / seconds, waited / seconds)
+            log.step(step, now, means, cfg.batch_size * (done - logged) / seconds, (loader.waited - waited) / seconds)
         if evaluate_now:
             log.write(dict(step=done, knn=knn.teacher(state.teacher)))
             log.say(f"step {done}: {summary(log, done)}")
@@ -867,7 +916,11 @@ def train(run: Run) -> None:
         if save:
             state.save(out / "resume", done, cfg.keep)
         if last or save or export or evaluate_now or done % cfg.log_every == 0:
-            clock, waited, logged = time.perf_counter(), 0.0, done
+            clock, waited, logged = time.perf_counter(), loader.waited, done
+        if too_bad:
+            raise Unreadable(f"{bad_share:.0%} of the images that were tried cannot be read; they are listed, with the "
+                             f"reasons, in {log.bad_path}. All is saved: mend or remove them and run the same command "
+                             "again, or allow more by --max-bad-share")
     log.bar.close()
     if rank == 0:
         print(summary(log, cfg.steps) if knn else f"done; the teacher is in {out}/ckpt.pth")
@@ -876,6 +929,7 @@ def train(run: Run) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    keep_memory()
     try:
         run = set_up(argv)
     except ValueError as error:
@@ -884,6 +938,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     try:
         train(run)
+    except Unreadable as error:
+        if dist.get_rank() == 0 or "worker" in str(error):  # from a worker process it comes with a whole stack
+            print(f"error: {str(error).strip().splitlines()[-1].removeprefix('data.Unreadable: ')}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print(f"\nstopped; the same command continues from the last save in {run.cfg.out}/resume", file=sys.stderr)
         sys.exit(130)

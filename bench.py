@@ -1,0 +1,170 @@
+"""Measurements. Every performance figure in the README names one of these commands, hardware and versions.
+
+    python bench.py data                        # images per second and core: each stage, a worker, the whole pipeline,
+                                                # and the same augmentations by torchvision in the official order
+    python bench.py data --data /my/photos      # on your images instead of scikit-learn's two photographs
+    python bench.py data --json                 # the table as JSON
+
+Everything is measured in turn, several times over, in one process on one core: compare the ratios, which hold on a
+noisy machine too. A GPU's part is measured if there is one. Apache License 2.0.
+"""
+import itertools
+import json
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torchvision
+from PIL import Image
+from torchvision import transforms as T
+from tqdm import tqdm
+
+import data
+import train
+
+
+def measure(functions: dict, repeats: int, least: float = 0.5) -> dict[str, list[float]]:
+    """{name: function that does one piece of work} -> {name: seconds of one call, `repeats` times}. All take turns; a
+    turn begins with a call that is not timed, for the caches, and lasts at least `least` seconds."""
+    seconds = {name: [] for name in functions}
+    for _, (name, function) in tqdm(itertools.product(range(repeats), functions.items()), disable=None,
+                                    total=repeats * len(functions), desc="measuring", leave=False):
+        function()
+        calls, start = 0, time.perf_counter()
+        while time.perf_counter() - start < least:
+            function()
+            calls += 1
+        seconds[name].append((time.perf_counter() - start) / calls)
+    return seconds
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    gpu = dict(gpu=torch.cuda.get_device_name(device)) if device.type == "cuda" else {}
+    model = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+             if line.startswith("model name")] if sys.platform == "linux" else []
+    return dict(torch=torch.__version__, torchvision=torchvision.__version__, python=platform.python_version(),
+                cpu=(model or [platform.machine()])[0], cores=str(data.usable_cores())) | gpu
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data
+
+
+def write_photos(folder: Path) -> None:
+    """scikit-learn's two photographs as ImageNet has its own: JPEG, 500 x 375."""
+    from sklearn.datasets import load_sample_images
+
+    for i, pixels in enumerate(load_sample_images().images):
+        Image.fromarray(pixels).resize((500, 375), Image.Resampling.LANCZOS).save(folder / f"{i}.jpg", quality=90)
+
+
+def official_pipeline() -> list:
+    """The transforms of one image's 2 + 8 crops by torchvision on Pillow images, in the official order, with the
+    official probabilities as they come out."""
+    def crop(size, scale, blur, solarize=0.0):
+        return T.Compose([
+            T.RandomResizedCrop(size, scale=scale, interpolation=T.InterpolationMode.BICUBIC), T.RandomHorizontalFlip(),
+            T.RandomApply([T.ColorJitter(*data.JITTER)], p=0.8), T.RandomGrayscale(p=0.2),
+            T.RandomApply([T.GaussianBlur(9, (0.1, 2.0))], p=blur), T.RandomSolarize(128, p=solarize), T.ToTensor(),
+            T.Normalize(data.MEAN, data.STD)])
+
+    return [crop(224, (0.32, 1.0), 0.0), crop(224, (0.32, 1.0), 0.9, 0.2)] + [crop(96, (0.05, 0.32), 0.5)] * 8
+
+
+def bench_data(args, device: torch.device) -> list[dict]:
+    """Rows of {stage, ms, images_per_s, times_official}. Times are per image."""
+    n, cfg = 64, train.Config(batch_size=64, group_size=64)
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.data:
+            write_photos(Path(folder))
+        source = data.open_source(args.data or folder)
+        batches = train.training_batches(cfg, source, 0, 1)
+        steps, numbers, rng = itertools.count(), itertools.count(), random.Random(0)
+        images = [source.image(source.pick(s, 0)) for s in range(n)]
+        crops, official = batches[0], official_pipeline()
+
+        def by_torchvision():
+            with Image.open(source.describe(source.pick(next(numbers), 0))) as file:
+                image = file.convert("RGB")
+            return [transform(image) for transform in official]
+
+        def cut(sizes):
+            return [data.cut_crop(rng, image, size, scale) for image in images for size, scale in sizes]
+
+        stages = {  # name: (function, images per call)
+            "read and decode": (lambda: source.image(source.pick(next(numbers), 0)), 1),
+            "2 global crops": (partial(cut, batches.crops[:2]), n),
+            "8 local crops": (partial(cut, batches.crops[2:]), n),
+            "worker: all of the above, masks, batch": (lambda: batches[next(steps)], n),
+            "colour, on the CPU": (lambda: data.prepare(crops, torch.device("cpu")), n),
+            "worker and colour, all on the CPU": (
+                lambda: data.prepare(batches[next(steps)], torch.device("cpu")), n),
+            "torchvision, official order": (by_torchvision, 1)}
+        if device.type == "cuda":
+            on_gpu = crops._replace(global_crops=crops.global_crops.to(device),
+                                    local_crops=crops.local_crops.to(device))
+            for name, augment in (("", data.augment), (", compiled",
+                                                       torch.compile(data.augment_at_once))):
+                def on_device(augment=augment):
+                    data.prepare(on_gpu, device, augment=augment)
+                    torch.cuda.synchronize()
+                stages[f"colour, on the GPU{name}"] = (on_device, n)
+        seconds = measure({name: function for name, (function, _) in stages.items()}, args.repeats)
+    seconds = {name: [t / stages[name][1] for t in times] for name, times in seconds.items()}
+    official = seconds["torchvision, official order"]
+    return [dict(stage=name, ms=1e3 * statistics.median(times), images_per_s=1 / statistics.median(times),
+                 times_official=statistics.median(o / t for o, t in zip(official, times)))
+            for name, times in seconds.items()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def show(rows: list[dict]) -> None:
+    """A Markdown table."""
+    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+    for row in rows:
+        cells = [v if isinstance(v, str) else f"{v:,.{2 if v < 10 else 0}f}" for v in row.values()]
+        print("| " + " | ".join(cells) + " |")
+
+
+BENCHES = {"data": bench_data}
+
+
+def parse(argv: list[str] | None):
+    parser = data.Parser(__doc__)
+    parser.add_argument("what", choices=tuple(BENCHES), help="what to measure")
+    parser.add_argument("--data", default="", help="images, named as train.py's --data")
+    parser.add_argument("--repeats", type=int, default=7, help="how often everything is measured; medians are shown")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args(argv)
+    if args.repeats < 1:
+        raise ValueError("--repeats must be 1 or more")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    device = train.pick_device("auto")
+    torch.set_num_threads(1)
+    data.keep_memory()  # as in workers and in training; torchvision's transforms gain from it too
+    rows = BENCHES[args.what](args, device)
+    about = dict(command=" ".join(["python bench.py", *(sys.argv[1:] if argv is None else argv)]), **versions(device))
+    if args.json:
+        print(json.dumps(dict(about=about, rows=rows), indent=1))
+    else:
+        print(", ".join(f"{k} {v}" for k, v in about.items()) + "\n")
+        show(rows)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
