@@ -8,6 +8,7 @@
 Everything is measured in turn, several times over, in one process on one core: compare the ratios, which hold on a
 noisy machine too. A GPU's part is measured if there is one. Apache License 2.0.
 """
+import io
 import itertools
 import json
 import platform
@@ -84,13 +85,15 @@ def bench_data(args, device: torch.device) -> list[dict]:
         if not args.data:
             write_photos(Path(folder))
         source = data.open_source(args.data or folder)
+        if isinstance(source, data.InMemory):
+            raise ValueError(f"--data {args.data}: there are no image files to decode; name a folder")
         batches = train.training_batches(cfg, source, 0, 1)
         steps, numbers, rng = itertools.count(), itertools.count(), random.Random(0)
         images = [source.image(source.pick(s, 0)) for s in range(n)]
         crops, official = batches[0], official_pipeline()
 
         def by_torchvision():
-            with Image.open(source.describe(source.pick(next(numbers), 0))) as file:
+            with Image.open(io.BytesIO(source.encoded(source.pick(next(numbers), 0)))) as file:
                 image = file.convert("RGB")
             return [transform(image) for transform in official]
 

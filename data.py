@@ -4,8 +4,8 @@ A source is named by one string:
     /any/folder                        all images below it; with class sub-folders also labels; train/ and val/
                                        sub-folders are recognised as splits
     photos.txt                         a file with one image path per line, a tab and a label behind it if you like
-    /data/shards/*.tar                 tar shards (WebDataset), or x-{000..099}.tar; labels from .cls members; 16 shards
-                                       are read at a time, from front to back, mixed; :interleave=0 reads at random
+    /data/shards/*.tar                 tar shards (WebDataset), or x-{000..099}.tar; labels from .cls members; read in
+                                       16 places at once, from front to back, mixed; :interleave=0 reads at random
     ImageNet:split=TRAIN:root=/data/imagenet[:extra=/data/extra]       train/<wnid>/*.JPEG, val/<wnid>/*.JPEG, test/
     ImageNet22k:root=/data/in22k[:extra=/data/extra]                   <wnid>.tar
     CIFAR10, CIFAR100, MNIST, FashionMNIST[:root=…][:download=yes]     as torchvision keeps them
@@ -13,7 +13,7 @@ A source is named by one string:
     A*0.7,B*0.3                        any of these mixed in exact shares; A,B: all images of both once per pass
 
     python data.py stats /my/photos                # mean and standard deviation per channel, for --mean and --std
-    python data.py check /my/photos                # reads every image and lists those that cannot be read
+    python data.py check /my/photos                # reads every image, lists those that cannot be; exit code 1 if any
     python data.py extra ImageNet:root=/data/imagenet:extra=/data/extra     # writes the official metadata; or 22k's
 
     source = open_source("digits")
@@ -30,6 +30,7 @@ import bisect
 import csv
 import ctypes
 import difflib
+import errno
 import functools
 import glob
 import gzip
@@ -66,6 +67,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which al
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
 SPLIT_FOLDERS = {"TRAIN": ("train", "training"), "VAL": ("val", "valid", "validation", "test")}
 MAX_PIXELS = 2**27  # an image of more is refused, lest a small file fill the memory; Pillow refuses 2**27.4 itself
+MAX_BYTES = 2**30  # likewise a file
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # what Pillow may take a file for, whatever its name
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -75,59 +78,80 @@ MAX_PIXELS = 2**27  # an image of more is refused, lest a small file fill the me
 def decode(data: np.ndarray, channels: int = 3) -> Tensor:
     """The bytes of an image file, uint8 (n,), as an upright image (channels, H, W), uint8 or, of deep grey, uint16.
 
-    Grey is repeated, alpha dropped, colour turned to grey as `channels` wants it; other numbers of channels come from
-    .npy arrays (H, W, C), also for 16-bit colour, and the pages of a TIFF. Raises whatever a decoder does if the file
-    cannot be decoded.
+    Grey is repeated, alpha dropped or made opaque, colour turned to grey as `channels` wants it; other numbers of
+    channels come from .npy arrays (H, W, C), also for 16-bit colour, and the pages of a TIFF. Raises whatever a decoder
+    does if the file cannot be decoded.
     """
     if data[:2].tobytes() == b"\x1f\x8b":  # some files of ImageNet-22k are compressed once more
-        data = np.frombuffer(bytearray(zlib.decompressobj(31).decompress(data, MAX_PIXELS)), np.uint8)
+        data = np.frombuffer(bytearray(zlib.decompressobj(31).decompress(data, MAX_BYTES)), np.uint8)
     kind = data[:6].tobytes()
+    if not kind:
+        raise ValueError("empty file")
     if kind == b"\x93NUMPY":
-        return as_channels(read_array(data), channels)
-    width, height = image_size(data)
+        image = read_array(data)
+    elif kind.startswith(b"\xff\xd8\xff") and channels in (1, 3):  # a damaged PNG would crash torchvision's decoder
+        image = read_jpeg(data, channels)
+    else:
+        image = read_by_pillow(data, channels)
+    return as_channels(image, channels)
+
+
+def check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise ValueError(f"{width} x {height} pixels are more than data.MAX_PIXELS")
-    if kind.startswith(b"\xff\xd8\xff") and channels in (1, 3):  # a damaged PNG would crash torchvision's decoder
-        modes = torchvision.io.ImageReadMode
-        try:
-            return torchvision.io.decode_jpeg(torch.from_numpy(data), modes.RGB if channels == 3 else modes.GRAY,
-                                              apply_exif_orientation=True)
-        except (RuntimeError, AttributeError):  # CMYK and others it leaves to Pillow; or gone, as 0.29 announces
-            pass
-    with Image.open(io.BytesIO(data)) as file:
-        return as_channels(from_pillow(file, channels), channels)
 
 
-def image_size(data: np.ndarray) -> tuple[int, int]:
-    """(width, height) as the header of an image file has it, without decoding it."""
+def read_jpeg(data: np.ndarray, channels: int) -> Tensor:
+    """By torchvision, which is faster; what it refuses, or all if it has no decoder any more (0.29 says it will go), by
+    Pillow."""
     at = 2
-    while data[0] == 0xFF and at + 9 < len(data) and data[at] == 0xFF:  # the segments of a JPEG, until the frame's
+    while at + 9 < len(data) and data[at] == 0xFF:  # the segments, until the one with the size
         marker, length, _, height, width = struct.unpack_from(">xBHBHH", data, at)
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return width, height
+            check_size(width, height)
+            break
         at += 2 + length
-    with Image.open(io.BytesIO(data)) as file:
-        return file.size
+    else:
+        return read_by_pillow(data, channels)
+    try:
+        modes = torchvision.io.ImageReadMode
+        return torchvision.io.decode_jpeg(torch.from_numpy(data), modes.RGB if channels == 3 else modes.GRAY,
+                                          apply_exif_orientation=True)
+    except (RuntimeError, AttributeError):
+        return read_by_pillow(data, channels)
 
 
-def from_pillow(file: Image.Image, channels: int) -> Tensor:
+def read_by_pillow(data: np.ndarray, channels: int) -> Tensor:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+        check_size(*file.size)
+        n_pages = getattr(file, "n_frames", 1) if channels not in (1, 3, 4) else 1
+        if n_pages != channels:
+            return page(file, channels)
+        pages = []
+        for i in range(n_pages):
+            file.seek(i)
+            check_size(*file.size)
+            pages.append(page(file, 1))
+        return torch.cat(pages)
+
+
+def page(file: Image.Image, channels: int) -> Tensor:
+    """One page of an open file: grey if it is so or `channels` is 1, RGBA if that is 4, else RGB; deep grey uint16."""
     if file.mode[0] in "IF":  # 16-bit grey is I;16, in older versions I
         pixels = np.asarray(file)
         if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
             raise ValueError(f"pixels of type {pixels.dtype} outside of 0 to 65535; save them as 16-bit integers")
         return torch.from_numpy(pixels.astype(np.uint16))[None]
-    if channels > 4 and getattr(file, "n_frames", 1) == channels:
-        pages = [file.seek(i) or np.array(file) for i in range(channels)]
-        return torch.from_numpy(np.stack(pages))
-    upright = ImageOps.exif_transpose(file)
-    return TF.pil_to_tensor(upright.convert({1: "L", 4: "RGBA"}.get(channels, "RGB")))
+    gray = channels == 1 or file.mode in ("1", "L")
+    return TF.pil_to_tensor(ImageOps.exif_transpose(file).convert("L" if gray else "RGBA" if channels == 4 else "RGB"))
 
 
 def read_array(data: np.ndarray) -> Tensor:
     """A .npy file of uint8 or uint16 (H, W) or (H, W, C) as (C, H, W)."""
-    pixels = np.load(io.BytesIO(data), allow_pickle=False) if len(data) <= 8 * MAX_PIXELS else np.empty(0)
+    pixels = np.load(io.BytesIO(data), allow_pickle=False)
     if pixels.dtype not in (np.uint8, np.uint16) or pixels.ndim not in (2, 3) or pixels.size == 0:
         raise ValueError(f"array of {pixels.dtype} {pixels.shape}; images are uint8 or uint16, (H, W) or (H, W, C)")
+    check_size(*pixels.shape[:2])
     return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
 
 
@@ -136,6 +160,9 @@ def as_channels(image: Tensor, channels: int) -> Tensor:
     c = len(image)
     if c == channels:
         return image
+    if channels == 4 and c in (1, 3):  # opaque
+        white = torch.full_like(image[:1], 65535 if image.dtype == torch.uint16 else 255)
+        return torch.cat([image.expand(3, -1, -1), white])
     if c == 1:
         return image.expand(channels, -1, -1)
     if c == 3 and channels == 1:
@@ -179,8 +206,19 @@ class Source:
         epoch, position = divmod(s, len(self))
         return self.order(position, key=random.Random(f"{seed}/epoch/{epoch}").getrandbits(64))
 
+    def replacement(self, i: int, rng: random.Random) -> int:
+        """An image to take the place of image i, which cannot be read."""
+        return rng.randrange(len(self))
+
     def __reduce__(self):  # worker processes that are not forked open it again, instead of a copy of all tables
-        return open_source, (self.spec, self.channels)
+        return (reopen, (self.spec, self.channels, self.fingerprint)) if self.spec else super().__reduce__()
+
+
+def reopen(spec: str, channels: int, fingerprint: int) -> Source:
+    source = open_source(spec, channels)
+    if source.fingerprint != fingerprint:
+        raise Unreadable(f"{source.name} has changed while the run was starting; start it again")
+    return source
 
 
 class InMemory(Source):
@@ -247,19 +285,23 @@ class ImageNetEntries(Source):
 
 class InTars(Source):
     """Images inside of tar files. Image i is bytes start[i] to start[i] + size[i] of tar number shard[i]; the images of
-    a tar have consecutive numbers. With `interleave` tars are read from front to back, that many at a time."""
+    a tar have consecutive numbers. With `interleave` reading advances from front to back, in that many places at once.
+    """
 
     def __init__(self, name: str, tars: list[str], shard, start, size, fingerprint: int, labels=None, classes=None,
                  interleave: int = 0):
         self.name, self.tars, self.shard, self.start, self.size = name, tars, shard, start, size
         self.fingerprint, self.labels, self.classes, self.interleave = fingerprint, labels, classes, interleave
         self.first = np.searchsorted(shard, np.arange(len(tars) + 1))  # (tars + 1,) first image of each tar, and n
+        self.tars_in_order = functools.lru_cache(maxsize=4)(self.tars_in_order)
 
     def __len__(self) -> int:
         return len(self.shard)
 
     def encoded(self, i: int) -> np.ndarray:
         size = int(self.size[i])
+        if size > MAX_BYTES:
+            raise ValueError(f"{size:,} bytes are more than data.MAX_BYTES")
         data = np.fromfile(self.tars[self.shard[i]], np.uint8, size, offset=int(self.start[i]))
         if len(data) < size:
             raise EOFError("the tar file ends within this image")
@@ -269,9 +311,9 @@ class InTars(Source):
         return f"{self.tars[self.shard[i]]} at byte {int(self.start[i])}"
 
     def order(self, position: int, key: int) -> int:
-        """With `interleave` = L: the tars in random order make one long row, which L readers divide among themselves;
-        what they read in turn is shuffled within windows of 256 images each. Like a shuffle buffer, but a permutation
-        of which any element can be computed alone."""
+        """With `interleave` = L: the tars in random order make one long row, cut into L equal parts. Reading advances
+        through all parts at the same pace; the next 256 images of each are one window, whose order is random. Like a
+        shuffle buffer of 256 * L images, but a permutation of which any element can be computed alone."""
         if not self.interleave:
             return super().order(position, key)
         tars, starts = self.tars_in_order(key)
@@ -287,7 +329,6 @@ class InTars(Source):
         j = bisect.bisect_right(starts, position) - 1
         return int(self.first[tars[j]]) + position - starts[j]
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019
     def tars_in_order(self, key: int) -> tuple[list[int], list[int]]:
         """The numbers of the tars in the order of the pass `key`, and at which position each begins."""
         tars = [j for j in range(len(self.tars)) if self.first[j] < self.first[j + 1]]
@@ -325,6 +366,12 @@ class Mix(Source):
         source, i = self.whose(i)
         return source.describe(i)
 
+    def replacement(self, i: int, rng: random.Random) -> int:
+        if self.quota is None:
+            return super().replacement(i, rng)
+        source, own = self.whose(i)
+        return i - own + source.replacement(own, rng)
+
     def pick(self, s: int, seed) -> int:
         if self.quota is None:
             return super().pick(s, seed)
@@ -342,27 +389,40 @@ class Mix(Source):
 def open_source(spec: str, channels: int = 3) -> Source:
     """The source named by `spec` (see the top of this file), serving images of so many channels. Raises ValueError with
     the fix in the message."""
-    exists = os.path.exists(os.path.expanduser(parse_spec(spec)[0]))  # even if it looks like a mixture
-    parts = [spec] if exists else re.split(r",(?![^{]*\})", spec)
-    weighted = [None if exists else re.fullmatch(r"(.+)\*(\d*\.?\d+)", part) for part in parts]
-    if len(parts) > 1 or weighted[0]:
-        if any(weighted) and not all(weighted):
-            raise ValueError(f"--data {spec!r}: give all sources a weight, as in A*0.7,B*0.3, or none")
-        weights = [Fraction(w[2]).limit_denominator(1000) for w in weighted if w]
-        if any(w <= 0 for w in weights):
-            raise ValueError(f"--data {spec!r}: weights must be 0.001 or more")
-        source = Mix([open_source(w[1] if w else part, channels) for w, part in zip(weighted, parts)], weights)
-    else:
-        source = open_single(spec)
+    parts = split_mixture(spec)
+    try:
+        if len(parts) > 1 or parts[0][1]:
+            source = Mix([open_source(part, channels) for part, _ in parts], [w for _, w in parts if w])
+        else:
+            source = open_single(spec)
+    except OSError as error:
+        raise ValueError(f"--data {spec!r}: {error.filename} cannot be read ({error.strerror or error})") from None
     source.spec, source.channels = spec, channels
     return source
+
+
+def split_mixture(spec: str) -> list[tuple[str, Fraction | None]]:
+    """"A*0.7,B*0.3" -> [(A, 7/10), (B, 3/10)]; "A" -> [(A, None)], also for a path that looks like a mixture."""
+    if os.path.exists(os.path.expanduser(spec)):
+        return [(spec, None)]
+    parts = [part.strip() for part in spec.split(",")]
+    weighted = [re.fullmatch(r"(.+)\*(\d*\.?\d+)", part) for part in parts]
+    weights = [Fraction(w[2]).limit_denominator(1000) if w else None for w in weighted]
+    if not all(parts):
+        raise ValueError(f"--data {spec!r}: there is nothing before or after a comma")
+    if any(weighted) and not all(weighted):
+        raise ValueError(f"--data {spec!r}: give all sources a weight, as in A*0.7,B*0.3, or none")
+    if any(w == 0 for w in weights):
+        raise ValueError(f"--data {spec!r}: weights must be 0.001 or more")
+    return [(w[1] if w else part, weight) for w, part, weight in zip(weighted, parts, weights)]
 
 
 def open_single(spec: str) -> Source:
     name, options = parse_spec(spec)
     opener, keys = NAMED.get(name, (open_path, ("interleave",) if name.endswith(".tar") else ("split",)))
     if unknown := options.keys() - set(keys):
-        raise ValueError(f"--data {spec!r}: unknown key {min(unknown)!r}; {name} takes {', '.join(keys)}")
+        raise ValueError(f"--data {spec!r}: unknown key {min(unknown)!r}; {name} takes {', '.join(keys)}"
+                         + nearest(name, NAMED) * (name not in NAMED))
     return opener(name, options)
 
 
@@ -379,6 +439,8 @@ def join_spec(name: str, options: dict[str, str]) -> str:
 def eval_specs(spec: str, train: str = "", val: str = "") -> tuple[str, str | None]:
     """The specs of the labelled images to learn from and to classify (None: leave one out): those given, else the TRAIN
     and VAL splits of the training source `spec`, as far as it has them."""
+    if len(split_mixture(train or spec)) > 1:
+        return train or spec, val or None
     name, options = parse_spec(train or spec)
     if train and "split" in options:
         return train, val or None
@@ -412,17 +474,19 @@ def open_digits(name: str, options: dict[str, str]) -> InMemory:
 
 def open_torchvision(name: str, options: dict[str, str]) -> InMemory:
     """CIFAR10, CIFAR100, MNIST and FashionMNIST; the last two also as the plain idx files in a folder."""
-    split = take_split(name, options)
-    root = Path(options.get("root", "/usr/share/datasets/fashion-mnist" if name == "FashionMNIST" else "~/data"))
-    root = root.expanduser()
-    if name.endswith("MNIST") and options.get("download") != "yes":
+    split, download = take_split(name, options), options.get("download") == "yes"
+    if options.get("download", "yes") != "yes":
+        raise ValueError(f"{name}: download is yes or left out, not {options['download']}")
+    debian = name == "FashionMNIST" and not download
+    root = Path(options.get("root", "/usr/share/datasets/fashion-mnist" if debian else "~/data")).expanduser()
+    if name.endswith("MNIST") and not download:
         prefix = "train" if split == "TRAIN" else "t10k"
         arrays = [read_idx(root, name, f"{prefix}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
         return InMemory(*arrays, f"{name} {split}")
     try:
-        dataset = getattr(torchvision.datasets, name)(root, split == "TRAIN", download=options.get("download") == "yes")
+        dataset = getattr(torchvision.datasets, name)(root, split == "TRAIN", download=download)
     except (RuntimeError, OSError) as error:
-        hint = f"try again later ({error})" if "download" in options else "name its root=FOLDER, or add :download=yes"
+        hint = f"try again later ({reason(error)})" if download else "name its root=FOLDER, or add :download=yes"
         raise ValueError(f"{name} is not in {root}, or damaged; {hint}") from None
     return InMemory(np.asarray(dataset.data), np.asarray(dataset.targets), f"{name} {split}", classes=dataset.classes)
 
@@ -452,18 +516,20 @@ def open_imagenet(name: str, options: dict[str, str]) -> Source:
         raise ValueError(f"{folder} does not exist; ImageNet's root must hold the folders train and val")
     if "extra" not in options:
         return open_folder(folder)
-    return ImageNetEntries(root, load_entries(options, f"entries-{split}.npy"), split)
+    return ImageNetEntries(root, load_entries(options, f"entries-{split}.npy", "actual_index"), split)
 
 
-def load_entries(options: dict[str, str], name: str) -> np.ndarray:
+def load_entries(options: dict[str, str], name: str, column: str) -> np.ndarray:
     path = Path(options["extra"]).expanduser() / name
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; leave out :extra= to do without, or write it by python data.py extra")
     try:
-        return np.load(path, mmap_mode="r")
-    except OSError:
-        raise ValueError(f"{path} does not exist; leave out :extra= to do without, or write it by python data.py extra"
-                         ) from None
-    except ValueError:
-        raise ValueError(f"{path} is damaged; write it again by python data.py extra") from None
+        entries = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError):
+        entries = np.empty(0)
+    if column not in (entries.dtype.names or ()):
+        raise ValueError(f"{path} is damaged, or no such table; write it again by python data.py extra")
+    return entries
 
 
 def open_imagenet22k(name: str, options: dict[str, str]) -> InTars:
@@ -477,13 +543,21 @@ def open_imagenet22k(name: str, options: dict[str, str]) -> InTars:
         source = open_tars(str(root), tars, interleave=0)
         source.labels, source.classes = source.shard, [Path(t).stem for t in tars]
         return source
-    entries = load_entries(options, "entries.npy")
-    classes, rows = np.unique(entries["class_index"], return_index=True)
-    tars = {int(c): str(root / f"{entries['class_id'][row]}.tar") for c, row in zip(classes, rows)}
-    tars = [tars.get(c, "") for c in range(max(tars) + 1)]
-    start = entries["start_offset"].astype(np.int64) + 512  # behind the header
-    return InTars(str(root), tars, entries["class_index"].astype(np.int32), start, entries["end_offset"] - start,
-                  zlib.crc32(np.ascontiguousarray(entries["start_offset"])), entries["class_index"].astype(np.int32))
+    path = Path(options["extra"]).expanduser() / "entries.npy"
+
+    def convert() -> dict:
+        entries = load_entries(options, "entries.npy", "start_offset")
+        shard, start = entries["class_index"].astype(np.int32), entries["start_offset"].astype(np.int64) + 512
+        wnids = {int(c): str(entries["class_id"][row]) for c, row in zip(*np.unique(shard, return_index=True))}
+        columns = dict(shard=shard, start=start, size=entries["end_offset"] - start)  # 512: the member's header
+        return dict(stamps={str(path): os.stat(path).st_mtime_ns}, wnids=wnids, fingerprint=zlib.crc32(start),
+                    **{name: torch.from_numpy(column) for name, column in columns.items()})
+
+    load_entries(options, "entries.npy", "start_offset")
+    table = remembered(f"entries {path.resolve()}", convert)
+    tars = [str(root / f"{table['wnids'].get(c, '')}.tar") for c in range(max(table["wnids"]) + 1)]
+    columns = [table[name].numpy() for name in ("shard", "start", "size")]
+    return InTars(str(root), tars, *columns, table["fingerprint"], labels=columns[0])
 
 
 def open_path(spec: str, options: dict[str, str]) -> Source:
@@ -495,15 +569,17 @@ def open_path(spec: str, options: dict[str, str]) -> Source:
             for n in range(int(numbers[1]), int(numbers[2]) + 1)]
         tars = [tar for pattern in patterns for tar in sorted(glob.glob(pattern)) or [pattern]]
         if missing := [tar for tar in tars if not os.path.isfile(tar)]:
-            raise ValueError(f"--data {spec!r}: {missing[0]} does not exist")
+            raise ValueError(f"--data {spec!r}: {missing[0]} does not exist" + ", nothing is called so" * ("*" in spec))
         interleave = options.get("interleave", "16")
         if not interleave.isdecimal():
             raise ValueError(f"--data {spec!r}: interleave is the number of tars to read in turn, or 0")
         return open_tars(spec, tars, int(interleave))
     if path.is_file():
+        if options:
+            raise ValueError(f"--data {spec!r}: a list has no splits; name another list")
         return open_list(path)
     if not path.is_dir():
-        raise ValueError(f"--data {spec!r} is no folder, no file, nor one of {', '.join(NAMED)}; a folder will do")
+        raise ValueError(f"--data {spec!r} is no folder, no file, nor one of {', '.join(NAMED)}{nearest(spec, NAMED)}")
     folders = {s: next((path / f for f in SPLIT_FOLDERS[s] if (path / f).is_dir()), None) for s in SPLIT_FOLDERS}
     if "split" in options and folders.get(options["split"]) is None:
         names = ", ".join(SPLIT_FOLDERS.get(options["split"], ("TRAIN and VAL are the splits of a folder",)))
@@ -525,7 +601,7 @@ NAMED |= {name: (open_torchvision, ("split", "root", "download"))
 def remembered(what: str, make) -> dict:
     """make()'s tables: {"stamps": {path: mtime in ns}, name: tensor or plain data}. They are made again when a path's
     time has changed."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dinov2"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dinov2"
     path = folder / f"{hashlib.sha1(os.fsencode(what)).hexdigest()[:16]}.listing2"
     try:
         listing = torch.load(path, mmap=True, weights_only=True)
@@ -586,18 +662,19 @@ def open_folder(root: Path) -> ImageFiles:
 
 def list_folder(root: Path) -> dict:
     names, classes, stamps, seen = Names(), {}, {}, set()
-    todo, links = [""], []
+    todo, links, linked = [""], [], False
     with tqdm(desc=f"listing {root}", unit=" images", disable=None) as bar:
         while todo or links:
-            folder = todo.pop() if todo else links.pop(0)  # a folder goes by its real name, if it has one
+            linked = linked or not todo  # all links come last: a folder goes by its real name, if it has one
+            folder = todo.pop() if todo else links.pop(0)
             about = os.stat(root / folder)
-            if (about.st_dev, about.st_ino) in seen:  # two links to one folder, or a link that leads back up
+            if linked and (about.st_dev, about.st_ino) in seen:  # two links to one folder, or one that leads back up
                 continue
             seen.add((about.st_dev, about.st_ino))
             stamps[str(root / folder)] = about.st_mtime_ns
             files, folders = [], []
             for entry in os.scandir(root / folder):
-                if entry.name.startswith("."):  # hidden, such as the ._ files of macOS
+                if entry.name.startswith(".") or is_circle(entry):  # hidden ones are such as the ._ files of macOS
                     continue
                 if entry.is_dir():
                     (links if entry.is_symlink() else folders).append(os.path.join(folder, entry.name))
@@ -610,6 +687,14 @@ def list_folder(root: Path) -> dict:
             bar.update(len(files))
     labelled = len(classes) > 1 and "" not in classes
     return dict(stamps=stamps, **names.tables(classes if labelled else None))
+
+
+def is_circle(entry: os.DirEntry) -> bool:
+    """Is it a link that leads to itself?"""
+    try:
+        return entry.is_symlink() and not os.stat(entry.path)
+    except OSError as error:
+        return error.errno == errno.ELOOP
 
 
 def open_list(path: Path) -> ImageFiles:
@@ -626,7 +711,7 @@ def read_list(path: Path) -> dict:
     names, classes, unlabelled = Names(), {}, 0
     stamps = {str(path): os.stat(path).st_mtime_ns}
     try:
-        with open(path, encoding=sys.getfilesystemencoding(), errors=sys.getfilesystemencodeerrors()) as file:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             for line in tqdm(file, desc=f"reading {path}", unit=" images", disable=None):
                 name, _, label = line.strip("\r\n").partition("\t")
                 if name.strip():
@@ -687,8 +772,11 @@ def list_tars(tars: list[str]) -> dict:
 
 
 def read_file(path: str) -> np.ndarray:
-    if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait for ever
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode):  # reading a pipe would wait for ever
         raise OSError("not a file")
+    if about.st_size > MAX_BYTES:
+        raise ValueError(f"{about.st_size:,} bytes are more than data.MAX_BYTES")
     return np.fromfile(path, np.uint8)
 
 
@@ -704,7 +792,8 @@ def write_extra(spec: str) -> None:
     root, extra = Path(options["root"]).expanduser(), Path(options["extra"]).expanduser()
     arrays = extra_of_imagenet22k(root) if name == "ImageNet22k" else {}
     if name == "ImageNet":
-        splits = [options["split"]] if "split" in options else ["TRAIN", "VAL", "TEST"]
+        splits = ("TRAIN", "VAL", "TEST")
+        splits = (take_split(name, options, splits),) if "split" in options else splits
         for split in [s for s in splits if (root / s.lower()).is_dir()]:
             arrays |= extra_of_imagenet(root, split)
     if not arrays:
@@ -719,6 +808,8 @@ def extra_of_imagenet(root: Path, split: str) -> dict[str, np.ndarray]:
     """Class names come from root/labels.txt (rows "wnid,name"); without it they are the wnids."""
     source = open_folder(root / split.lower())
     paths = [Path(source.describe(i)) for i in range(len(source))]
+    if strange := [path for path in paths if not re.fullmatch(r".+_\d+", path.stem)]:
+        raise ValueError(f"{strange[0]} is no file of ImageNet, such as n01440764_10.JPEG; move it away")
     numbers = [int(path.stem.rpartition("_")[2]) for path in paths]
     if split == "TEST":
         rows = [(number, 2**32 - 1, "", "") for number in sorted(numbers)]
@@ -726,7 +817,8 @@ def extra_of_imagenet(root: Path, split: str) -> dict[str, np.ndarray]:
     if source.classes is None:
         raise ValueError(f"{root / split.lower()} has no class folders; sort its images into <wnid>/ first")
     labels = root / "labels.txt"
-    names = dict(csv.reader(labels.read_text().splitlines())) if labels.is_file() else {}
+    rows = csv.reader(labels.read_text().splitlines()) if labels.is_file() else ()
+    names = {row[0]: row[1] for row in rows if len(row) > 1}
     names = [names.get(wnid, wnid) for wnid in source.classes]
     text = [("class_id", f"<U{max(map(len, source.classes))}"), ("class_name", f"<U{max(map(len, names))}")]
     rows = [(n, c, source.classes[c], names[c]) for n, c in zip(numbers, source.labels.tolist())]
@@ -749,8 +841,11 @@ def extra_of_imagenet22k(root: Path) -> dict[str, np.ndarray]:
             lines = re.findall(r"^block (\d+): (.*)$", log.read_text(), re.MULTILINE)
             starts, names = [512 * int(block) for block, _ in lines], [name for _, name in lines]
         else:
-            with tarfile.open(tar, "r:") as file:
-                members = file.getmembers()
+            try:
+                with tarfile.open(tar, "r:") as file:
+                    members = [member for member in file.getmembers() if member.isreg()]
+            except tarfile.TarError as error:
+                raise ValueError(f"{tar} is damaged ({error}); copy it again") from None
             starts, names = [m.offset for m in members], [m.name for m in members]
             starts.append(members[-1].offset_data + -(-members[-1].size // 512) * 512 if members else 0)
         for name, start, end in zip(names, starts, starts[1:]):
@@ -871,8 +966,8 @@ class Batch(NamedTuple):
 
     global_crops: Tensor  # (2B, G, G, C) uint8 or uint16; (2B, C, G, G) float and normalised after prepare()
     local_crops: Tensor  # (L*B, l, l, C) likewise
-    global_ops: Tensor  # (2B, 9) what is to be done to them, see draw_ops
-    local_ops: Tensor  # (L*B, 9)
+    global_ops: Tensor  # (2B, 12) what is to be done to them, see draw_ops
+    local_ops: Tensor  # (L*B, 12)
     masks: Tensor  # (2B, h*w) bool
     mask_index: Tensor  # (M,) int64, positions of the masked patches in masks.flatten()
     mask_weight: Tensor  # (M,) float32, 1 / number of masked patches of the crop
@@ -914,28 +1009,28 @@ class TrainBatches(torch.utils.data.Dataset):
         bad: list[tuple[str, str]] = []
         for row, s in enumerate(samples):
             image, rng = self.image_of(s, bad), random.Random(f"{self.seed}/sample/{s}")
-            if image.dtype != crops[0].dtype:  # among images of 16 bits those of 8 are scaled to 16
-                crops, image = ([widen(c) for c in crops], image) if image.dtype == torch.uint16 else (
-                    crops, widen(image))
+            if image.dtype == torch.uint16 and crops[0].dtype == torch.uint8:
+                crops = [widen(c) for c in crops]
                 places = [*crops[0], *crops[1]]
             for c, (size, scale) in enumerate(self.crops):
-                places[c][row] = cut_crop(rng, image, size, scale)
+                crop = cut_crop(rng, image, size, scale)
+                places[c][row] = crop if crop.dtype == crops[0].dtype else widen(crop)
                 ops[c].append(draw_ops(rng, min(c, 2), **self.ops))
-        ops = torch.from_numpy(np.array(ops, np.float32))  # (2 + L, B, 9)
+        ops = torch.from_numpy(np.array(ops, np.float32))  # (2 + L, B, 12)
         masks = torch.from_numpy(self.masks_of(step))
         return Batch(*(c.flatten(0, 1) for c in crops), ops[:2].flatten(0, 1), ops[2:].flatten(0, 1), masks,
                      *mask_weights(masks), torch.tensor(list(samples)), bad)
 
     def image_of(self, s: int, bad: list) -> Tensor:
-        """The image of sample s; if its file cannot be read, another one drawn by s. Raises Unreadable after 20."""
+        """The image of sample s; if its file cannot be read, another one drawn by s. Raises Unreadable after 50."""
         i = self.source.pick(s, self.seed)
-        for attempt in range(20):
+        for attempt in range(50):
             try:
                 return self.source.image(i)
             except Exception as error:  # decoders raise all sorts on damaged files
                 bad.append((self.source.describe(i), reason(error)))
-                i = random.Random(f"{self.seed}/replace/{s}/{attempt}").randrange(len(self.source))
-        raise Unreadable(f"20 images in a row could not be read, the last {bad[-1][0]}: {bad[-1][1]}")
+                i = self.source.replacement(i, random.Random(f"{self.seed}/replace/{s}/{attempt}"))
+        raise Unreadable(f"50 images in a row could not be read, the last {bad[-1][0]}: {bad[-1][1]}")
 
     def masks_of(self, step: int) -> np.ndarray:
         """The masks (2B, h*w) of this process's groups, crop-major like the crops."""
@@ -982,24 +1077,25 @@ def check_groups(batch_size: int, group_size: int, world: int) -> None:
 
 JITTER = (0.4, 0.4, 0.2, 0.1)  # largest change of brightness, contrast, saturation, hue
 IDENTITY = (1.0, 1.0, 1.0, 0.0)  # what changes nothing
-ORDERS = torch.tensor(list(itertools.permutations(range(4))))  # (24, 4) orders of these four
+ORDERS = tuple(itertools.permutations(range(4)))  # of these four
 
 
 def draw_ops(rng: random.Random, kind: int, flip_prob: float = 0.5, jitter_prob: float = 0.8, jitter=JITTER,
              gray_prob: float = 0.2, blur_probs=(0.0, 0.9, 0.5), blur_sigma=(0.1, 2.0),
              solarize_prob: float = 0.2) -> list[float]:
-    """What is done to one crop on the device: [brightness, contrast, saturation factors, hue shift in turns, order (row
-    of ORDERS), grey?, blur sigma in pixels or 0, solarise?, mirror?]. `kind` is 0, 1 for the first and second global
-    crop, 2 for local ones; only kind 1 is solarised. Identity is IDENTITY and then […, 0, 0, 0, 0]."""
+    """What is done to one crop on the device: [brightness, contrast, saturation factors, hue shift in turns, which of
+    these comes first, second, third, fourth, grey?, blur sigma in pixels or 0, solarise?, mirror?]. `kind` is 0, 1 for
+    the first and second global crop, 2 for local ones; only kind 1 is solarised. What changes nothing is IDENTITY, any
+    order, and four zeros."""
     draw, wide = rng.random, jitter if rng.random() < jitter_prob else (0, 0, 0, 0)
     ops = [one + width * (2 * draw() - 1) for one, width in zip(IDENTITY, wide)]
-    return ops + [int(24 * draw()), draw() < gray_prob,
+    return ops + [*ORDERS[int(24 * draw())], draw() < gray_prob,
                   blur_sigma[0] + (blur_sigma[1] - blur_sigma[0]) * draw() if draw() < blur_probs[kind] else 0.0,
                   kind == 1 and draw() < solarize_prob, draw() < flip_prob]
 
 
 def augment(crops: Tensor, ops: Tensor, mean=MEAN, std=STD) -> Tensor:
-    """Crops (n, h, w, C), uint8 or uint16, -> float32 (n, C, h, w), mirrored and coloured as `ops` (n, 9)
+    """Crops (n, h, w, C), uint8 or uint16, -> float32 (n, C, h, w), mirrored and coloured as `ops` (n, 12)
     says (see draw_ops), then normalised. `ops` may be on the CPU."""
     return (augment_by_groups if crops.device.type == "cpu" else augment_at_once)(crops, ops, mean, std)
 
@@ -1008,18 +1104,18 @@ def augment_by_groups(crops: Tensor, ops: Tensor, mean=MEAN, std=STD) -> Tensor:
     """augment() for a CPU: crops that go through the same operations in the same order are done together. Nothing is
     computed in vain, and a few crops at a time stay in the cache."""
     out = torch.empty(len(crops), crops.shape[3], *crops.shape[1:3])
-    changed, mirrored = ops[:, :4] != torch.tensor(IDENTITY), ops[:, 8] > 0
-    recipe = torch.cat([changed, ops[:, 4:5] * changed.any(1, keepdim=True), ops[:, 5:8] > 0], dim=1)  # (n, 8)
+    changed, mirrored = ops[:, :4] != torch.tensor(IDENTITY), ops[:, 11] > 0
+    recipe = torch.cat([changed, ops[:, 4:8] * changed.any(1, keepdim=True), ops[:, 8:11] > 0], dim=1)  # (n, 11)
     recipes, which = recipe.unique(dim=0, return_inverse=True)
-    for k, (*jitter, order, gray, blur, solar) in enumerate(recipes.tolist()):
+    for k, (*jitter, gray, blur, solar) in enumerate(recipes.int().tolist()):
         rows = torch.cat([(mirrored & (which == k)).nonzero(), (~mirrored & (which == k)).nonzero()]).flatten()
         x, values = to_float(crops.index_select(0, rows).permute(0, 3, 1, 2)), ops[rows, :, None, None, None]
         n_mirrored = int(mirrored[rows].sum())
         x[:n_mirrored] = x[:n_mirrored].flip(-1)
-        for op in ORDERS[int(order)].tolist():
+        for op in jitter[4:]:
             x = JITTERS[op](x, values[:, op]) if jitter[op] else x
         x = to_gray(x) if gray else x
-        x = gaussian_blur(x, values[:, 6]) if blur else x
+        x = gaussian_blur(x, values[:, 9]) if blur else x
         out.index_copy_(0, rows, normalize_(solarize(x) if solar else x, mean, std))
     return out
 
@@ -1028,13 +1124,13 @@ def augment_at_once(crops: Tensor, ops: Tensor, mean=MEAN, std=STD) -> Tensor:
     """augment() for a GPU: all operations for all crops, of which each crop selects its own. No shape depends on the
     values, nothing waits for the device, and torch.compile makes a few kernels of it."""
     x, ops = to_float(crops.permute(0, 3, 1, 2)), ops.to(crops.device, non_blocking=True)
-    values, order = ops[:, :, None, None, None], ORDERS.to(ops.device)[ops[:, 4].long()]  # (n, 9, 1, 1, 1), (n, 4)
-    x = torch.where(values[:, 8] > 0, x.flip(-1), x)
+    values = ops[:, :, None, None, None]  # (n, 12, 1, 1, 1)
+    x = torch.where(values[:, 11] > 0, x.flip(-1), x)
     for place, op in itertools.product(range(4), range(4) if x.shape[1] == 3 else range(2)):
-        x = torch.where((order[:, place] == op)[:, None, None, None], JITTERS[op](x, values[:, op]), x)
-    x = torch.where(values[:, 5] > 0, to_gray(x), x)
-    x = torch.where(values[:, 6] > 0, gaussian_blur(x, values[:, 6]), x)
-    return normalize_(torch.where(values[:, 7] > 0, solarize(x), x), mean, std)
+        x = torch.where(values[:, 4 + place] == op, JITTERS[op](x, values[:, op]), x)
+    x = torch.where(values[:, 8] > 0, to_gray(x), x)
+    x = torch.where(values[:, 9] > 0, gaussian_blur(x, values[:, 9]), x)
+    return normalize_(torch.where(values[:, 10] > 0, solarize(x), x), mean, std)
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -1128,17 +1224,15 @@ JITTERS = (brightness, contrast, saturation, hue)
 # Loading
 
 
-def usable_cores() -> int:
+def usable_cores(proc: str = "/proc/self/cgroup", mounts: str = "/sys/fs/cgroup") -> int:
     """CPU cores this process may use: those it is bound to, or its control group's share of their time."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    try:
-        group = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()  # version 2: the one line 0::/path
-        folders = [Path("/sys/fs/cgroup" + group), *Path("/sys/fs/cgroup" + group).parents]
-    except OSError:
-        folders = [Path("/sys/fs/cgroup")]
-    for folder in folders:
-        for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"],
-                      ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+    for line in Path(proc).read_text().splitlines() if os.path.exists(proc) else ():
+        _, kinds, group = line.split(":", 2)  # "0::/path" of version 2, "4:cpu,cpuacct:/path" of version 1
+        top = Path(mounts) / ("cpu" if kinds else "")
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if kinds else ("cpu.max",)
+        inside = top / group.strip("/")  # a container may see its own group as the top, or as what it is outside
+        for folder in {top, inside, *inside.parents} if not kinds or "cpu" in kinds.split(",") else ():
             if all((folder / name).is_file() for name in names):
                 quota, period = " ".join((folder / name).read_text() for name in names).split()
                 if quota not in ("max", "-1"):
@@ -1208,6 +1302,7 @@ class Prefetcher:
         for batch in itertools.chain(self.timed(), [None]):
             following = None
             if batch is not None:
+                stream.wait_stream(torch.cuda.current_stream(self.device))  # never more than one batch ahead
                 with torch.cuda.stream(stream):
                     following = self.prepare(batch), stream.record_event()
             if ahead is not None:
@@ -1231,7 +1326,7 @@ def draw_batch(batch: Batch, mean=MEAN, std=STD, n: int = 8) -> Image.Image:
         crops = crops.unflatten(0, (-1, n_images))[:, :n].cpu()  # (crops, n, C, h, w)
         shown = [c * s + m for c, m, s in zip(crops.unbind(2), mean, std)]
         shown = torch.stack(shown if len(shown) == 3 else shown[:1] * 3, dim=-1)  # (crops, n, h, w, 3)
-        if crops.shape[-1] == batch.global_crops.shape[-1] and not rows:
+        if not rows:
             masks = batch.masks.cpu().unflatten(0, (-1, n_images))[:, :n].unflatten(2, (grid, grid)).float()
             shown = shown * (1 - 0.8 * F.interpolate(masks, size=crops.shape[-2:])[..., None])
         rows.append([Image.fromarray((s.clamp(0, 1) * 255).byte().numpy()) for s in shown.flatten(0, 1)])
@@ -1246,9 +1341,16 @@ def draw_batch(batch: Batch, mean=MEAN, std=STD, n: int = 8) -> Image.Image:
     return sheet
 
 
+def collate_images(items: list[tuple[Tensor, bool]]) -> tuple[Tensor, Tensor]:
+    """Items of EvalImages -> (n, C, crop, crop) and (n,) bool; among 16-bit images those of 8 are scaled to 16."""
+    deep = any(image.dtype == torch.uint16 for image, _ in items)
+    images = [widen(image) if deep and image.dtype == torch.uint8 else image for image, _ in items]
+    return torch.stack(images), torch.tensor([ok for _, ok in items])
+
+
 class EvalImages(torch.utils.data.Dataset):
     """Images of a source as uint8 or uint16 (C, crop, crop): short side resized to `resize`, central square cut out;
-    and whether the image could be read (if not, it is black)."""
+    and whether the image could be read (if not, it is black). A loader needs collate_images()."""
 
     def __init__(self, source, resize: int = 256, crop: int = 224, indices=None):
         self.source, self.resize, self.crop = source, resize, crop
@@ -1310,10 +1412,14 @@ class Tried(torch.utils.data.Dataset):
 
     def __getitem__(self, k: int) -> tuple[int, Tensor, str]:
         try:
-            x = to_float(self.source.image(self.indices[k])[None])[0].double().flatten(1)  # (C, H*W)
+            image = self.source.image(self.indices[k])
         except Exception as error:
             return self.indices[k], torch.zeros(3, self.source.channels, dtype=torch.float64), reason(error)
-        return self.indices[k], torch.stack([x.sum(1), x.square().sum(1), torch.full_like(x[:, 0], x.shape[1])]), ""
+        sums = torch.zeros(3, len(image), dtype=torch.float64)
+        for rows in image.split(256, dim=1):  # large images would take much memory as doubles
+            x = to_float(rows[None])[0].double().flatten(1)  # (C, 256*W)
+            sums += torch.stack([x.sum(1), x.square().sum(1), torch.full_like(x[:, 0], x.shape[1])])
+        return self.indices[k], sums, ""
 
 
 def read_all(source: Source, indices, num_workers: int):
@@ -1326,7 +1432,12 @@ def read_all(source: Source, indices, num_workers: int):
 def measure_stats(source: Source, n: int, num_workers: int = 0) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel, in [0, 1], over all pixels of n images (0: all), drawn at random."""
     n = min(n, len(source)) or len(source)
-    sums = sum(sums for _, sums, _ in read_all(source, [shuffled(i, len(source), 0) for i in range(n)], num_workers))
+    indices = range(n) if n == len(source) else [shuffled(i, len(source), 0) for i in range(n)]
+    sums, n_bad = 0, 0
+    for _, one, why in read_all(source, indices, num_workers):
+        sums, n_bad = sums + one, n_bad + bool(why)
+    if n_bad:
+        print(f"{n_bad:,} of {n:,} images cannot be read: python data.py check lists them", file=sys.stderr)
     if not sums[2].any():
         raise ValueError(f"no image of {source.name} can be read")
     mean = sums[0] / sums[2]
@@ -1341,22 +1452,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=10_000, help="stats: how many images to measure, 0 for all")
     parser.add_argument("--num-workers", type=int, default=-1, help="reading processes; -1: as many as cores allow")
     args = parser.parse_args(argv)
-    if args.in_chans < 1 or args.images < 0:
-        raise ValueError("--in-chans must be 1 or more, --images 0 or more")
+    if args.in_chans < 1 or args.images < 0 or args.num_workers < -1:
+        raise ValueError("--in-chans must be 1 or more, --images 0 or more, --num-workers -1 or more")
     if args.command == "extra":
         return write_extra(args.spec)
     source = open_source(args.spec, args.in_chans)
     if args.command == "stats":
         mean, std = measure_stats(source, args.images, args.num_workers)
-        print(*(f"--{name} {' '.join(f'{v:.4f}' for v in values)}" for name, values in (("mean", mean), ("std", std))))
+        print(*(f"--{name} {' '.join(f'{v:.4g}' for v in values)}" for name, values in (("mean", mean), ("std", std))))
     else:
         bad = [(source.describe(i), why) for i, _, why in read_all(source, range(len(source)), args.num_workers) if why]
         print(*(f"{name}\t{why}" for name, why in bad), sep="\n", end="\n" * bool(bad))
         print(f"{len(bad):,} of {len(source):,} images of {source.name} cannot be read")
+        sys.exit(bool(bad))
 
 
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(130)

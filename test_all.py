@@ -194,7 +194,8 @@ def test_readme_commands_parse():
         if script == "bench.py":
             bench.parse(argv)
         if script == "data.py" and "/data/" not in command:
-            data.main([*argv, "--num-workers", "0", "--images", "9"])
+            argv += ["--num-workers", "0", "--images", "9"]
+            data.main(argv) if argv[0] == "stats" else pytest.raises(SystemExit, data.main, argv)
 
 
 def test_readme_snippet_runs(trained):
@@ -628,9 +629,9 @@ def test_data_colour_operations_equal_torchvision():
 
 @pytest.mark.parametrize("augment", [data.augment_by_groups, data.augment_at_once])
 def test_data_augment_applies_each_operation_to_its_rows(augment):
-    identity = [1.0, 1, 1, 0, 5, 0, 0, 0, 0]
-    changed = {0: 1.4, 1: 0.6, 2: 1.2, 3: 0.1, 5: 1, 6: 1.5, 7: 1, 8: 1}
-    ops = torch.tensor([identity] + [[v if i == j else identity[i] for i in range(9)] for j, v in changed.items()])
+    identity = [1.0, 1, 1, 0, 0, 1, 3, 2, 0, 0, 0, 0]
+    changed = {0: 1.4, 1: 0.6, 2: 1.2, 3: 0.1, 8: 1, 9: 1.5, 10: 1, 11: 1}
+    ops = torch.tensor([identity] + [[v if i == j else identity[i] for i in range(12)] for j, v in changed.items()])
     crop = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 16, 16), dtype=np.uint8))
     out = augment(crop.permute(1, 2, 0).expand(9, -1, -1, -1), ops)
     assert_close(out[0], data.normalize(crop[None] / 255)[0], 1e-5)
@@ -647,13 +648,13 @@ def test_data_colour_probabilities():
     paper's blur by an argument."""
     draws = [np.array([data.draw_ops(random.Random(f"{kind}/{i}"), kind) for i in range(3000)]) for kind in range(3)]
     for kind, ops in enumerate(draws):
-        rates = [(ops[:, 0] != 1).mean(), *(ops[:, 5:] > 0).mean(0)]
+        rates = [(ops[:, 0] != 1).mean(), *(ops[:, 8:] > 0).mean(0)]
         np.testing.assert_allclose(rates, [0.8, 0.2, (0, 0.9, 0.5)[kind], (0, 0.2, 0)[kind], 0.5], atol=0.035)
         jittered = ops[ops[:, 0] != 1]
         np.testing.assert_allclose(jittered[:, :4].min(0), [0.6, 0.6, 0.8, -0.1], atol=0.01)
         np.testing.assert_allclose(jittered[:, :4].max(0), [1.4, 1.4, 1.2, 0.1], atol=0.01)
-        assert set(ops[:, 4]) == set(range(24))
-    paper = [np.mean([data.draw_ops(random.Random(i), kind, blur_probs=(1.0, 0.1, 0.5))[6] > 0 for i in range(1000)])
+        assert set(map(tuple, ops[:, 4:8].astype(int))) == set(itertools.permutations(range(4)))
+    paper = [np.mean([data.draw_ops(random.Random(i), kind, blur_probs=(1.0, 0.1, 0.5))[9] > 0 for i in range(1000)])
              for kind in range(3)]
     np.testing.assert_allclose(paper, (1.0, 0.1, 0.5), atol=0.05)
 
@@ -766,9 +767,17 @@ def test_data_deep_and_many_channelled_images(tmp_path):
         Image.fromarray(deep).save(tmp_path / name)
         for channels in (1, 3):
             assert np.array_equal(load(tmp_path / name, channels)[-1].numpy(), deep), name
-    pages = [Image.fromarray(p) for p in rng.integers(0, 256, (7, 6, 8), dtype=np.uint8)]
-    pages[0].save(tmp_path / "seven.tif", save_all=True, append_images=pages[1:])
-    assert np.array_equal(load(tmp_path / "seven.tif", 7)[6].numpy(), np.asarray(pages[6]))
+    for dtype in (np.uint8, np.uint16):
+        pages = rng.integers(0, 256, (7, 6, 8), dtype=dtype)
+        first, *others = [Image.fromarray(p) for p in pages]
+        first.save(tmp_path / "seven.tif", save_all=True, append_images=others)
+        assert np.array_equal(load(tmp_path / "seven.tif", 7).numpy(), pages)
+    moving = [Image.fromarray(p) for p in rng.integers(0, 256, (5, 6, 8, 3), dtype=np.uint8)]
+    moving[0].save(tmp_path / "moving.webp", save_all=True, append_images=moving[1:], lossless=True)
+    assert load(tmp_path / "moving.webp", 5).shape == (5, 6, 8) and load(tmp_path / "moving.webp").shape == (3, 6, 8)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    rgba = load(tmp_path / "deep.png", 4)
+    assert rgba.dtype == torch.uint16 and (rgba[3] == 65535).all() and load(tmp_path / "deep.png", 2).shape == (2, 6, 8)
     bands = rng.integers(0, 65536, (6, 8, 12), dtype=np.uint16)
     np.save(tmp_path / "twelve.npy", bands)
     assert np.array_equal(load(tmp_path / "twelve.npy", 12).permute(1, 2, 0).numpy(), bands)
@@ -791,16 +800,19 @@ def test_data_decompression_bombs_are_refused(tmp_path, monkeypatch):
         with pytest.raises(Exception, match="MAX_PIXELS|decompression bomb"):
             load(tmp_path / name)
     monkeypatch.undo()
+    with open(tmp_path / "sparse.jpg", "wb") as file:
+        file.truncate(data.MAX_BYTES + 1)
+    with pytest.raises(ValueError, match="MAX_BYTES"):
+        load(tmp_path / "sparse.jpg")
     long = load(tmp_path / "long.jpg")
     assert data.cut_crop(random.Random(0), long, 32, (0.05, 0.3)).shape == (32, 32, 3)
-    source = data.open_source(str(tmp_path / "long.txt")) if (tmp_path / "long.txt").write_text("long.jpg") else None
+    (tmp_path / "long.txt").write_text("long.jpg")
+    source = data.open_source(str(tmp_path / "long.txt"))
     image, ok = data.EvalImages(source, 64, 48)[0]
     assert ok and image.shape == (3, 48, 48)
-    import zlib
-    packed = zlib.compressobj(wbits=31)
-    (tmp_path / "zip.jpg").write_bytes(packed.compress(bytes(data.MAX_PIXELS + 10**6)) + packed.flush())
-    with pytest.raises(Exception, match="identify"):
-        load(tmp_path / "zip.jpg")
+    monkeypatch.setattr(data, "MAX_BYTES", 10**6)
+    (tmp_path / "zip.jpg").write_bytes(gzip.compress(png(1) + bytes(10**7)))
+    assert load(tmp_path / "zip.jpg").shape == (3, 8, 8)  # of which no more was unpacked than the bound
 
 
 def test_data_decodes_without_torchvision_too(tmp_path, monkeypatch):
@@ -808,6 +820,7 @@ def test_data_decodes_without_torchvision_too(tmp_path, monkeypatch):
     write_images(tmp_path, ["a.jpg"])
     image = load(tmp_path / "a.jpg")
     monkeypatch.delattr(data.torchvision.io, "decode_jpeg")
+    monkeypatch.delattr(data.torchvision.io, "ImageReadMode")
     assert_close(load(tmp_path / "a.jpg").float(), image.float(), 2)
 
 
@@ -900,7 +913,16 @@ def test_data_mixtures(tmp_path, cache):
     assert sorted(both.pick(s, 0) for s in range(4)) == [0, 1, 2, 3] and both.describe(3).endswith("4.png")
     write_images(tmp_path / "x,y*2", ["5.png"])  # a folder's name comes first
     assert len(data.open_source(f"{tmp_path}/x,y*2")) == 1
-    for spec, text in (("digits*0.5,digits", "or none"), ("digits*0.5,digits*0", "0.001 or more")):
+    split = f"{tmp_path}/s"
+    write_images(tmp_path / "s", ["train/1.png", "val/2.png"])
+    assert data.open_source(f"{split}:split=TRAIN*0.5, {split}:split=VAL*0.5").describe(1).endswith("val/2.png")
+    for spec in ("ImageNet:root=/a,ImageNet22k:root=/b", "CIFAR10:root=/d*0.5,CIFAR100:root=/d*0.5"):
+        assert data.eval_specs(spec) == (spec, None)
+    (tmp_path / "a/1.png").write_bytes(b"damaged")
+    lame = data.open_source(f"{tmp_path}/a*0.9,digits*0.1")
+    assert {lame.replacement(0, random.Random(i)) for i in range(50)} == {0, 1, 2}  # the shares stay what they are
+    for spec, text in (("digits*0.5,digits", "or none"), ("digits*0.5,digits*0", "0.001 or more"),
+                       ("digits,", "nothing before or after")):
         with pytest.raises(ValueError, match=text):
             data.open_source(spec)
 
@@ -972,10 +994,12 @@ def test_data_stats_and_check_commands(tmp_path, cache, capsys):
     data.main(["stats", str(tmp_path), "--num-workers", "0"])
     out = capsys.readouterr().out
     pixels = np.repeat([0, 0.2, 0.4], [100, 110, 120])
-    assert f"--mean {pixels.mean():.4f} 1.0000 0.0000 --std {pixels.std():.4f} 0.0000 0.0000" in out
-    data.main(["check", str(tmp_path), "--num-workers", "1"])
+    assert f"--mean {pixels.mean():.4g} 1 0 --std {pixels.std():.4g} 0 0" in out
+    with pytest.raises(SystemExit) as stop:
+        data.main(["check", str(tmp_path), "--num-workers", "1"])
     out = capsys.readouterr().out
     assert "bad.jpg\tcannot identify" in out and "1 of 4 images" in out
+    assert stop.value.code == 1
     result = run(sys.executable, "data.py", "stats", tmp_path / "no", ok=2)
     assert result.stderr.startswith("error: --data") and result.stderr.count("\n") == 1
 
@@ -1170,8 +1194,7 @@ def test_data_fuzz_2000_damaged_files(tmp_path, cache):
         assert batch.global_crops.shape == (80, 16, 16, 3)
         bad += batch.bad
     assert {name for name, why in bad} == unreadable and all(why for name, why in bad)
-    first_tries = [source.describe(source.pick(s, 0)) for s in range(2000)]
-    assert len(bad) >= len(unreadable) == sum(name in unreadable for name in first_tries)
+    assert len(bad) > len(unreadable)  # a replacement may be bad, too
 
 
 def test_data_unreadable_sources_end_the_run(tmp_path, cache):
@@ -1179,7 +1202,7 @@ def test_data_unreadable_sources_end_the_run(tmp_path, cache):
     source = data.open_source(str(tmp_path / "p"))
     shutil.rmtree(tmp_path / "p")  # the disk is gone
     batches = data.TrainBatches(source, batch_size=2, group_size=2, global_size=16, local_size=8, patch_size=8)
-    with pytest.raises(data.Unreadable, match="20 images in a row"):
+    with pytest.raises(data.Unreadable, match="50 images in a row"):
         batches[0]
 
 
@@ -1187,7 +1210,21 @@ def test_data_worker_count(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "usable_cores", lambda: 64)
     assert [data.worker_count(*a) for a in ((-1,), (-1, 8), (-1, 64), (3, 8), (0,))] == [16, 7, 1, 3, 0]
     monkeypatch.undo()
-    assert 1 <= data.usable_cores() <= os.cpu_count()
+    cores = data.usable_cores(proc="/nowhere")
+    monkeypatch.setattr(data.os, "sched_getaffinity", lambda pid: range(64), raising=False)
+    monkeypatch.setattr(data.os, "cpu_count", lambda: 64)
+    mounts, proc = tmp_path / "mounts", tmp_path / "cgroup"
+    for text, file, content, expected in (
+            ("0::/slurm/job\n", "slurm/cpu.max", "800000 100000\n", 8), ("0::/\n", "cpu.max", "max 100000\n", 64),
+            ("0::/a/b\n", "cpu.max", "150000 100000", 1),  # the container's own group is at the top
+            ("5:memory:/x\n4:cpu,cpuacct:/x\n0::/\n", "cpu/x/cpu.cfs_quota_us", "300000\n", 3)):
+        shutil.rmtree(mounts, ignore_errors=True)
+        (mounts / file).parent.mkdir(parents=True)
+        (mounts / file).write_text(content)
+        (mounts / file).with_name("cpu.cfs_period_us").write_text("100000\n")
+        proc.write_text(text)
+        assert data.usable_cores(str(proc), str(mounts)) == expected, text
+    assert 1 <= cores <= 64
 
 
 def test_data_prefetcher_yields_all_in_order():
@@ -1561,14 +1598,14 @@ def test_train_counts_and_lists_bad_images(tmp_path, cache, capsys):
     for name in ("03.png", "11.png"):
         (tmp_path / "p" / name).write_bytes(b"damaged")
     out = tmp_path / "out"
-    flags = [*TINY, "--data", tmp_path / "p", "--steps", 6, "--save-every", 3, "--out", out]
+    flags = [*TINY, "--data", tmp_path / "p", "--steps", 20, "--save-every", 3, "--max-bad-share", 0.3, "--out", out]
     train_main(*flags)
     lines = (out / "bad_samples.txt").read_text().splitlines()
     assert sorted(Path(line.split("\t")[0]).name for line in lines) == ["03.png", "11.png"]
     assert all("cannot identify" in line for line in lines)
     counted = metrics(out)[-1]["bad_samples"]
-    assert 4 <= counted <= 12  # two or three passes over 20 images, now and then a bad one for a bad one
-    shutil.rmtree(out / "resume/step_000000006")
+    assert 16 <= counted <= 30  # eight passes over 20 images, now and then a bad one for a bad one
+    shutil.rmtree(out / "resume/step_000000020")
     train_main(*flags, "--num-workers", 2)  # again from step 3
     assert (out / "bad_samples.txt").read_text().splitlines() == lines and metrics(out)[-1]["bad_samples"] == counted
     run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py",
@@ -1577,9 +1614,11 @@ def test_train_counts_and_lists_bad_images(tmp_path, cache, capsys):
     assert metrics(tmp_path / "two")[-1]["bad_samples"] == counted
     for i in range(12):
         (tmp_path / "p" / f"{i:02}.png").write_bytes(b"")
-    with pytest.raises(data.Unreadable, match=r"\d+% of the images .* --max-bad-share"):
+    os.rename(tmp_path / "p" / "11.png", os.fsencode(tmp_path) + b"/p/\xff\n\t.png")  # no UTF-8, no single line
+    with pytest.raises(train.TooManyBad, match=r"\d+% of the images .* --max-bad-share"):
         train_main(*flags[:-1], tmp_path / "bad")
-    assert (tmp_path / "bad/resume/step_000000006").exists()
+    assert (tmp_path / "bad/resume/step_000000013").exists()  # 104 samples; fewer prove nothing
+    assert len((tmp_path / "bad/bad_samples.txt").read_bytes().splitlines()) == 12
     with pytest.raises(SystemExit) as stop:
         train.main([str(a) for a in [*flags[:-1], tmp_path / "bad2"]])
     error = capsys.readouterr().err
@@ -1597,7 +1636,7 @@ def test_train_images_that_vanish_end_the_run_with_one_line(tmp_path, cache):
         write_images(tmp_path / "p", ["1.png", "2.png"])
         result = run(sys.executable, "-c", script, *TINY, "--num-workers", workers, "--data", tmp_path / "p", "--steps", 2,
                      "--out", tmp_path / f"out{workers}", ok=2)
-        assert "error: 20 images in a row could not be read" in result.stderr and "Traceback" not in result.stderr
+        assert "error: 50 images in a row could not be read" in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -2000,6 +2039,20 @@ def test_eval_knn_errors(trained, tmp_path, monkeypatch):
 class FirstPixel(torch.nn.Module):
     def forward(self, x):
         return torch.stack([x[:, 0, 0, 0], torch.ones(len(x))], 1)
+
+
+def test_eval_knn_mixed_depths_and_bad_files(tmp_path, cache):
+    """8 and 16 bits in one batch, with an unreadable file: read on one scale, left out and not counted."""
+    for i in range(8):
+        path = tmp_path / "d" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        value = 40 + 100 * (i % 2)
+        Image.fromarray(np.full((8, 8), value * 257, np.uint16) if i > 3 else np.full((8, 8), value, np.uint8)).save(path)
+    (tmp_path / "d/a/0.png").write_bytes(b"damaged")
+    source = data.open_source(str(tmp_path / "d"), channels=1)
+    table, ok = eval_knn.extract_features(FirstPixel(), source, 8, 8, CPU, mean=(0.5,), std=(0.5,))
+    assert ok.tolist() == [False] + [True] * 7
+    assert len({tuple(row) for row in table[ok].tolist()}) == 2
 
 
 def test_eval_knn_classes_are_matched_by_name(tmp_path, monkeypatch):

@@ -689,8 +689,8 @@ class Log:
         self.bad_path, self.new_bad = path.with_name("bad_samples.txt"), []
         self.bad_before = max((r.get("bad_samples", 0) for r in self.records), default=0)
         self.bad_total = self.bad_before
-        lines = self.bad_path.read_text().splitlines() if self.main and self.bad_path.exists() else []
-        self.listed = {line.partition("\t")[0] for line in lines}
+        listed = self.bad_path.read_text("utf-8", "surrogateescape") if self.bad_path.exists() else ""
+        self.listed = {line.partition("\t")[0] for line in listed.split("\n")}
 
     def write(self, record: dict) -> None:
         if self.main:
@@ -726,10 +726,11 @@ class Log:
         dist.all_gather_object(gathered, self.new_bad)
         new = [item for bad in gathered for item in bad]
         self.new_bad, self.bad_total = [], self.bad_total + len(new)
-        if self.main and (unlisted := sorted((f, why) for f, why in dict(new).items() if f not in self.listed)):
-            self.listed.update(f for f, _ in unlisted)
-            with open(self.bad_path, "a") as file:
-                file.writelines(f"{f}\t{why}\n" for f, why in unlisted)
+        plain = {re.sub(r"\s", " ", name): why for name, why in new}  # a line each, whatever is in a name
+        if self.main and (unlisted := sorted(plain.keys() - self.listed)):
+            self.listed.update(unlisted)
+            with open(self.bad_path, "a", encoding="utf-8", errors="surrogateescape") as file:
+                file.writelines(f"{name}\t{plain[name]}\n" for name in unlisted)
         bad = self.bad_total - self.bad_before
         return bad / (bad + n_samples)
 
@@ -773,6 +774,10 @@ def summary(log: Log, steps: int) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+class TooManyBad(Exception):
+    """More images than allowed cannot be read; all processes know and have saved."""
 
 
 @dataclass
@@ -832,9 +837,15 @@ def mean_over_processes(metrics: dict[str, Tensor], n_ranks: int) -> dict[str, f
 def open_everywhere(specs: list[str | None], channels: int) -> list:
     """The sources, listed by rank 0 first so that the others find the listing. Raises ValueError, on all processes, if
     they do not see the same files."""
+    error = [None]
     if dist.get_rank() == 0:
-        sources = [open_source(spec, channels) if spec is not None else None for spec in specs]
-    dist.barrier()
+        try:
+            sources = [open_source(spec, channels) if spec is not None else None for spec in specs]
+        except ValueError as wrong:
+            error = [str(wrong)]
+    dist.broadcast_object_list(error)
+    if error[0]:
+        raise ValueError(error[0])
     if dist.get_rank() > 0:
         sources = [open_source(spec, channels) if spec is not None else None for spec in specs]
     seen = [None] * dist.get_world_size()
@@ -881,7 +892,8 @@ def train(run: Run) -> None:
 
     batches = training_batches(cfg, run.source, rank, n_ranks)
     loader = train_loader(batches, run.start, cfg.steps, local_workers(cfg), run.device.type == "cuda")
-    colour = torch.compile(augment_at_once) if cfg.compile else augment
+    on_gpu = cfg.compile and run.device.type == "cuda"  # compiled for the two sizes of crops
+    colour = torch.compile(augment_at_once, dynamic=False) if on_gpu else augment
     loader = Prefetcher(loader, partial(prepare, device=run.device, mean=cfg.mean, std=cfg.std, augment=colour),
                         run.device)
     schedule = schedules(cfg)
@@ -889,6 +901,9 @@ def train(run: Run) -> None:
     for step, batch in enumerate(loader, run.start):
         if step == 0 and rank == 0:
             draw_batch(batch, cfg.mean, cfg.std).save(out / "first_batch.png")
+            if not 0.3 < (spread := batch.global_crops.std().item()) < 3:
+                log.say(f"note: the normalised images have a spread of {spread:.2g}, which should be about 1; measure "
+                        f"--mean and --std by: python data.py stats {cfg.data} --in-chans {cfg.in_chans}")
         log.new_bad += batch.bad
         torch.manual_seed(random.Random(f"{cfg.seed}/drop path/{step}/{rank}").getrandbits(63))
         now = {name: float(values[step]) for name, values in schedule.items()}
@@ -903,7 +918,7 @@ def train(run: Run) -> None:
         if last or save or export or done % cfg.log_every == 0:  # nothing is saved before its loss is seen to be finite
             n_samples = (done - run.start) * cfg.batch_size
             bad_share = log.count_bad(n_samples)
-            too_bad = bad_share > cfg.max_bad_share and (last or n_samples >= 1000)
+            too_bad = bad_share > cfg.max_bad_share and n_samples >= 100 and not last
             save |= too_bad
             means, seconds = mean_over_processes(metrics, n_ranks), time.perf_counter() - clock
             log.step(step, now, means, cfg.batch_size * (done - logged) / seconds, (loader.waited - waited) / seconds)
@@ -918,7 +933,7 @@ def train(run: Run) -> None:
         if last or save or export or evaluate_now or done % cfg.log_every == 0:
             clock, waited, logged = time.perf_counter(), loader.waited, done
         if too_bad:
-            raise Unreadable(f"{bad_share:.0%} of the images that were tried cannot be read; they are listed, with the "
+            raise TooManyBad(f"{bad_share:.0%} of the images that were tried cannot be read; they are listed, with the "
                              f"reasons, in {log.bad_path}. All is saved: mend or remove them and run the same command "
                              "again, or allow more by --max-bad-share")
     log.bar.close()
@@ -938,9 +953,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     try:
         train(run)
-    except Unreadable as error:
-        if dist.get_rank() == 0 or "worker" in str(error):  # from a worker process it comes with a whole stack
-            print(f"error: {str(error).strip().splitlines()[-1].removeprefix('data.Unreadable: ')}", file=sys.stderr)
+    except (Unreadable, TooManyBad) as error:
+        if isinstance(error, Unreadable) or dist.get_rank() == 0:  # the first is one process's, the second that of all
+            last_line = str(error).strip().splitlines()[-1]  # a worker sends its whole stack along
+            print(f"error: {last_line.removeprefix('data.Unreadable: ')}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\nstopped; the same command continues from the last save in {run.cfg.out}/resume", file=sys.stderr)
