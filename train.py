@@ -1,6 +1,6 @@
 """Self-supervised training of DINOv2, whole: presets, the method, sharding, checkpoints.
 
-    python train.py                                                         # 1,437 scanned digits on a CPU, 3 minutes
+    python train.py                                                         # 1,437 scanned digits on a CPU, minutes
     python train.py --preset vits16_short --data /my/photos --batch-size 256           # one GPU, a folder of photos
     torchrun --nproc-per-node 8 train.py --preset vitb16_short --data ImageNet:split=TRAIN:root=/data/imagenet
     torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py \\
@@ -161,8 +161,8 @@ PRESETS = {
     "digits": SMALL | dict(
         data="digits", eval_resize=12, eval_crop=12, batch_size=128, group_size=64, global_crops_size=12,
         global_crops_scale=(0.5, 1.0), local_crops_number=2, local_crops_size=8, local_crops_scale=(0.25, 0.6),
-        arch="vit_nano", patch_size=4, head_n_prototypes=512, momentum_teacher=0.98, steps=800, warmup_steps=80,
-        warmup_teacher_temp_steps=400, lr=1.2e-2, eval_every=200, save_every=200),
+        arch="vit_nano", patch_size=4, head_n_prototypes=512, momentum_teacher=0.98, steps=1000, warmup_steps=100,
+        warmup_teacher_temp_steps=500, lr=1.2e-2, eval_every=250, save_every=250),
     "fashion": SMALL | dict(
         data="FashionMNIST:split=TRAIN", eval_resize=28, eval_crop=28, batch_size=64, group_size=64, flip_prob=0.5,
         global_crops_size=28, global_crops_scale=(0.5, 1.0), local_crops_number=2, local_crops_size=14,
