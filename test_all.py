@@ -1632,11 +1632,9 @@ def test_train_images_that_vanish_end_the_run_with_one_line(tmp_path, cache):
     script = ("import sys, shutil, train; old = train.claim_output;"
               f"train.claim_output = lambda *a: (old(*a), shutil.rmtree({str(tmp_path / 'p')!r}));"
               "train.main(sys.argv[1:])")
-    for workers in (0, 1):
-        write_images(tmp_path / "p", ["1.png", "2.png"])
-        result = run(sys.executable, "-c", script, *TINY, "--num-workers", workers, "--data", tmp_path / "p", "--steps", 2,
-                     "--out", tmp_path / f"out{workers}", ok=2)
-        assert "error: 50 images in a row could not be read" in result.stderr and "Traceback" not in result.stderr
+    result = run(sys.executable, "-c", script, *TINY, "--num-workers", 1, "--data", tmp_path / "p", "--steps", 2, "--out",
+                 tmp_path / "out", ok=2)
+    assert "error: 50 images in a row could not be read" in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("channels", [1, 4])
