@@ -439,7 +439,7 @@ def join_spec(name: str, options: dict[str, str]) -> str:
 def eval_specs(spec: str, train: str = "", val: str = "") -> tuple[str, str | None]:
     """The specs of the labelled images to learn from and to classify (None: leave one out): those given, else the TRAIN
     and VAL splits of the training source `spec`, as far as it has them."""
-    if len(split_mixture(train or spec)) > 1:
+    if any(part != (train or spec) for part, _ in split_mixture(train or spec)):  # a mixture has no splits
         return train or spec, val or None
     name, options = parse_spec(train or spec)
     if train and "split" in options:

@@ -202,8 +202,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train, val = eval_specs(config["data"], config["eval_train"], args.val or config["eval_val"])
     if train == val:
         raise ValueError(f"--val is the same as --train, {train}; leave --val out to leave each image out in turn")
-    if min(args.ks) < 1 or not args.temperature > 0:
-        raise ValueError("--ks and --temperature must be positive")
+    if min(args.ks) < 1 or not args.temperature > 0 or args.num_workers < -1:
+        raise ValueError("--ks and --temperature must be positive, --num-workers -1 or more")
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(device_id=device if device.type == "cuda" else None)
     sources = [open_source(spec, config["in_chans"]) if spec else None for spec in (train, val)]

@@ -5,6 +5,7 @@ float32: outputs, losses, gradients, three whole optimiser steps. Weights and im
 seeds given here. Of large tensors it keeps the norm and some entries.
 """
 import ast
+import contextlib
 import copy
 import dataclasses
 import gzip
@@ -850,7 +851,8 @@ def test_data_file_list(tmp_path, cache):
     listed = tmp_path / "list.txt"
     listed.write_text(f"a/1.png\tcat\n\n{tmp_path}/b/2 x.png\tant\r\n")
     source = data.open_source(str(listed))
-    assert source.labels.tolist() == [1, 0] and source.classes == ["ant", "cat"] and source.image(1).shape == (3, 40, 32)
+    assert source.labels.tolist() == [1, 0] and source.classes == ["ant", "cat"]
+    assert source.image(1).shape == (3, 40, 32)
     listed.write_text("b/2 x.png\n")
     os.utime(listed, ns=(1, 1))
     source = data.open_source(str(listed))
@@ -877,7 +879,15 @@ def test_data_tar_shards(tmp_path, cache, capsys):
     assert [source.image(i)[0, 0, 0].item() for i in (0, 699, 701, n - 1)] == [i % 256 for i in (0, 699, 701, n - 1)]
     passes = [[source.pick(epoch * n + s, seed=5) for s in range(n)] for epoch in range(3)]
     assert all(sorted(order) == list(range(n)) for order in passes) and passes[0] != passes[1] != passes[2]
-    sequence = [order for order in passes[0]]  # two lanes with windows of 256: reading advances in each shard
+    tars, starts = source.tars_in_order(random.Random("5/epoch/0").getrandbits(64))
+    row = [source.first[j] + k for j in tars for k in range(lengths[j])]  # the tars, one behind the other
+    half, place = -(-n // 2), {int(i): k for k, i in enumerate(row)}
+    for window in range(n // 512 - 1):  # the next 256 images of either half, in no order
+        picks = [place[i] for i in passes[0][512 * window : 512 * (window + 1)]]
+        depth = [k % half for k in picks]
+        assert sum(k < half for k in picks) == 256 and picks != sorted(picks)
+        assert (min(depth), max(depth)) == (256 * window, 256 * window + 255)
+    sequence = passes[0]  # so reading advances in each tar
     for j, n_images in enumerate(lengths):
         if n_images > 512:
             read = np.array([i for i in sequence if source.shard[i] == j])
@@ -916,7 +926,7 @@ def test_data_mixtures(tmp_path, cache):
     split = f"{tmp_path}/s"
     write_images(tmp_path / "s", ["train/1.png", "val/2.png"])
     assert data.open_source(f"{split}:split=TRAIN*0.5, {split}:split=VAL*0.5").describe(1).endswith("val/2.png")
-    for spec in ("ImageNet:root=/a,ImageNet22k:root=/b", "CIFAR10:root=/d*0.5,CIFAR100:root=/d*0.5"):
+    for spec in ("ImageNet:root=/a,ImageNet22k:root=/b", "CIFAR10:root=/d*0.5,CIFAR100:root=/d*0.5", "CIFAR10*1"):
         assert data.eval_specs(spec) == (spec, None)
     (tmp_path / "a/1.png").write_bytes(b"damaged")
     lame = data.open_source(f"{tmp_path}/a*0.9,digits*0.1")
@@ -942,7 +952,8 @@ def test_data_imagenet_extra_golden(tmp_path, cache, capsys):
     write_images(tmp_path, ["test/ILSVRC2012_test_00000002.JPEG", "test/ILSVRC2012_test_00000001.JPEG"])
     data.main(["extra", f"ImageNet:split=TEST:root={tmp_path}:extra={tmp_path}/extra"])
     test = data.open_source(f"ImageNet:split=TEST:root={tmp_path}:extra={tmp_path}/extra")
-    assert test.labels is None and test.describe(1).endswith("test_00000002.JPEG") and test.image(1).shape == (3, 40, 32)
+    assert test.labels is None and test.describe(1).endswith("test_00000002.JPEG")
+    assert test.image(1).shape == (3, 40, 32)
 
 
 @pytest.mark.parametrize("logs", [True, False])
@@ -950,7 +961,8 @@ def test_data_imagenet22k_golden(logs, tmp_path, cache):
     """entries.npy from the block logs, or from the tars alone, equals the official one; images come from the tars."""
     for wnid, log in golden.json("extra/blocks").items():
         names = re.findall(r"\w+\.JPEG", log)
-        write_tar(tmp_path / f"{wnid}.tar", {name: png(7 * k, (20, 20)).ljust(600, b"\0") for k, name in enumerate(names)})
+        files = {name: png(7 * k, (20, 20)).ljust(600, b"\0") for k, name in enumerate(names)}
+        write_tar(tmp_path / f"{wnid}.tar", files)
         if logs:
             (tmp_path / "blocks").mkdir(exist_ok=True)
             (tmp_path / "blocks" / f"{wnid}.log").write_text(log)
@@ -976,7 +988,8 @@ def test_data_torchvision_sets(tmp_path, monkeypatch):
 
     class Fake:
         def __init__(self, root, train, download):
-            self.data, self.targets, self.classes = pixels[: 3 if train else 1], [1, 0, 1][: 3 if train else 1], ["a", "b"]
+            n = 3 if train else 1
+            self.data, self.targets, self.classes = pixels[:n], [1, 0, 1][:n], ["a", "b"]
             assert Path(root) == tmp_path and not download
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", Fake)
@@ -1145,8 +1158,9 @@ def mutated_files(folder: Path, n: int) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (24, 20, 3), dtype=np.uint8)
     originals = []
-    for mode, suffixes in (("RGB", ("jpg", "png", "gif", "webp", "bmp", "tif", "ppm")), ("L", ("jpg", "png", "tif", "pgm")),
-                           ("CMYK", ("jpg", "tif")), ("P", ("png", "gif")), ("RGBA", ("png", "webp", "tif")),
+    for mode, suffixes in (("RGB", ("jpg", "png", "gif", "webp", "bmp", "tif", "ppm")),
+                           ("L", ("jpg", "png", "tif", "pgm")), ("CMYK", ("jpg", "tif")), ("P", ("png", "gif")),
+                           ("RGBA", ("png", "webp", "tif")),
                            ("I;16", ("png", "tif"))):
         for suffix in suffixes:
             image = Image.fromarray(pixels).convert("L" if mode == "I;16" else mode)
@@ -1235,6 +1249,39 @@ def test_data_prefetcher_yields_all_in_order():
     assert torch.equal(fetched[1].global_crops, data.prepare(batches[3], CPU).global_crops)
 
 
+def test_data_prefetcher_on_a_gpu_is_one_batch_ahead(monkeypatch):
+    """The order of events, with streams that only take notes: a batch is made while the step before it is under way,
+    after the steps before that, and waited for before it is used."""
+    notes = []
+
+    class Stream:
+        def __init__(self, name="side"):
+            self.name = name
+
+        def wait_stream(self, other):
+            notes.append(f"{self.name} waits for {other.name}")
+
+        def record_event(self):
+            return len([n for n in notes if n.startswith("made")]) - 1
+
+        def wait_event(self, event):
+            notes.append(f"{self.name} waits for batch {event}")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+
+    def prepare(batch):
+        notes.append(f"made {batch}")
+        return (batch,)
+
+    for (batch,) in data.Prefetcher([0, 1, 2], prepare, torch.device("cuda")):
+        notes.append(f"step {batch}")
+    make = lambda k: ["side waits for main", f"made {k}"]  # noqa: E731
+    use = lambda k: [f"main waits for batch {k}", f"step {k}"]  # noqa: E731
+    assert notes == make(0) + make(1) + use(0) + make(2) + use(1) + use(2)
+
+
 def test_data_picture_of_a_batch():
     batch = data.prepare(digit_batches()[0], CPU)
     picture = data.draw_batch(batch)
@@ -1288,8 +1335,9 @@ OFFICIAL_EPOCHS = {  # counted in epochs of 1250 iterations there, in steps here
     "teacher.warmup_teacher_temp_epochs": "warmup_teacher_temp_steps", "optim.epochs": "steps",
     "optim.warmup_epochs": "warmup_steps", "optim.freeze_last_layer_epochs": "freeze_last_layer_steps"}
 OFFICIAL_UNUSED = {  # read by no line of the official code, or replaced here by something without a setting
-    "MODEL.WEIGHTS", "train.output_dir", "train.num_workers", "train.saveckp_freq", "train.cache_dataset", "train.OFFICIAL_EPOCH_LENGTH",
-    "student.block_chunks", "optim.lr", "optim.scaling_rule", "optim.adamw_beta1", "optim.adamw_beta2"}
+    "MODEL.WEIGHTS", "train.output_dir", "train.num_workers", "train.saveckp_freq", "train.cache_dataset",
+    "train.OFFICIAL_EPOCH_LENGTH", "student.block_chunks", "optim.lr", "optim.scaling_rule", "optim.adamw_beta1",
+    "optim.adamw_beta2"}
 
 
 @pytest.mark.parametrize("preset,gpus", [("vitl16_short", 32), ("vitl14", 96), ("vitg14", 256)])
@@ -1632,8 +1680,8 @@ def test_train_images_that_vanish_end_the_run_with_one_line(tmp_path, cache):
     script = ("import sys, shutil, train; old = train.claim_output;"
               f"train.claim_output = lambda *a: (old(*a), shutil.rmtree({str(tmp_path / 'p')!r}));"
               "train.main(sys.argv[1:])")
-    result = run(sys.executable, "-c", script, *TINY, "--num-workers", 1, "--data", tmp_path / "p", "--steps", 2, "--out",
-                 tmp_path / "out", ok=2)
+    result = run(sys.executable, "-c", script, *TINY, "--num-workers", 1, "--data", tmp_path / "p", "--steps", 2,
+                 "--out", tmp_path / "out", ok=2)
     assert "error: 50 images in a row could not be read" in result.stderr and "Traceback" not in result.stderr
 
 
@@ -1651,8 +1699,8 @@ def test_train_other_channels(channels, tmp_path, cache, capsys):
     data.main(["stats", str(tmp_path / "p"), "--in-chans", str(channels), "--num-workers", "0"])
     measured = capsys.readouterr().out.split()
     assert channels == 4 or 0.025 < float(measured[1]) < 0.037  # 12 bits of 16
-    train_main(*TINY, "--data", tmp_path / "p", "--in-chans", channels, *measured, "--steps", 2, "--eval-every", 2, "--out",
-               tmp_path / "out")
+    train_main(*TINY, "--data", tmp_path / "p", "--in-chans", channels, *measured, "--steps", 2, "--eval-every", 2,
+               "--out", tmp_path / "out")
     ckpt = torch.load(tmp_path / "out/ckpt.pth", weights_only=True)
     assert ckpt["model"]["in_chans"] == channels
     assert eval_knn.main([str(tmp_path / "out/ckpt.pth")]) == pytest.approx(metrics(tmp_path / "out")[-1]["knn"])
@@ -1802,6 +1850,7 @@ class Payload:
     (["--global-crops-size", "18"], "--global-crops-size 18 is not a multiple of --patch-size 4; use 16 or 20"),
     (["--local-crops-size", "3"], "--local-crops-size 3 is not a multiple"),
     (["--batch-size", "100"], "multiple of 64"),
+    (["--num-workers", "-7"], "--num-workers must lie between -1 and inf"),
     (["--steps", "10"], "--warmup-steps 20 is more than --steps 10"),
     (["--steps", "0", "--warmup-steps", "0"], "--steps must lie between 1 and inf, got 0"),
     (["--patch-size", "0"], "--patch-size must lie between 1 and inf"),
@@ -2045,7 +2094,8 @@ def test_eval_knn_mixed_depths_and_bad_files(tmp_path, cache):
         path = tmp_path / "d" / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         value = 40 + 100 * (i % 2)
-        Image.fromarray(np.full((8, 8), value * 257, np.uint16) if i > 3 else np.full((8, 8), value, np.uint8)).save(path)
+        pixels = np.full((8, 8), value * 257, np.uint16) if i > 3 else np.full((8, 8), value, np.uint8)
+        Image.fromarray(pixels).save(path)
     (tmp_path / "d/a/0.png").write_bytes(b"damaged")
     source = data.open_source(str(tmp_path / "d"), channels=1)
     table, ok = eval_knn.extract_features(FirstPixel(), source, 8, 8, CPU, mean=(0.5,), std=(0.5,))

@@ -236,7 +236,7 @@ RANGES |= {field: (0.0, math.inf) for field in (
     "clip_grad")}
 RANGES |= dict(global_crops_scale=(1e-6, 1.0), local_crops_scale=(1e-6, 1.0), teacher_temp=(1e-3, 10.0),
                warmup_teacher_temp=(1e-3, 10.0), drop_path_rate=(0.0, 0.99), betas=(0.0, 0.999999), std=(1e-6, 1.0),
-               seed=(0, 2**63 - 1))
+               seed=(0, 2**63 - 1), num_workers=(-1, math.inf))
 
 
 def check(cfg: Config, n_ranks: int) -> None:
