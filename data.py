@@ -26,6 +26,7 @@ process or worker. A worker decodes an image once and cuts uint8 crops; all phot
 No model, no config in this file. Apache License 2.0.
 """
 import argparse
+import atexit
 import bisect
 import csv
 import ctypes
@@ -38,6 +39,7 @@ import hashlib
 import io
 import itertools
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -973,25 +975,29 @@ class Batch(NamedTuple):
     mask_weight: Tensor  # (M,) float32, 1 / number of masked patches of the crop
     samples: Tensor  # (B,) int64 sample numbers
     bad: list[tuple[str, str]]  # files that could not be read, and why; other samples took their place
+    global_orders: Tensor | None = None  # (n_drops, groups, 2 * group_size) int64: random orders of each group's rows,
+    local_orders: Tensor | None = None  # (n_drops, groups, L * group_size) which decide what stochastic depth drops
 
 
 class TrainBatches(torch.utils.data.Dataset):
     """batches[step] -> Batch with this process's images of that step: a pure function of the arguments and the step.
+    With accum > 1 the share comes in as many parts: batches[step * accum + part].
 
-    A step has `batch_size` images over all processes, in groups of `group_size`; each process owns whole groups. A
-    group has its own quota of masks, as had the batch of one GPU in the official code, so masks don't depend on the
-    number of processes. `global_scale` and `local_scale` are shares of the image's area; `ops` = keyword arguments of
-    draw_ops; those that need red, green and blue are left out for other numbers of channels. Raises ValueError if the
-    groups cannot be shared out.
+    A step has `batch_size` images over all processes, in groups of `group_size`; each part owns whole groups. A group
+    has its own quota of masks, as had the batch of one GPU in the official code, and its own draws for stochastic depth
+    (`n_drops` of them), so neither depends on the number of processes and parts. `global_scale` and `local_scale` are
+    shares of the image's area; `ops` = keyword arguments of draw_ops; those that need red, green and blue are left out
+    for other numbers of channels. Raises ValueError if the groups cannot be shared out.
     """
 
     def __init__(self, source, *, batch_size: int, group_size: int, seed: int = 0, rank: int = 0, world: int = 1,
-                 global_size: int = 224, global_scale=(0.32, 1.0), n_local: int = 8, local_size: int = 96,
-                 local_scale=(0.05, 0.32), patch_size: int = 16, mask_prob: float = 0.5, mask_ratio=(0.1, 0.5),
-                 ops: dict | None = None):
-        check_groups(batch_size, group_size, world)
+                 accum: int = 1, global_size: int = 224, global_scale=(0.32, 1.0), n_local: int = 8,
+                 local_size: int = 96, local_scale=(0.05, 0.32), patch_size: int = 16, mask_prob: float = 0.5,
+                 mask_ratio=(0.1, 0.5), n_drops: int = 0, ops: dict | None = None):
+        check_groups(batch_size, group_size, world, accum)
         self.source, self.batch_size, self.group_size, self.seed = source, batch_size, group_size, seed
-        self.first, self.count = rank * (batch_size // world), batch_size // world
+        self.rank, self.accum, self.n_drops = rank, accum, n_drops
+        self.count = batch_size // (world * accum)  # images of a part
         self.crops = [(global_size, global_scale)] * 2 + [(local_size, local_scale)] * n_local
         self.shapes = [(2, global_size), (n_local, local_size)]
         self.ops = dict(ops or {})
@@ -1001,8 +1007,11 @@ class TrainBatches(torch.utils.data.Dataset):
         self.max_patches = 0.5 * global_size // patch_size * global_size // patch_size  # floors from left to right
         self.mask_prob, self.mask_ratio = mask_prob, mask_ratio
 
-    def __getitem__(self, step: int) -> Batch:
-        samples = range(step * self.batch_size + self.first, step * self.batch_size + self.first + self.count)
+    def __getitem__(self, index: int) -> Batch:
+        step, part = divmod(index, self.accum)
+        first = (self.rank * self.accum + part) * self.count  # of this part's images, within the step
+        samples = range(step * self.batch_size + first, step * self.batch_size + first + self.count)
+        groups = range(first // self.group_size, (first + self.count) // self.group_size)
         crops = [empty(n, self.count, size, size, self.source.channels) for n, size in self.shapes]  # crop-major
         places = [*crops[0], *crops[1]]  # 2 + L views (B, size, size, C)
         ops: list[list[list[float]]] = [[] for _ in places]
@@ -1017,9 +1026,10 @@ class TrainBatches(torch.utils.data.Dataset):
                 places[c][row] = crop if crop.dtype == crops[0].dtype else widen(crop)
                 ops[c].append(draw_ops(rng, min(c, 2), **self.ops))
         ops = torch.from_numpy(np.array(ops, np.float32))  # (2 + L, B, 12)
-        masks = torch.from_numpy(self.masks_of(step))
+        masks = torch.from_numpy(self.masks_of(step, groups))
         return Batch(*(c.flatten(0, 1) for c in crops), ops[:2].flatten(0, 1), ops[2:].flatten(0, 1), masks,
-                     *mask_weights(masks), torch.tensor(list(samples)), bad)
+                     *mask_weights(masks), torch.tensor(list(samples)), bad,
+                     *self.orders_of(step, groups))
 
     def image_of(self, s: int, bad: list) -> Tensor:
         """The image of sample s; if its file cannot be read, another one drawn by s. Raises Unreadable after 50."""
@@ -1032,12 +1042,29 @@ class TrainBatches(torch.utils.data.Dataset):
                 i = self.source.replacement(i, random.Random(f"{self.seed}/replace/{s}/{attempt}"))
         raise Unreadable(f"50 images in a row could not be read, the last {bad[-1][0]}: {bad[-1][1]}")
 
-    def masks_of(self, step: int) -> np.ndarray:
-        """The masks (2B, h*w) of this process's groups, crop-major like the crops."""
-        groups = range(self.first // self.group_size, (self.first + self.count) // self.group_size)
+    def samples_of(self, step: int) -> range:
+        """The sample numbers of all parts of this process's share of a step."""
+        share = self.accum * self.count
+        return range(step * self.batch_size + self.rank * share, step * self.batch_size + (self.rank + 1) * share)
+
+    def masks_of(self, step: int, groups: range) -> np.ndarray:
+        """The masks (2B, h*w) of these groups, crop-major like the crops."""
         masks = [draw_masks(random.Random(f"{self.seed}/masks/{step}/{g}"), 2 * self.group_size, self.grid,
                             self.max_patches, self.mask_prob, self.mask_ratio) for g in groups]
         return np.concatenate([m.reshape(2, self.group_size, -1) for m in masks], 1).reshape(2 * self.count, -1)
+
+    def orders_of(self, step: int, groups: range) -> list[Tensor]:
+        """Global and local_orders of these groups. Keys of a bit generator, whose stream is fixed for good, are
+        sorted; NumPy's permutations may change from version to version."""
+        orders = []
+        for n_crops, _ in self.shapes:
+            rows = np.arange(n_crops)[:, None] * self.count + np.arange(self.group_size)  # of the first group
+            keys = [np.random.Philox(key=random.Random(f"{self.seed}/drop path/{step}/{g}/{n_crops}").getrandbits(128))
+                    .random_raw((self.n_drops, rows.size)) for g in groups]
+            order = np.argsort(np.stack(keys, 1), axis=-1, kind="stable")  # (n_drops, groups, rows of a group)
+            shift = np.arange(len(groups))[:, None] * self.group_size
+            orders.append(torch.from_numpy(rows.flatten()[order] + shift))
+        return orders
 
 
 class Unreadable(RuntimeError):
@@ -1061,14 +1088,16 @@ def widen(x: Tensor) -> Tensor:
     return (x.to(torch.int32) * 257).to(torch.uint16)
 
 
-def check_groups(batch_size: int, group_size: int, world: int) -> None:
-    """Raises ValueError unless `batch_size` images fall into groups that `world` processes can share out evenly."""
+def check_groups(batch_size: int, group_size: int, world: int, accum: int = 1) -> None:
+    """Raises ValueError unless `batch_size` images fall into groups that `world` processes can share out evenly, each
+    in `accum` parts."""
     if batch_size < world:
         raise ValueError(f"--batch-size {batch_size} is smaller than the number of processes, {world}")
-    if group_size < 1 or batch_size % (group_size * world):
+    if group_size < 1 or batch_size % (group_size * world * accum):
+        parts, too = (f" in {accum} parts each", " or --accum") if accum > 1 else ("", "")
         raise ValueError(
-            f"--batch-size {batch_size} does not divide into groups of {group_size} for {world} process(es); make it a "
-            f"multiple of {max(group_size, 1) * world}, or change --group-size")
+            f"--batch-size {batch_size} does not divide into groups of {group_size} for {world} process(es){parts}; "
+            f"make it a multiple of {max(group_size, 1) * world * accum}, or change --group-size{too}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1247,13 +1276,26 @@ def worker_count(wanted: int, processes_here: int = 1) -> int:
 
 def train_loader(batches: TrainBatches, start: int, stop: int, num_workers: int, pin_memory: bool):
     """Batches of the steps start, …, stop - 1, made by `num_workers` processes ahead of time (0: in this process)."""
-    return torch.utils.data.DataLoader(
-        batches, batch_size=None, sampler=range(start, stop), num_workers=num_workers, pin_memory=pin_memory,
-        worker_init_fn=start_worker)
+    parts = range(start * batches.accum, stop * batches.accum)
+    return make_loader(batches, num_workers, batch_size=None, sampler=parts, pin_memory=pin_memory)
+
+
+def make_loader(dataset, num_workers: int, **options) -> torch.utils.data.DataLoader:
+    """A loader whose workers leave all signals to this process, and die with it."""
+    atexit.unregister(kill_workers)
+    atexit.register(kill_workers)  # runs before Python would ask them by SIGTERM, and wait
+    return torch.utils.data.DataLoader(dataset, num_workers=num_workers, worker_init_fn=start_worker, **options)
+
+
+def kill_workers() -> None:
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def start_worker(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the training's answers
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # Ctrl-C reaches every process of a terminal, and a
+        signal.signal(number, signal.SIG_IGN)  # scheduler's signals every process of a job; the training answers them
     keep_memory()
 
 
@@ -1274,7 +1316,8 @@ def prepare(batch: Batch, device: torch.device, mean=MEAN, std=STD, augment=augm
     return batch._replace(
         global_crops=augment(on_device(batch.global_crops), batch.global_ops, mean, std),
         local_crops=augment(on_device(batch.local_crops), batch.local_ops, mean, std), masks=on_device(batch.masks),
-        mask_index=on_device(batch.mask_index), mask_weight=on_device(batch.mask_weight))
+        mask_index=on_device(batch.mask_index), mask_weight=on_device(batch.mask_weight),
+        global_orders=on_device(batch.global_orders), local_orders=on_device(batch.local_orders))
 
 
 class Prefetcher:
@@ -1424,8 +1467,7 @@ class Tried(torch.utils.data.Dataset):
 
 def read_all(source: Source, indices, num_workers: int):
     """Goes through Tried with a progress bar."""
-    loader = torch.utils.data.DataLoader(Tried(source, indices), batch_size=None, num_workers=worker_count(num_workers),
-                                         worker_init_fn=start_worker)
+    loader = make_loader(Tried(source, indices), worker_count(num_workers), batch_size=None)
     return tqdm(loader, desc=f"reading {source.name}", unit=" images", disable=None)
 
 

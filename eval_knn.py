@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (
-    MEAN, STD, EvalImages, Parser, collate_images, eval_specs, normalize, open_source, start_worker, to_float,
+    MEAN, STD, EvalImages, Parser, collate_images, eval_specs, normalize, make_loader, open_source, to_float,
     worker_count)
 from model import FORMAT, load_backbone, read_checkpoint
 
@@ -47,9 +47,8 @@ def extract_features(model: nn.Module, source, resize: int, crop: int, device: t
     """
     rank, n_ranks = world()
     mine = torch.arange(rank, len(source), n_ranks)
-    loader = torch.utils.data.DataLoader(
-        EvalImages(source, resize, crop, mine.tolist()), batch_size, num_workers=num_workers,
-        pin_memory=device.type == "cuda", collate_fn=collate_images, worker_init_fn=start_worker)
+    loader = make_loader(EvalImages(source, resize, crop, mine.tolist()), num_workers, batch_size=batch_size,
+                         pin_memory=device.type == "cuda", collate_fn=collate_images)
     table, readable = None, torch.zeros(len(source), device=device)
     bar = tqdm(loader, desc=f"features of {source.name}", leave=False, disable=None if rank == 0 else True)
     for (images, ok), rows in zip(bar, mine.split(batch_size)):

@@ -36,12 +36,16 @@ def softmax_center(logits: Tensor, center: Tensor, temp: float) -> Tensor:
 
 
 @torch.no_grad()
-def update_center(center: Tensor, logits: Tensor, momentum: float = 0.9) -> None:
-    """Moves the center, in place, towards the mean of the logits (M, K) of all processes. Call it after the targets
-    are made: step t is centered by what was seen up to step t-1."""
-    count = torch.full((1,), len(logits), dtype=torch.float32, device=logits.device)
-    total = torch.cat([logits.float().sum(0), count])  # (K+1,)
-    all_reduce_(total)
+def center_total(logits: Tensor) -> Tensor:
+    """Sum of the logits (M, K) over the rows, and their number M: (K+1,) float32. Totals of parts of a batch add up."""
+    return torch.cat([logits.float().sum(0), torch.full((1,), float(len(logits)), device=logits.device)])
+
+
+@torch.no_grad()
+def update_center(center: Tensor, total: Tensor, momentum: float = 0.9) -> None:
+    """Moves the center, in place, towards the mean of the logits of all processes, of which `total` is this one's
+    center_total(). Call it after the targets are made: step t is centered by what was seen up to step t-1."""
+    total = all_reduce_(total.clone())
     center.lerp_((total[:-1] / total[-1].clamp(min=1)).view_as(center), 1 - momentum)
 
 
@@ -50,18 +54,46 @@ def sinkhorn_knopp(logits: Tensor, temp: float, n_iterations: int = 3) -> Tensor
     """Targets (M, K) from logits (M, K): exp(logits / temp), scaled so that all prototypes get the same total over the
     joined batch and every row sums to 1 (SwAV, section 3.1).
 
-    The scaled matrix is never written back: it is diag(row) E diag(col), and an iteration is two matrix-vector
-    products. M may differ between processes.
+    The scaled matrix is diag(row) E diag(col) and never written back: an iteration is two matrix-vector products. M may
+    differ between processes. For a batch in parts that do not fit at once, call what this calls, part by part.
     """
-    # A shift common to all processes cancels, and keeps exp from overflowing however large the logits grow.
-    largest = all_reduce_(logits.amax().float() if len(logits) else logits.new_full((), -torch.inf).float(), "max")
-    E = ((logits.float() - largest) / temp).exp_()  # (M, K)
-    tiny = torch.finfo(E.dtype).tiny  # a prototype that underflows for every row keeps a finite scale
-    row = E.new_ones(len(E))
+    E = exponentials(logits, temp, joint_largest([logits]))
+    return balance_rows(E, balance_columns(lambda: [E], n_iterations))
+
+
+@torch.no_grad()
+def joint_largest(parts) -> Tensor:
+    """The largest of the logits (M_i, K) in all `parts`, of all processes; () float32."""
+    largest = [part.amax().float() if len(part) else part.new_full((), -torch.inf).float() for part in parts]
+    return all_reduce_(torch.stack(largest).amax(), "max")
+
+
+@torch.no_grad()
+def exponentials(logits: Tensor, temp: float, largest: Tensor) -> Tensor:
+    """E = exp((logits - largest) / temp), (M, K) float32. The shift, common to all rows of all processes, cancels; it
+    keeps exp from overflowing however large the logits grow."""
+    return ((logits.float() - largest) / temp).exp_()
+
+
+@torch.no_grad()
+def balance_columns(parts, n_iterations: int = 3) -> Tensor:
+    """Scale (K,) of each prototype. `parts()` gives anew, in each iteration, the exponentials (M_i, K) of all parts of
+    this process's batch."""
+    col = None
     for _ in range(n_iterations):
-        col = 1 / all_reduce_(row @ E).clamp(min=tiny)  # (K,)
-        row = 1 / (E @ col).clamp(min=tiny)  # (M,)
-    return E.mul_(row[:, None]).mul_(col)
+        total = sum((torch.ones_like(E[:, 0]) if col is None else row_scale(E, col)) @ E for E in parts())
+        col = 1 / all_reduce_(total).clamp(min=torch.finfo(total.dtype).tiny)  # a prototype that underflows for every
+    return col  # row keeps a finite scale
+
+
+def row_scale(E: Tensor, col: Tensor) -> Tensor:
+    return 1 / (E @ col).clamp(min=torch.finfo(E.dtype).tiny)  # (M,)
+
+
+@torch.no_grad()
+def balance_rows(E: Tensor, col: Tensor) -> Tensor:
+    """Targets (M, K), in the memory of the exponentials E (M, K)."""
+    return E.mul_(row_scale(E, col)[:, None]).mul_(col)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -171,22 +171,25 @@ class Block(nn.Module):
     def ffn_branch(self, x: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
         return self.ls2(self.mlp(self.norm2(x)))
 
-    def forward(self, x: Tensor, shapes: list[tuple[int, int]] | None = None) -> Tensor:
+    def forward(self, x: Tensor, shapes: list[tuple[int, int]] | None = None, orders: list | None = None) -> Tensor:
         shapes = shapes or [x.shape[:2]]
-        for branch in (self.attn_branch, self.ffn_branch):
+        for i, branch in enumerate((self.attn_branch, self.ffn_branch)):
             if self.training and self.drop_path > 0.0:
-                x = add_to_subset(x, shapes, branch, self.drop_path)
+                x = add_to_subset(x, shapes, branch, self.drop_path, orders and [o[i] for o in orders])
             else:
                 x = x + branch(x, shapes)
         return x
 
 
-def add_to_subset(x: Tensor, shapes: list[tuple[int, int]], branch, rate: float) -> Tensor:
+def add_to_subset(x: Tensor, shapes: list[tuple[int, int]], branch, rate: float, orders: list | None = None) -> Tensor:
     """Stochastic depth: `branch` sees floor(B * (1 - rate)) images (at least one) of each crop batch, drawn anew at
-    each call; its output, times B over that number, is added to theirs. The other images are not computed at all."""
+    each call; its output, times B over that number, is added to theirs. The other images are not computed at all.
+    `orders`, one per crop batch, decide instead of chance: (groups, B / groups) a random order of the rows of each
+    group, of which the first are taken."""
     tokens, kept, start = [], [], 0
-    for b, n in shapes:
-        rows = torch.randperm(b, device=x.device)[: max(int(b * (1 - rate)), 1)]
+    for i, (b, n) in enumerate(shapes):
+        order = orders[i] if orders else torch.randperm(b, device=x.device)[None]  # (groups, rows of a group)
+        rows = order[:, : max(int(order.shape[1] * (1 - rate)), 1)].flatten()
         tokens.append((start + rows[:, None] * n + torch.arange(n, device=x.device)).flatten())  # indices into T
         kept.append((len(rows), n))
         start += b * n
@@ -285,7 +288,12 @@ class DinoVisionTransformer(nn.Module):
         # With an offset the released models were trained to sample at (grid + offset) / size, not at grid / size.
         offset = self.interpolate_offset
         target = dict(scale_factor=tuple((g + offset) / size for g in grid)) if offset else dict(size=grid)
-        patches = F.interpolate(patches, mode="bicubic", antialias=self.interpolate_antialias, **target)
+        resize = partial(F.interpolate, mode="bicubic", antialias=self.interpolate_antialias, **target)
+        if torch.are_deterministic_algorithms_enabled():  # in which bicubic has no backward pass on GPUs; a product has
+            basis = resize(torch.eye(n, device=table.device).unflatten(1, (1, size, size)))  # (n, 1, h, w)
+            patches = (patches.flatten(2).double() @ basis.flatten(1).double()).unflatten(2, basis.shape[2:]).float()
+        else:
+            patches = resize(patches)
         assert patches.shape[-2:] == grid, f"interpolated to {tuple(patches.shape[-2:])}, wanted {grid}"
         return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1).to(x.dtype)  # (1, 1+h*w, D)
 
@@ -301,23 +309,25 @@ class DinoVisionTransformer(nn.Module):
             x = torch.cat([x[:, :1], self.register_tokens.to(x.dtype).expand(len(x), -1, -1), x[:, 1:]], dim=1)
         return x
 
-    def forward_features(self, x, masks=None):
+    def forward_features(self, x, masks=None, drop_orders=None):
         """Features of a batch of images, or of a list of batches of different sizes in one pass.
 
         Args:
             x: (B, C, h*p, w*p), or a list of such tensors; then `masks` is a list too, of tensors or None.
             masks: (B, h*w) bool or None; True replaces the patch by mask_token.
+            drop_orders: (2 * depth, groups, B / groups) int64 or None: which images stochastic depth drops in each
+                branch of each block, see add_to_subset; a list of these for a list. None: by chance.
         Returns: a dict (or a list of them) of x_norm_clstoken (B, D), x_norm_regtokens (B, R, D),
             x_norm_patchtokens (B, h*w, D), x_prenorm (B, 1+R+h*w, D) before the last norm, masks as given.
         """
         if not isinstance(x, list):
-            return self.forward_features([x], [masks])[0]
+            return self.forward_features([x], [masks], None if drop_orders is None else [drop_orders])[0]
         masks = masks or [None] * len(x)
         tokens = [self.prepare_tokens_with_masks(images, m) for images, m in zip(x, masks, strict=True)]
         shapes = [t.shape[:2] for t in tokens]
         t = pack(tokens)
-        for block in self.block_list():
-            t = block(t, shapes)
+        for i, block in enumerate(self.block_list()):
+            t = block(t, shapes, drop_orders and [orders[2 * i : 2 * i + 2] for orders in drop_orders])
         r = 1 + self.num_register_tokens
         return [
             dict(x_norm_clstoken=normed[:, 0], x_norm_regtokens=normed[:, 1:r], x_norm_patchtokens=normed[:, r:],
@@ -345,9 +355,9 @@ class DinoVisionTransformer(nn.Module):
             patches = [p.transpose(1, 2).unflatten(2, (h, w)).contiguous() for p in patches]
         return tuple(zip(patches, [out[:, 0] for out in outs])) if return_class_token else tuple(patches)
 
-    def forward(self, x, masks=None, is_training: bool = False):
+    def forward(self, x, masks=None, is_training: bool = False, drop_orders=None):
         """CLS features (B, D) after the final norm; with `is_training`, the dict(s) of forward_features."""
-        out = self.forward_features(x, masks)
+        out = self.forward_features(x, masks, drop_orders)
         return out if is_training else self.head(out["x_norm_clstoken"])
 
 

@@ -417,7 +417,7 @@ def test_losses_targets_golden():
             assert_close(center, golden[f"losses/world1/0/{name}_center_used/{s}"].flatten(), 1e-6)
             assert_close(losses.softmax_center(z, center, TEMP), golden[f"losses/world1/0/{name}_center_softmax/{s}"],
                          1e-6)
-            losses.update_center(center, z)
+            losses.update_center(center, losses.center_total(z))
         assert_close(center, golden[f"losses/world1/0/{name}_center_final"].flatten(), 1e-6)
 
 
@@ -429,9 +429,9 @@ def test_losses_rank_means_give_the_official_patch_center():
     for z in patches:
         shares = [center.clone(), center.clone()]
         for share, rows in zip(shares, (z[:6], z[6:])):
-            losses.update_center(share, rows)
+            losses.update_center(share, losses.center_total(rows))
         center = (shares[0] + shares[1]) / 2
-        losses.update_center(joined, z)
+        losses.update_center(joined, losses.center_total(z))
     assert_close(center, official, 1e-6)
     assert (joined - official).abs().max() > 1e-4
 
@@ -1488,14 +1488,15 @@ def test_train_steps_golden(case, tiny_arch, monkeypatch):
     for step, now in enumerate(golden.json("train/sched")):
         gradients = {}
 
-        def record_then_clip(modules, max_norm):
+        def record_then_clip(*arguments):
             gradients.update({k: p.grad.clone() for k, p in student.named_parameters() if p.grad is not None})
-            return clip(modules, max_norm)
+            return clip(*arguments)
 
         monkeypatch.setattr(train, "clip_gradients", record_then_clip)
         torch.manual_seed(1000 + step)  # the dropped paths
         batch = golden_batch(generator, golden[f"train/masks/{step}"])
-        ours = train.train_step(student, teacher, optimizer, batch, cfg, golden_schedule(now), centers)
+        ours, finite = train.train_step(student, teacher, optimizer, [batch], cfg, golden_schedule(now), centers)
+        assert finite
         check_losses(f"train/{case}/{step}/", ours)
         for part in golden.keys(f"train/{case}/{step}/norm/"):
             expected = golden[f"train/{case}/{step}/norm/{part}"].item()
@@ -1518,11 +1519,11 @@ def two_process_checks(rank: int, folder: str) -> None:
     assert_close(losses.sinkhorn_knopp(patches[0][own], TEMP), golden[prefix + "ibot_sk"], 1e-6)
     center, joined = torch.zeros(24), torch.zeros(24)
     for z in logits:
-        losses.update_center(center, z[rows])
+        losses.update_center(center, losses.center_total(z[rows]))
     assert_close(center, golden[prefix + "dino_center_final"].flatten(), 1e-6)
     center.zero_()
     for z in patches:  # ranks with 6 and 10 rows: the mean over all 16
-        losses.update_center(center, z[own])
+        losses.update_center(center, losses.center_total(z[own]))
         joined = 0.9 * joined + 0.1 * z.mean(0)
     assert_close(center, joined, 1e-6)
 
@@ -1536,7 +1537,8 @@ def two_process_checks(rank: int, folder: str) -> None:
         centers, generator = train.build_centers(cfg, CPU), torch.Generator().manual_seed(71)
         for step, now in enumerate(golden.json("train2/sched")):
             batches = [golden_batch(generator, golden[f"train2/masks/{step}/{r}"]) for r in range(2)]
-            ours = train.train_step(student, teacher, optimizer, batches[rank], cfg, golden_schedule(now), centers)
+            ours, _ = train.train_step(student, teacher, optimizer, batches[rank : rank + 1], cfg, golden_schedule(now),
+                                       centers)
             check_losses(f"train2/{case}/{step}/{rank}/", ours)
             for part in golden.keys(f"train2/{case}/{step}/norm/"):
                 expected = golden[f"train2/{case}/{step}/norm/{part}"].item()
@@ -1570,14 +1572,14 @@ def test_train_writes_what_it_promises(trained, capsys):
     assert sorted(p.name for p in trained.iterdir()) == [
         "ckpt.pth", "config.json", "eval", "first_batch.png", "metrics.jsonl", "resume"]
     assert (trained / "eval/training_2/teacher_checkpoint.pth").exists()
-    assert sorted(p.name for p in (trained / "resume").iterdir()) == ["step_000000002", "step_000000004"]
+    assert sorted(p.name for p in (trained / "resume").iterdir()) == [f"step_00000000{i}" for i in (2, 3, 4)]
     records = metrics(trained)
     lines, knn = [r for r in records if "loss" in r], {r["step"]: r["knn"] for r in records if "knn" in r}
     assert [r["step"] for r in lines] == [0, 1, 2, 3] and list(knn) == [0, 2, 4]
     assert records[0]["knn_raw_pixels"]["top1_k20"] == 97.5
     expected = {"step", "loss", "dino_local", "dino_global", "ibot", "koleo", "grad_norm/backbone",
                 "grad_norm/dino_head",
-                "lr", "last_layer_lr", "weight_decay", "momentum", "teacher_temp", "bad_samples"}
+                "lr", "last_layer_lr", "weight_decay", "momentum", "teacher_temp", "bad_samples", "skipped_steps"}
     assert all(r.keys() == expected for r in lines)
     for r in lines:
         assert r["loss"] == pytest.approx(r["dino_local"] + r["dino_global"] + r["ibot"] + r["koleo"])
@@ -1784,10 +1786,12 @@ FIELD_CHANGES = dict(  # every field of Config, with a value that must change so
     final_momentum_teacher=0.5, warmup_teacher_temp=0.05, teacher_temp=0.09, warmup_teacher_temp_steps=4, steps=4,
     warmup_steps=0, lr=1e-3, min_lr=1e-3, weight_decay=0.5, weight_decay_end=0.5, layerwise_decay=0.5,
     patch_embed_lr_mult=0.1, clip_grad=0.01, freeze_last_layer_steps=2, betas=(0.5, 0.6), device="cpu", dtype="bf16",
-    compile=True, recompute_blocks=True, out="", log_every=2, eval_every=2, export_every=1, save_every=1, keep=1)
+    compile=True, recompute_blocks=True, accum=2, deterministic=True, out="", log_every=2, eval_every=2, export_every=1,
+    save_every=1, save_minutes=1e-9, save_patience=1.0, keep=1, max_nonfinite=1)
 NO_EFFECT_BY_DESIGN = {  # other tests use them: nothing may change
     "num_workers", "device", "recompute_blocks", "max_bad_share"}
-ELSEWHERE = {"init", "out", "compile"}  # tests of their own
+ELSEWHERE = {  # tests of their own
+    "init", "out", "compile", "accum", "deterministic", "save_minutes", "save_patience", "max_nonfinite"}
 
 
 def observe(cfg: train.Config, out: Path) -> tuple:

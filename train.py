@@ -7,25 +7,34 @@
         --preset vitl16_short --data ImageNet:split=TRAIN:root=/data/imagenet       # the official ViT-L/16 recipe
     python train.py --preset vitl14 --help                                  # every field, its meaning, its value there
 
-The method is step_losses(), the recipe is Config and PRESETS. `--batch-size` counts the images of all processes: the
-same command on 1, 8 or 32 GPUs is the same run. Output, in --out: ckpt.pth (teacher and config, all that evaluations
-need), metrics.jsonl, resume/ (to continue), eval/training_N/teacher_checkpoint.pth. Running the same command again
-continues the run.
+The method is step_losses(), the recipe is Config and PRESETS. `--batch-size` counts the images of all processes, and
+`--accum` has each of them compute its share in parts: the same command on 1, 8 or 32 GPUs is the same run. Output, in
+--out: ckpt.pth (teacher and config, all that evaluations need), metrics.jsonl, resume/ (to continue),
+eval/training_N/teacher_checkpoint.pth. Running the same command again continues the run, after whatever ended it, on
+any number of processes. SIGTERM, SIGUSR1 and Ctrl-C save it first.
 
 DINOv2: Oquab et al. 2023, arXiv 2304.07193. Apache License 2.0.
 """
 import argparse
+import contextlib
 import dataclasses
+import errno
+import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
 import pickle
-import random
 import re
+import shlex
 import shutil
+import signal
+import socket
 import sys
+import threading
 import time
+import uuid
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -51,7 +60,9 @@ from data import (
     MEAN, STD, Batch, InMemory, Parser, Prefetcher, TrainBatches, Unreadable, augment, augment_at_once, check_groups,
     draw_batch, eval_specs, keep_memory, nearest, open_source, prepare, reason, train_loader, worker_count)
 from eval_knn import evaluate, knn_accuracy, pick_device
-from losses import dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp, softmax_center, update_center
+from losses import (
+    balance_columns, balance_rows, center_total, dino_loss, exponentials, ibot_loss, joint_largest, koleo_loss,
+    sinkhorn_knopp, softmax_center, update_center)
 from model import ARCHS, FORMAT, DINOHead, build, init_linear, load_backbone, load_strictly
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -141,14 +152,19 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "auto"  # of backbone weights and activations in the step: bf16, fp32, auto: bf16 on a GPU
     compile: bool = False  # torch.compile each block; a minute to start, faster steps
+    accum: int = 1  # parts in which each process computes its share of a step; more need less memory, same result
     recompute_blocks: bool = False  # recompute blocks in the backward pass: far less memory, a third more time
+    deterministic: bool = False  # the same run twice gives the same bits; slower on a GPU
     # output
     out: str = "out"  # folder for everything this run writes
     log_every: int = 10  # steps between lines of metrics.jsonl
     eval_every: int = 0  # steps between k-NN evaluations, also at step 0 and at the end; 0 for none
     export_every: int = 12_500  # steps between eval/training_N/teacher_checkpoint.pth; 0 for none
     save_every: int = 3750  # steps between saves of ckpt.pth and resume/, also at the end
+    save_minutes: float = 30.0  # a save also when the last one is this old; 0: by steps alone
+    save_patience: float = 60.0  # minutes during which saves may fail (full disk, …) and are retried; then it stops
     keep: int = 3  # saves kept in resume/
+    max_nonfinite: int = 10  # steps with non-finite loss or gradient are skipped; after so many in a row the run stops
 
 
 SMALL = dict(  # for networks that see tiny images on a laptop: judge by k-NN, not by the loss
@@ -184,8 +200,10 @@ PRESETS = {
 # official: 12 images per GPU, number of GPUs not stated; 256 of them make the paper's batch of 3k
 PRESETS["vitg14"] = PRESETS["vitl14"] | dict(arch="vit_giant2", batch_size=12 * 256, group_size=12)
 
-CHANGEABLE = {"out", "num_workers", "log_every", "eval_every", "export_every", "save_every", "keep", "device",
-              "max_bad_share"}
+CHANGEABLE = {  # without --resume: not what is computed, but where, how long and what is written
+    "out", "steps", "num_workers", "accum", "device", "compile", "recompute_blocks", "deterministic", "log_every",
+    "eval_every", "export_every", "save_every", "save_minutes", "save_patience", "keep", "max_nonfinite",
+    "max_bad_share"}
 
 
 def field_comments() -> dict[str, str]:
@@ -227,13 +245,14 @@ RANGES = {field: (0.0, 1.0) for field in (
     "mask_ratio_min_max", "momentum_teacher", "final_momentum_teacher", "max_bad_share", "mean")}
 RANGES |= {field: (1, math.inf) for field in (
     "in_chans", "batch_size", "group_size", "patch_size", "steps", "log_every", "save_every", "keep",
-    "local_crops_number", "head_nlayers", "head_n_prototypes", "head_bottleneck_dim", "head_hidden_dim",
-    "ibot_head_nlayers", "ibot_head_n_prototypes", "ibot_head_bottleneck_dim", "ibot_head_hidden_dim")}
+    "accum", "max_nonfinite", "local_crops_number", "head_nlayers", "head_n_prototypes", "head_bottleneck_dim",
+    "head_hidden_dim", "ibot_head_nlayers", "ibot_head_n_prototypes", "ibot_head_bottleneck_dim",
+    "ibot_head_hidden_dim")}
 RANGES |= {field: (0.0, math.inf) for field in (
     "warmup_steps", "warmup_teacher_temp_steps", "freeze_last_layer_steps", "eval_every", "export_every",
     "num_register_tokens", "layerscale", "init_std", "pos_embed_std", "dino_loss_weight", "ibot_loss_weight",
     "koleo_loss_weight", "lr", "min_lr", "weight_decay", "weight_decay_end", "layerwise_decay", "patch_embed_lr_mult",
-    "clip_grad")}
+    "clip_grad", "save_minutes", "save_patience")}
 RANGES |= dict(global_crops_scale=(1e-6, 1.0), local_crops_scale=(1e-6, 1.0), teacher_temp=(1e-3, 10.0),
                warmup_teacher_temp=(1e-3, 10.0), drop_path_rate=(0.0, 0.99), betas=(0.0, 0.999999), std=(1e-6, 1.0),
                seed=(0, 2**63 - 1), num_workers=(-1, math.inf))
@@ -257,7 +276,7 @@ def check(cfg: Config, n_ranks: int) -> None:
         if size < p or size % p:
             fits = " or ".join(str(n * p) for n in (size // p, size // p + 1) if n > 0)
             raise ValueError(f"--{field.replace('_', '-')} {size} is not a multiple of --patch-size {p}; use {fits}")
-    check_groups(cfg.batch_size, cfg.group_size, n_ranks)
+    check_groups(cfg.batch_size, cfg.group_size, n_ranks, cfg.accum)
     choices = dict(centering=("centering", "sinkhorn_knopp"), dtype=("auto", "bf16", "fp32"), arch=tuple(ARCHS),
                    ffn_layer=("mlp", "swiglu", "swiglufused", "identity"))
     for field, allowed in choices.items():
@@ -366,40 +385,69 @@ def project(network: nn.ModuleDict, cls: Tensor, patches: Tensor) -> tuple[Tenso
     return logits[: len(cls)], logits[len(cls) :]
 
 
+def masked_patches(batch: Batch, cfg: Config) -> Tensor:
+    """(M,) positions of the masked patches; none without the iBOT loss."""
+    return batch.mask_index if cfg.ibot_loss_weight > 0 else batch.mask_index[:0]
+
+
 @torch.no_grad()
-def teacher_targets(teacher: nn.ModuleDict, batch: Batch, index: Tensor, centering: str, temp: float,
-                    centers: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Probabilities over the prototypes: of both crops' CLS (2, B, K) and of the patches at `index` (M, K). The teacher
-    sees the crops without masks. Updates the centers, in place, after using them."""
-    out = teacher["backbone"](batch.global_crops, is_training=True)
-    patches = out["x_norm_patchtokens"].flatten(0, 1)[index]  # (M, D)
-    targets = {}
-    for name, logits in zip(("cls", "patch"), project(teacher, out["x_norm_clstoken"], patches)):
-        if centering == "sinkhorn_knopp":
-            targets[name] = sinkhorn_knopp(logits, temp)
-        else:
-            targets[name] = softmax_center(logits, centers[name], temp)
-            update_center(centers[name], logits)
-    return targets["cls"].unflatten(0, (2, -1)), targets["patch"]
+def teacher_targets(teacher: nn.ModuleDict, batches: list[Batch], cfg: Config, temp: float, centers: dict[str, Tensor],
+                    totals: dict[str, Tensor]):
+    """Probabilities over the prototypes, for one batch after the other: of both crops' CLS (2, B, K) and of the masked
+    patches (M, K). The teacher sees the crops without masks.
+
+    `batches` are the parts of one process's share of a step. Centering treats each row alone; what update_center() will
+    want of the rows is added up in `totals`. Sinkhorn-Knopp balances the rows of all parts of all processes.
+    """
+    def features(batch: Batch) -> tuple[Tensor, Tensor]:
+        out = teacher["backbone"](batch.global_crops, is_training=True)
+        return out["x_norm_clstoken"], out["x_norm_patchtokens"].flatten(0, 1)[masked_patches(batch, cfg)]
+
+    if cfg.centering == "centering":
+        for batch in batches:
+            targets = []
+            for name, logits in zip(("cls", "patch"), project(teacher, *features(batch))):  # (2B, K), (M, K)
+                targets.append(softmax_center(logits, centers[name], temp))
+                totals[name] = totals.get(name, 0) + center_total(logits)
+            yield targets[0].unflatten(0, (2, -1)), targets[1]
+    elif len(batches) == 1:
+        cls, patches = (sinkhorn_knopp(logits, temp) for logits in project(teacher, *features(batches[0])))
+        yield cls.unflatten(0, (2, -1)), patches
+    else:
+        cls, patches = zip(*map(features, batches))  # of all parts, (2B, D) and (M, D) each
+        patch_head = teacher["ibot_head" if "ibot_head" in teacher else "dino_head"]
+        both = sinkhorn_in_parts(teacher["dino_head"], cls, temp), sinkhorn_in_parts(patch_head, patches, temp)
+        for cls, patches in zip(*both):
+            yield cls.unflatten(0, (2, -1)), patches
 
 
-def step_losses(student: nn.ModuleDict, teacher: nn.ModuleDict, batch: Batch, cfg: Config, teacher_temp: float,
-                centers: dict[str, Tensor]) -> dict[str, Tensor]:
+def sinkhorn_in_parts(head: nn.Module, parts: tuple[Tensor, ...], temp: float):
+    """sinkhorn_knopp() of all logits head(part) together, one part after the other. All logits at once would fill the
+    memory; so the features, which are small, go through the head again in each iteration."""
+    largest = joint_largest(map(head, parts))
+    anew = lambda: (exponentials(head(part), temp, largest) for part in parts)  # noqa: E731
+    columns = balance_columns(anew)
+    return (balance_rows(E, columns) for E in anew())
+
+
+def step_losses(student: nn.ModuleDict, batch: Batch, targets: tuple[Tensor, Tensor],
+                cfg: Config) -> dict[str, Tensor]:
     """The four terms of the DINOv2 loss on one process's batch, weighted: their sum is what is minimised.
 
     With L local crops there are 2L + 2 pairs (student crop, teacher crop) of different crops of the same image; the
     DINO terms are the mean over these pairs: dino_loss() sums, the division is here. Rows of a batch are crop-major, so
-    (L+2)*B rows unflatten to (L+2, B). `centers` is updated in place.
+    (L+2)*B rows unflatten to (L+2, B). `targets` are the teacher's. All terms are means over images or groups of them,
+    so the loss of a whole step is the mean over its parts, and over processes.
     """
     n_images, n_local = len(batch.samples), len(batch.local_crops) // len(batch.samples)
-    with_patches = cfg.ibot_loss_weight > 0
-    index = batch.mask_index if with_patches else batch.mask_index[:0]  # (M,) masked patches; none without iBOT
-    targets, patch_targets = teacher_targets(teacher, batch, index, cfg.centering, teacher_temp, centers)
+    targets, patch_targets = targets  # (2, B, K), (M, K)
 
     # The student sees the global crops through masks, and the local crops, in one pass.
-    out, out_local = student["backbone"]([batch.global_crops, batch.local_crops], [batch.masks, None], is_training=True)
+    orders = None if batch.global_orders is None else [batch.global_orders, batch.local_orders]
+    out, out_local = student["backbone"]([batch.global_crops, batch.local_crops], [batch.masks, None], is_training=True,
+                                         drop_orders=orders)
     cls, cls_local = out["x_norm_clstoken"], out_local["x_norm_clstoken"]  # (2B, D), (L*B, D)
-    patches = out["x_norm_patchtokens"].flatten(0, 1)[index]  # (M, D)
+    patches = out["x_norm_patchtokens"].flatten(0, 1)[masked_patches(batch, cfg)]  # (M, D)
     logits, patch_logits = project(student, torch.cat([cls_local, cls]), patches)
     logits = logits.unflatten(0, (n_local + 2, n_images))  # (L+2, B, K)
 
@@ -408,7 +456,7 @@ def step_losses(student: nn.ModuleDict, teacher: nn.ModuleDict, batch: Batch, cf
     local = dino_loss(logits[:n_local], targets)
     cross = dino_loss(logits[n_local : n_local + 1], targets[1:]) + dino_loss(logits[n_local + 1 :], targets[:1])
     terms = dict(dino_local=cfg.dino_loss_weight * local / pairs, dino_global=cfg.dino_loss_weight * cross / pairs)
-    if with_patches:
+    if cfg.ibot_loss_weight > 0:
         ibot = ibot_loss(patch_logits, patch_targets, batch.mask_weight, n_crops=2 * n_images)
         terms["ibot"] = cfg.ibot_loss_weight * ibot
     if cfg.koleo_loss_weight > 0:
@@ -433,18 +481,20 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 
 
 @torch.no_grad()
-def clip_gradients(modules: dict[str, nn.Module], max_norm: float) -> dict[str, Tensor]:
+def clip_gradients(modules: dict[str, nn.Module], max_norm: float, loss: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Scales the gradients of each module to a joint L2 norm of at most max_norm (0: no limit). Returns the norms
-    before, over all shards."""
+    before, over all shards, and whether all gradients and the `loss` of all processes are finite, (): both the same on
+    all processes."""
     grads = {name: local_shards(p.grad for p in m.parameters() if p.grad is not None) for name, m in modules.items()}
-    norms = torch.stack([torch.stack(torch._foreach_norm(g)).square().sum() for g in grads.values()])
+    squares = [torch.stack(torch._foreach_norm(g)).square().sum() for g in grads.values()]
+    sums = torch.stack([*squares, loss.float()])
     if dist.is_initialized():
-        dist.all_reduce(norms)
-    norms = dict(zip(grads, norms.sqrt()))
+        dist.all_reduce(sums)
+    norms = dict(zip(grads, sums[:-1].sqrt()))
     for name, norm in norms.items():
         if max_norm:
             torch._foreach_mul_(grads[name], (max_norm / (norm + 1e-6)).clamp(max=1))
-    return norms
+    return norms, sums.isfinite().all()
 
 
 def apply_schedule(optimizer: torch.optim.Optimizer, now: dict[str, float]) -> None:
@@ -453,21 +503,37 @@ def apply_schedule(optimizer: torch.optim.Optimizer, now: dict[str, float]) -> N
         group["weight_decay"] = now["weight_decay"] * group["wd_mult"]
 
 
-def train_step(student, teacher, optimizer, batch: Batch, cfg: Config, now: dict[str, float],
-               centers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One optimiser step and the teacher's update after it. Returns this process's loss terms, and gradient norms."""
+def train_step(student, teacher, optimizer, batches: list[Batch], cfg: Config, now: dict[str, float],
+               centers: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """One optimiser step over the parts of this process's share, and the teacher's update after it. Returns the loss
+    terms of the share with the gradient norms, and whether all was finite on all processes, ().
+
+    If it was not, the step is skipped: student, optimiser and centers stay as they are. The decision stays on the
+    device, which is not waited for.
+    """
     apply_schedule(optimizer, now)
     optimizer.zero_grad(set_to_none=True)
-    terms = step_losses(student, teacher, batch, cfg, now["teacher_temp"], centers)
-    sum(terms.values()).backward()
-    norms = clip_gradients(student, cfg.clip_grad)
+    terms, totals = {}, {}
+    for batch, targets in zip(batches, teacher_targets(teacher, batches, cfg, now["teacher_temp"], centers, totals)):
+        part = {k: v / len(batches) for k, v in step_losses(student, batch, targets, cfg).items()}
+        sum(part.values()).backward()
+        terms = {k: terms.get(k, 0) + v.detach() for k, v in part.items()}
+    norms, finite = clip_gradients(student, cfg.clip_grad, sum(terms.values()))
+    optimizer.found_inf = 1.0 - finite.float()  # as torch.amp does it: a fused optimiser then changes nothing
     optimizer.step()
+    for name, total in totals.items():
+        before = centers[name].clone()
+        update_center(centers[name], total)
+        centers[name].copy_(torch.where(finite, centers[name], before))
     update_teacher(teacher, student, now["momentum"])
-    return {k: v.detach() for k, v in terms.items()} | {f"grad_norm/{k}": v for k, v in norms.items()}
+    return terms | {f"grad_norm/{k}": v for k, v in norms.items()}, finite
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Processes and sharding
+
+
+LONG = timedelta(hours=2)  # that processes wait for each other, as when one lists a folder or writes a large file
 
 
 def start_processes(device: torch.device) -> DeviceMesh:
@@ -477,9 +543,57 @@ def start_processes(device: torch.device) -> DeviceMesh:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     alone = {} if "WORLD_SIZE" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2),  # to list a folder
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONG,
                             device_id=device if device.type == "cuda" else None, **alone)
     return init_device_mesh(device.type, (dist.get_world_size(),))
+
+
+def together(work, group=None) -> list:
+    """The results of work() on all processes. If it raises OSError or RuntimeError on any, raises Failed on all."""
+    try:
+        mine = work(), ""
+    except (OSError, RuntimeError) as error:
+        mine = None, why(error) or "unknown reason"
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine, group=group)
+    if reasons := [text for _, text in gathered if text]:
+        raise Failed(reasons[0])
+    return [result for result, _ in gathered]
+
+
+class Failed(RuntimeError):
+    """Something went wrong on one of the processes, which all know now."""
+
+
+def why(error: BaseException) -> str:
+    """In a few words, what the system said: PyTorch hides "No space left on device" behind errors of its own."""
+    while isinstance(error, CheckpointException) and error.failures:  # of one process each
+        error = next(iter(error.failures.values()))[0]
+    cause = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror + (f": {cause.filename}" if cause.filename else "")
+        cause = cause.__cause__ or cause.__context__
+    return reason(error)
+
+
+class Agreement:
+    """What one process noticed during a step, all know at the end of the next one; so nobody waits for an answer."""
+
+    def __init__(self):
+        self.group, self.work, self.flags = dist.new_group(backend="gloo", timeout=LONG), None, torch.zeros(0)
+
+    def tell(self, *noticed: bool) -> list[bool]:
+        """Tells the others. Returns what at least one process told at the call before."""
+        heard = self.heard() or [False] * len(noticed)
+        self.flags = torch.tensor(noticed, dtype=torch.uint8)
+        self.work = dist.all_reduce(self.flags, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return heard
+
+    def heard(self) -> list[bool]:
+        if self.work is not None:
+            self.work.wait()
+        return self.flags.bool().tolist()
 
 
 def shard(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype, recompute_blocks: bool = False,
@@ -509,7 +623,7 @@ def shard(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype, recomput
 
 
 OUTPUTS = (  # and config.json, which marks a run
-    "ckpt.pth", "metrics.jsonl", "resume", "eval", "bad_samples.txt", "first_batch.png")
+    "ckpt.pth", "metrics.jsonl", "resume", "eval", "bad_samples.txt", "first_batch.png", "nonfinite")
 
 
 def check_output(cfg: Config, resume: bool, overwrite: bool) -> None:
@@ -519,6 +633,7 @@ def check_output(cfg: Config, resume: bool, overwrite: bool) -> None:
         raise ValueError("--resume continues the run in --out, --overwrite deletes it; give one of the two")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
+    overwrite |= restarted()  # what is there, this command has written
     if not (out / "config.json").exists():
         if resume:
             raise ValueError(f"--resume: {out} holds no run; leave the flag out to start one")
@@ -534,30 +649,37 @@ def check_output(cfg: Config, resume: bool, overwrite: bool) -> None:
         theirs = defaults | theirs  # a run of an older version did not know all fields
         changed = [f"{k} {theirs[k]} -> {v}" for k, v in mine.items() if theirs[k] != v and k not in CHANGEABLE]
         if changed:
-            some = ", ".join(changed[:3]) + " …" * (len(changed) > 3)
+            some = ", ".join(changed[:12]) + " …" * (len(changed) > 12)
             raise ValueError(f"--out {out} holds a different run ({some}); choose another --out, or --overwrite it, or "
                              "--resume it with the new values")
 
 
+def restarted() -> bool:
+    """Whether torchrun has started this command anew, after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
 def claim_output(cfg: Config, overwrite: bool) -> None:
-    """Makes --out this run's folder. Raises ValueError if it cannot be written."""
+    """Makes --out this run's folder, emptied of the run before if `overwrite`."""
     out = Path(cfg.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for path in [out / name for name in OUTPUTS if (out / name).exists()] if overwrite else []:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        text = json.dumps(dataclasses.asdict(cfg), indent=1) + "\n"
-        write_atomically(out / "config.json", lambda path: path.write_text(text))
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written ({error.strerror}); choose another folder") from None
+    for path in [out / name for name in OUTPUTS if (out / name).exists()] if overwrite else []:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    text = json.dumps(dataclasses.asdict(cfg), indent=1) + "\n"
+    write_atomically(out / "config.json", lambda file: file.write(text.encode()))
 
 
 def write_atomically(path: Path, write) -> None:
-    """write(p) to a neighbouring name, then rename: `path` is never half-written, not even by a power cut."""
+    """write(file) under a neighbouring name, then rename: `path` is never half-written, not even by a power cut."""
     partial_path = path.with_name(path.name + ".partial")
-    write(partial_path)
-    make_durable(partial_path)
-    os.replace(partial_path, path)
+    try:
+        with open(partial_path, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial_path, path)
+    except BaseException:
+        partial_path.unlink(missing_ok=True)  # on a full disk, every byte counts
+        raise
     make_durable(path.parent)
 
 
@@ -568,17 +690,142 @@ def make_durable(path: Path) -> None:
     os.close(descriptor)
 
 
-def save_teacher(teacher: nn.ModuleDict, cfg: Config, preset: str, step: int, paths: list[Path]) -> None:
-    """The teacher's full weights under the official names, with all that is needed to use them, to each path."""
+class OutputLock:
+    """The file `lock` in --out: while it is there, and its owner lives, no other run may write there.
+
+    It names machine, process and moment of start, and is touched every few seconds. An owner on this machine is looked
+    up; of one elsewhere is waited for a sign of life. A dead owner's lock is taken over. Raises ValueError if the owner
+    lives, OSError if the folder cannot be written. To be used by one process of a run.
+    """
+
+    BEAT, DEATH = 10.0, 60.0  # seconds between signs of life; without one until it counts as dead
+
+    def __init__(self, out: Path):
+        out.mkdir(parents=True, exist_ok=True)
+        self.path, self.device = out / "lock", os.stat(out).st_dev
+        self.mine = json.dumps(dict(zip(("host", "boot", "space"), machine()), pid=os.getpid(), start=born(os.getpid()),
+                                    key=uuid.uuid4().hex))
+        self.lost, self.stop = False, threading.Event()
+        while not self.create():
+            self.take_over_from_dead()
+        self.thread = threading.Thread(target=self.beat, daemon=True)
+        self.thread.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.release()
+
+    def create(self) -> bool:
+        try:
+            descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            return False
+        os.write(descriptor, self.mine.encode())
+        os.close(descriptor)
+        return True
+
+    def take_over_from_dead(self) -> None:
+        """Removes the lock of a dead owner; raises ValueError if the owner lives."""
+        try:
+            text = self.path.read_text()
+        except FileNotFoundError:
+            return  # released just now
+        try:
+            owner = json.loads(text)
+            named = f"process {owner['pid']} on {owner['host']}"
+        except (ValueError, TypeError, KeyError):
+            owner, named = {}, "an unknown process"
+        if machine() == tuple(owner.get(key) for key in ("host", "boot", "space")):
+            alive = born(owner["pid"]) == owner["start"] != ""
+        else:
+            alive = self.moves(named)
+        if alive:
+            raise ValueError(f"--out {self.path.parent} is in use by {named}; wait for it, or choose another --out")
+        aside = self.path.with_name(f"lock.{json.loads(self.mine)['key']}")
+        with contextlib.suppress(FileNotFoundError):  # somebody else may be as quick
+            os.rename(self.path, aside)
+            if aside.read_text() == text:
+                aside.unlink()
+            else:  # has taken over in between: put it back
+                os.rename(aside, self.path)
+
+    def moves(self, named: str) -> bool:
+        """Whether the lock is touched, or removed by its owner, while we watch. Opened each time: a network file system
+        then asks its server. Clocks of different machines are not compared."""
+        def touched() -> float:
+            with open(self.path, "rb") as file:
+                return os.fstat(file.fileno()).st_mtime
+
+        with contextlib.suppress(FileNotFoundError):
+            before = touched()
+            for _ in tqdm(range(int(self.DEATH)), desc=f"is {named} alive", unit="s", disable=None, leave=False):
+                time.sleep(1)
+                if touched() != before:
+                    return True
+        return False
+
+    def beat(self) -> None:
+        while not self.stop.wait(self.BEAT):
+            with contextlib.suppress(OSError):  # check() will say
+                self.check()
+                os.utime(self.path)
+
+    def check(self) -> None:
+        """Raises OSError if the folder is gone or another process has taken over, as it may after this one was frozen.
+        Makes the lock again where it vanished together with the folder."""
+        self.path.parent.mkdir(exist_ok=True)  # but not its parents: what was mounted there may come back
+        if os.stat(self.path.parent).st_dev != self.device:
+            raise OSError(errno.ENODEV, "its file system is gone", str(self.path.parent))
+        if not self.create() and self.path.read_text() != self.mine:
+            self.lost = True
+            raise OSError(errno.EBUSY, "another process has taken over", str(self.path.parent))
+
+    def release(self) -> None:
+        self.stop.set()
+        with contextlib.suppress(OSError):
+            if self.path.read_text() == self.mine:
+                self.path.unlink()
+            self.path.parent.rmdir()  # unless something was written
+
+
+def machine() -> tuple[str, str, str]:
+    """Name, number of the current boot and process name space: where these are the same, process numbers compare."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return socket.gethostname(), boot, os.readlink("/proc/self/ns/pid")
+    except OSError:  # no Linux
+        return socket.gethostname(), "", ""
+
+
+def born(pid: int) -> str:
+    """When a process of this machine started, as the system counts, "" if there is none: numbers are used again."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]  # Z: dead, but its parent has not asked
+    except OSError:
+        if os.path.exists("/proc/self/stat"):
+            return ""
+    try:
+        os.kill(pid, 0)
+    except OSError:
+        return ""
+    return "unknown"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# State of a run: what is saved and loaded
+
+
+def teacher_checkpoint(teacher: nn.ModuleDict, cfg: Config, preset: str, step: int) -> dict:
+    """What ckpt.pth holds: the teacher's full weights under the official names, as they are now, on rank 0 (other
+    processes must call too), with all that is needed to use them."""
     weights = get_model_state_dict(teacher, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if dist.get_rank() == 0:
-        arguments = backbone_arguments(cfg)
-        ckpt = dict(format=FORMAT, preset=preset, config=dataclasses.asdict(cfg), step=step, teacher=weights,
-                    model=ARCHS[arguments.pop("arch")] | arguments, torch=str(torch.__version__))
-        for path in paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, partial(torch.save, ckpt))
-    dist.barrier()
+    arguments = backbone_arguments(cfg)
+    return dict(format=FORMAT, preset=preset, config=dataclasses.asdict(cfg), step=step,
+                teacher={k: v.clone() for k, v in weights.items()},  # on a CPU they are the living ones
+                model=ARCHS[arguments.pop("arch")] | arguments, torch=str(torch.__version__))
 
 
 class TrainState:
@@ -612,37 +859,57 @@ class TrainState:
                    for key in ("step", "exp_avg", "exp_avg_sq")}
         return dict(student=named, teacher=dict(self.teacher.named_parameters()), centers=self.centers) | moments
 
-    def save(self, folder: Path, step: int, keep: int) -> None:
-        """To folder/step_N, complete once it has that name; the oldest saves beyond `keep` are deleted."""
-        final, partial_folder = folder / f"step_{step:09d}", folder / "partial"
-        if dist.get_rank() == 0:  # what a killed run may have left
-            shutil.rmtree(partial_folder, ignore_errors=True)
-        dist.barrier()
-        dcp.save(self.tensors(), checkpoint_id=str(partial_folder))  # makes its files durable
-        if dist.get_rank() == 0:
-            shutil.rmtree(final, ignore_errors=True)
-            partial_folder.rename(final)
-            make_durable(folder)
-            for old in sorted(folder.glob("step_*"))[:-keep]:
-                shutil.rmtree(old, ignore_errors=True)
-        dist.barrier()
+    def load_newest(self, folder: Path) -> tuple[dict, list[str]]:
+        """Loads the newest save that is whole, made by any number of processes. Returns what its file `complete` says,
+        {} if there is no save, and the names of newer ones that are damaged. Raises ValueError if all are damaged, or
+        if it is foreign or holds anything but tensors."""
+        names = [sorted((path.name for path in folder.glob("step_*")), reverse=True)]
+        dist.broadcast_object_list(names)  # one process looks, lest a slow network file system give two answers
+        damaged = []
+        for name in names[0]:
+            try:
+                complete = together(lambda: verify(folder / name))[0]
+            except Failed as error:
+                damaged.append(name)
+                if dist.get_rank() == 0:
+                    print(f"note: {folder / name} is damaged ({error}) and skipped", file=sys.stderr, flush=True)
+                continue
+            try:
+                check_metadata(folder / name / ".metadata")
+                dcp.load(self.tensors(), checkpoint_id=str(folder / name))
+            except (Exception, CheckpointException) as error:  # a foreign save can fail in any way
+                raise ValueError(f"{folder / name} cannot be continued from ({why(error)}); delete it to continue from "
+                                 "the save before it, or start anew with --overwrite") from None
+            return complete, damaged
+        if damaged:
+            raise ValueError(f"no save in {folder} is whole; start anew with --overwrite")
+        return {}, []
 
-    def load_newest(self, folder: Path) -> int:
-        """Loads the newest complete save, if there is one, made by any number of processes; returns the steps done.
-        Raises ValueError if it is damaged, foreign, or holds anything but tensors."""
-        newest = [max(folder.glob("step_*"), default=None)]
-        dist.broadcast_object_list(newest)  # one process looks, lest a slow network file system give two answers
-        if newest[0] is None:
-            return 0
-        try:
-            check_metadata(newest[0] / ".metadata")
-            dcp.load(self.tensors(), checkpoint_id=str(newest[0]))
-        except (Exception, CheckpointException) as error:  # a damaged save can fail in any way
-            while isinstance(error, CheckpointException) and error.failures:
-                error = next(iter(error.failures.values()))[0]
-            raise ValueError(f"{newest[0]} cannot be continued from ({reason(error)}); delete it to continue from "
-                             "the save before it, or start anew with --overwrite") from None
-        return int(newest[0].name.removeprefix("step_"))
+
+def verify(save: Path) -> dict:
+    """What the file `complete` of a save says, if the other files are as it says. Each process reads a share of them;
+    raises RuntimeError on the one that finds something wrong."""
+    try:
+        complete = json.loads((save / "complete").read_text())
+        files, _ = dict(complete["files"]), (int(complete["step"]), dict(complete["counters"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise RuntimeError(f"complete: {reason(error)}") from None
+    if missing := files.keys() ^ {path.name for path in save.iterdir()} - {"complete"}:
+        raise RuntimeError(f"{min(missing)}: missing or foreign")
+    for name in sorted(files)[dist.get_rank() :: dist.get_world_size()]:
+        if sha256(save / name) != files[name]:
+            raise RuntimeError(f"{name}: not what was written")
+    return complete
+
+
+def sha256(path: Path) -> str:
+    digest, size = hashlib.sha256(), path.stat().st_size
+    with open(path, "rb") as file, tqdm(total=size, unit="B", unit_scale=True, desc=f"verifying {path.name}", delay=1,
+                                        disable=None, leave=False) as bar:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+            bar.update(len(piece))
+    return digest.hexdigest()
 
 
 class MetadataOnly(pickle.Unpickler):
@@ -670,73 +937,202 @@ def check_metadata(path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Saving, while training goes on
+
+
+class Saver:
+    """Saves a run to resume/step_N, and the teacher to ckpt.pth, by a thread of each process.
+
+    The trainer waits only while tensors are copied to the host. A save is written under another name: the shards by
+    PyTorch's distributed checkpoint, and last the file `complete`, with the step and the SHA-256 of all others; then
+    all is made durable, and renamed. A save that fails is tried again later, from the step reached by then. All methods
+    are called by all processes; rank 0 decides.
+    """
+
+    RETRY = 30.0  # seconds after which a failed save is tried again
+
+    def __init__(self, cfg: Config, preset: str, state: TrainState, lock: OutputLock | None, start: int,
+                 damaged: list[str], say):
+        self.cfg, self.preset, self.state, self.lock, self.damaged, self.say = cfg, preset, state, lock, damaged, say
+        self.folder, self.main = Path(cfg.out) / "resume", dist.get_rank() == 0
+        self.group = dist.new_group(backend="gloo", timeout=LONG)  # of the threads' own: the trainers talk meanwhile
+        self.mesh = DeviceMesh.from_group(self.group, "cpu")
+        self.copies: dict[str, Tensor] = {}  # buffers on the host
+        self.owed: dict[Path, dict] = {}  # checkpoints of the teacher that are not written yet
+        self.thread, self.error, self.step, self.good = None, "", start, start  # of the last attempt and success
+        self.last, self.failing_since, self.stall, self.seconds = time.monotonic(), None, 0.0, 0.0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *error) -> None:
+        if kind in (None, Failed):  # after any other error the processes may no longer answer each other
+            self.collect()
+
+    def due(self) -> bool:
+        """Whether the time has come for a save between the regular ones."""
+        if not self.main:
+            return False
+        self.collect(wait=False)
+        age = time.monotonic() - self.last
+        if self.failing_since is not None:
+            return age > self.RETRY
+        return self.thread is None and 0 < 60 * self.cfg.save_minutes < age
+
+    def hopeless(self) -> str:
+        """Why saving has no future, or nothing."""
+        since = self.failing_since
+        if not self.main:
+            return ""
+        if self.lock.lost:
+            return f"another process has taken over --out {self.cfg.out}; this one stops without touching it"
+        if since is not None and time.monotonic() - since > 60 * self.cfg.save_patience:
+            return (f"saving has failed for {self.cfg.save_patience:g} minutes ({self.error}). The last good save is "
+                    f"that of step {self.good}; make room or mend the disk, and run the same command again")
+        return ""
+
+    def start(self, step: int, counters: dict, exports: list[Path]) -> None:
+        """Begins to save the state after `step` steps, after waiting for the save before."""
+        began = time.perf_counter()
+        self.collect()
+        self.error, self.step, self.last = "", step, time.monotonic()
+        ckpt = teacher_checkpoint(self.state.teacher, self.cfg, self.preset, step)
+        if self.main:
+            self.owed |= {path: ckpt for path in [Path(self.cfg.out) / "ckpt.pth", *exports]}
+        self.thread = threading.Thread(target=self.write, args=(step, dict(counters), self.copy()), daemon=True)
+        self.thread.start()
+        self.stall = time.perf_counter() - began
+
+    def copy(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of the run as they are now, on the host, in the same memory each time."""
+        def copied(name: str, tensor: Tensor) -> Tensor:
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if name not in self.copies:
+                self.copies[name] = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+            copy = self.copies[name].copy_(local, non_blocking=True)
+            return DTensor.from_local(copy, self.mesh, tensor.placements, run_check=False, shape=tensor.shape,
+                                      stride=tensor.stride()) if isinstance(tensor, DTensor) else copy
+
+        copies = {part: {name: copied(f"{part}/{name}", tensor.detach()) for name, tensor in tensors.items()}
+                  for part, tensors in self.state.tensors().items()}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copies
+
+    def write(self, step: int, counters: dict, copies: dict) -> None:
+        """The thread. Leaves the reason in self.error, on all processes, if it fails on any."""
+        partial_folder, rank, began = self.folder / "partial", dist.get_rank(), time.perf_counter()
+        try:
+            together(lambda: self.make_folder(partial_folder) if self.main else None, self.group)
+            dcp.save(copies, checkpoint_id=str(partial_folder), process_group=self.group)
+            files = together(lambda: {p.name: sha256(p) for p in partial_folder.glob(f"__{rank}_*")}, self.group)
+            together(lambda: self.publish(partial_folder, step, counters, files) if self.main else None, self.group)
+        except (Exception, CheckpointException) as error:  # also what PyTorch makes of a full disk
+            self.error = why(error)
+            if self.main:
+                shutil.rmtree(partial_folder, ignore_errors=True)  # it takes room
+        self.seconds = time.perf_counter() - began
+
+    def make_folder(self, partial_folder: Path) -> None:
+        """An empty folder for the save, in an --out that may have to be made again."""
+        self.lock.check()
+        if not (Path(self.cfg.out) / "config.json").exists():
+            claim_output(self.cfg, overwrite=False)
+        shutil.rmtree(partial_folder, ignore_errors=True)  # what a killed run may have left
+        partial_folder.mkdir(parents=True)
+
+    def publish(self, partial_folder: Path, step: int, counters: dict, digests: list[dict[str, str]]) -> None:
+        """Writes ckpt.pth, completes the save, gives it its name, and deletes those beyond the newest `keep`."""
+        for path, ckpt in list(self.owed.items()):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, partial(torch.save, ckpt))
+            del self.owed[path]
+        files = {name: digest for part in digests for name, digest in part.items()}
+        files[".metadata"] = sha256(partial_folder / ".metadata")
+        complete = dict(step=step, counters=counters, files=files, processes=dist.get_world_size(),
+                        torch=str(torch.__version__), config=dataclasses.asdict(self.cfg))
+        write_atomically(partial_folder / "complete", lambda file: file.write(json.dumps(complete, indent=1).encode()))
+        self.lock.check()
+        final = self.folder / f"step_{step:09d}"
+        shutil.rmtree(final, ignore_errors=True)
+        partial_folder.rename(final)
+        make_durable(self.folder)
+        saves = sorted(path for path in self.folder.glob("step_*") if path.name not in self.damaged or path == final)
+        for old in saves[: -self.cfg.keep] + [self.folder / name for name in self.damaged if name != final.name]:
+            shutil.rmtree(old, ignore_errors=True)
+        self.damaged = []
+
+    def collect(self, wait: bool = True) -> None:
+        """Takes note of how a save ended; waits for one under way unless told not to."""
+        if self.thread is None or self.thread.is_alive() and not wait:
+            return
+        self.thread.join()
+        self.thread, now = None, time.monotonic()
+        if not self.error:
+            self.good, self.failing_since = self.step, None
+            self.say(f"saved step {self.step}: training waited {self.stall:.2f} s, writing took {self.seconds:.1f} s")
+            return
+        self.last, self.failing_since = now, self.failing_since or now
+        self.say(f"note: step {self.step} could not be saved ({self.error}); the last good save is that of step "
+                 f"{self.good}. Trying again every {self.RETRY:g} s, for {self.cfg.save_patience:g} minutes")
+
+    def finish(self, step: int, counters: dict) -> None:
+        """Waits until the state after `step` steps is saved. Raises Failed when that has become hopeless."""
+        while True:
+            self.collect()
+            if self.good == step and not self.error:
+                return
+            hopeless = together(self.hopeless, self.group)[0]
+            if hopeless:
+                raise Failed(hopeless)
+            if self.error:
+                time.sleep(self.RETRY)
+            self.start(step, counters, [])
+
+
+class StopSignals:
+    """While in use, SIGTERM, SIGUSR1 and a first SIGINT (Ctrl-C) ask for an orderly stop: `name` tells. A second
+    SIGINT, which is not the echo of the first by torchrun, ends the program at once."""
+
+    ECHO = 0.5  # seconds
+
+    def __init__(self, lock: OutputLock | None):
+        self.name, self.since, self.lock = "", 0.0, lock
+
+    def __enter__(self):
+        self.before = {n: signal.signal(n, self.receive) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, frame) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT and self.name == "SIGINT" and now - self.since > self.ECHO:
+            if self.lock:
+                self.lock.release()
+            print("\nstopped at once; the same command continues from the last save", file=sys.stderr, flush=True)
+            os._exit(130)
+        if not self.name:
+            self.name, self.since = signal.Signals(number).name, now
+
+
+def same_command() -> str:
+    """What to type to continue this run."""
+    words = [word for word in sys.argv[1:] if word != "--overwrite"]
+    nodes, here = int(os.environ.get("GROUP_WORLD_SIZE", 1)), os.environ.get("LOCAL_WORLD_SIZE", "1")
+    launcher = ["python"]
+    if nodes > 1:
+        launcher = ["torchrun", "--nnodes", str(nodes), "--nproc-per-node", here, "--rdzv-backend", "c10d",
+                    "--rdzv-endpoint", f"{os.environ.get('MASTER_ADDR', 'HOST')}:29500"]
+    elif "WORLD_SIZE" in os.environ:
+        launcher = ["torchrun", "--standalone", "--nproc-per-node", here]
+    return shlex.join([*launcher, sys.argv[0], *words])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Evaluation and logging during the run
-
-
-class Log:
-    """metrics.jsonl and the progress bar, both on rank 0 only. A resumed run drops the lines it is going to repeat."""
-
-    def __init__(self, path: Path, start: int, steps: int):
-        self.main = dist.get_rank() == 0
-        self.path, self.records = path, []
-        if self.main:
-            lines = path.read_text().splitlines() if path.exists() else []
-            records = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
-            self.records = [r for r in records if r["step"] < start + ("knn" in r and start > 0)]
-            write_atomically(path, lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in self.records)))
-        self.bar = tqdm(total=steps, initial=start, unit="step", disable=None if self.main else True, smoothing=0.05)
-        self.steps, self.told = steps, time.monotonic()
-        self.bad_path, self.new_bad = path.with_name("bad_samples.txt"), []
-        self.bad_before = max((r.get("bad_samples", 0) for r in self.records), default=0)
-        self.bad_total = self.bad_before
-        listed = self.bad_path.read_text("utf-8", "surrogateescape") if self.bad_path.exists() else ""
-        self.listed = {line.partition("\t")[0] for line in listed.split("\n")}
-
-    def write(self, record: dict) -> None:
-        if self.main:
-            self.records.append(record)
-            with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
-
-    def knn(self, step: int, key: str = "knn") -> dict | None:
-        return next((r[key] for r in self.records if r["step"] == step and key in r), None)
-
-    def step(self, step: int, now: dict[str, float], means: dict[str, float], images_per_s: float,
-             data_wait: float) -> None:
-        """One line for this step: `now` the schedules, `means` the losses over all processes and the gradient norms;
-        `images_per_s` and `data_wait`, the share of the time spent waiting for images, since the last line. Ends the
-        program if a number is not finite, before anything of it is saved."""
-        loss = sum(v for k, v in means.items() if not k.startswith("grad_norm"))
-        self.write(dict(step=step, loss=loss, **means, **now, images_per_s=images_per_s, data_wait=data_wait,
-                        bad_samples=self.bad_total))
-        text = f"loss {loss:.3f}, {images_per_s:.0f} images/s, data wait {data_wait:.0%}"
-        self.bar.set_postfix_str(text)
-        if self.main and self.bar.disable and time.monotonic() - self.told > 60:  # no terminal: a line a minute
-            print(f"step {step + 1} of {self.steps}: {text}", flush=True)
-            self.told = time.monotonic()
-        if bad := [name for name, value in means.items() if not math.isfinite(value)]:
-            self.bar.close()
-            sys.exit(f"error: {', '.join(bad)} of step {step} is not finite; a save, if there is one, is from before "
-                     "it. Lower --lr and continue with --resume" if self.main else 1)
-
-    def count_bad(self, n_samples: int) -> float:
-        """Adds up what all processes could not read since the last line, and lists each file once, with the reason, in
-        bad_samples.txt. Returns the share of bad ones among all that this command read for its `n_samples` samples."""
-        gathered = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, self.new_bad)
-        new = [item for bad in gathered for item in bad]
-        self.new_bad, self.bad_total = [], self.bad_total + len(new)
-        plain = {re.sub(r"\s", " ", name): why for name, why in new}  # a line each, whatever is in a name
-        if self.main and (unlisted := sorted(plain.keys() - self.listed)):
-            self.listed.update(unlisted)
-            with open(self.bad_path, "a", encoding="utf-8", errors="surrogateescape") as file:
-                file.writelines(f"{name}\t{plain[name]}\n" for name in unlisted)
-        bad = self.bad_total - self.bad_before
-        return bad / (bad + n_samples)
-
-    def say(self, text: str) -> None:
-        if self.main:
-            self.bar.write(text, file=sys.stdout)
 
 
 class Knn:
@@ -766,6 +1162,137 @@ class Knn:
         return knn_accuracy(tables[0], self.sources[0].labels, tables[1], self.sources[1].labels)
 
 
+class Log:
+    """metrics.jsonl and the progress bar, both on rank 0 only. A resumed run drops the lines it is going to repeat."""
+
+    def __init__(self, path: Path, start: int, steps: int, counters: dict[str, int]):
+        self.main = dist.get_rank() == 0
+        self.path, self.records, self.behind = path, [], False
+        if self.main:
+            lines = path.read_text().splitlines() if path.exists() else []
+            records = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
+            self.records = [r for r in records if r["step"] < start + ("knn" in r and start > 0)]
+            self.rewrite()
+        self.bar = tqdm(total=steps, initial=start, unit="step", disable=None if self.main else True, smoothing=0.05)
+        self.steps, self.told = steps, time.monotonic()
+        self.bad_path, self.new_bad, self.unlisted = path.with_name("bad_samples.txt"), [], {}
+        self.counters = dict(bad_samples=0, skipped_steps=0, skipped_in_a_row=0) | counters
+        self.bad_before = self.counters["bad_samples"]
+        listed = self.bad_path.read_text("utf-8", "surrogateescape") if self.bad_path.exists() else ""
+        self.listed = {line.partition("\t")[0] for line in listed.split("\n")}
+
+    def rewrite(self) -> None:
+        write_atomically(self.path, lambda file: file.writelines(json.dumps(r).encode() + b"\n" for r in self.records))
+
+    def write(self, record: dict) -> None:
+        """Adds a line. On a disk that refuses, it is kept in memory and written with a later one."""
+        if not self.main:
+            return
+        self.records.append({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()})
+        try:
+            if self.behind:
+                self.rewrite()
+            else:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(self.records[-1]) + "\n")
+            self.behind = False
+        except OSError as error:
+            if not self.behind:
+                self.say(f"note: {self.path} cannot be written ({why(error)}); its lines wait in memory")
+            self.behind = True
+
+    def knn(self, step: int, key: str = "knn") -> dict | None:
+        return next((r[key] for r in self.records if r["step"] == step and key in r), None)
+
+    def step(self, step: int, now: dict[str, float], means: dict[str, float], images_per_s: float,
+             data_wait: float) -> None:
+        """One line for this step: `now` the schedules, `means` the losses over all processes and the gradient norms;
+        `images_per_s` and `data_wait`, the share of the time spent waiting for images, since the last line. A number
+        that is not finite becomes null."""
+        loss = sum(v for k, v in means.items() if not k.startswith("grad_norm"))
+        self.write(dict(step=step, loss=loss, **means, **now, images_per_s=images_per_s, data_wait=data_wait,
+                        bad_samples=self.counters["bad_samples"], skipped_steps=self.counters["skipped_steps"]))
+        text = f"loss {loss:.3f}, {images_per_s:.0f} images/s, data wait {data_wait:.0%}"
+        self.bar.set_postfix_str(text)
+        if self.main and self.bar.disable and time.monotonic() - self.told > 60:  # no terminal: a line a minute
+            print(f"step {step + 1} of {self.steps}: {text}", flush=True)
+            self.told = time.monotonic()
+
+    def count_bad(self, n_samples: int) -> float:
+        """Adds up what all processes could not read since the last line, and lists each file once, with the reason, in
+        bad_samples.txt. Returns the share of bad ones among all that this command read for its `n_samples` samples."""
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, self.new_bad)
+        new = [item for bad in gathered for item in bad]
+        self.new_bad = []
+        self.counters["bad_samples"] += len(new)
+        for name, text in new:
+            plain = re.sub(r"\s", " ", name)  # a line each, whatever is in a name
+            if plain not in self.listed:
+                self.unlisted[plain] = text
+        if self.main and self.unlisted:
+            with contextlib.suppress(OSError):  # then with the next ones
+                with open(self.bad_path, "a", encoding="utf-8", errors="surrogateescape") as file:
+                    file.writelines(f"{name}\t{self.unlisted[name]}\n" for name in sorted(self.unlisted))
+                self.listed.update(self.unlisted)
+                self.unlisted = {}
+        bad = self.counters["bad_samples"] - self.bad_before
+        return bad / (bad + n_samples)
+
+    def evaluation(self, knn: Knn, teacher: nn.ModuleDict, done: int) -> None:
+        self.write(dict(step=done, knn=knn.teacher(teacher)) | (
+            dict(knn_raw_pixels=knn.raw_pixels()) if done == 0 else {}))
+        if done:
+            self.say(f"step {done}: {summary(self, done)}")
+
+    def say(self, text: str) -> None:
+        if self.main:
+            self.bar.write(text, file=sys.stdout)
+
+
+class NonFinite:
+    """Counts the steps that were skipped because a loss or a gradient was not finite, and writes to out/nonfinite/ what
+    they were. It looks at a step one step later, when the GPU has long finished it."""
+
+    def __init__(self, cfg: Config, log: Log, batches: TrainBatches):
+        self.cfg, self.log, self.batches, self.pending = cfg, log, batches, None
+
+    def watch(self, step: int, finite: Tensor, terms: dict[str, Tensor]) -> None:
+        self.settle()
+        seen = torch.empty((), dtype=torch.bool, pin_memory=finite.is_cuda).copy_(finite, non_blocking=True)
+        copied = torch.cuda.current_stream().record_event() if finite.is_cuda else None
+        self.pending = step, seen, copied, terms
+
+    def settle(self) -> None:
+        """Counts the step watched last. Raises Failed after --max-nonfinite in a row."""
+        if self.pending is None:
+            return
+        (step, seen, copied, terms), self.pending, counters = self.pending, None, self.log.counters
+        if copied:
+            copied.synchronize()
+        if seen:
+            counters["skipped_in_a_row"] = 0
+            return
+        counters["skipped_steps"] += 1
+        counters["skipped_in_a_row"] += 1
+        source, seed = self.batches.source, self.batches.seed
+        mine = dict(rank=dist.get_rank(), terms={k: str(v.item()) for k, v in terms.items()},
+                    samples={s: str(source.describe(source.pick(s, seed))) for s in self.batches.samples_of(step)})
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        folder = self.log.path.with_name("nonfinite")
+        if self.log.main:
+            self.log.say(f"note: loss or gradients of step {step} are not finite; the step is skipped, its samples are "
+                         f"listed in {folder}")
+            with contextlib.suppress(OSError):
+                folder.mkdir(exist_ok=True)
+                text = json.dumps(dict(step=step, processes=everyone), indent=1)
+                write_atomically(folder / f"step_{step:09d}.json", lambda file: file.write(text.encode()))
+        if counters["skipped_in_a_row"] >= self.cfg.max_nonfinite:
+            raise Failed(f"loss or gradients were not finite in {counters['skipped_in_a_row']} steps in a row, the "
+                         f"last {step}; see {folder}. Lower --lr, and continue with --resume")
+
+
 def summary(log: Log, steps: int) -> str:
     """The last line of a run: where it ended, where it began, what the pixels alone are worth."""
     named = (("trained teacher", log.knn(steps)), ("untrained network", log.knn(0)),
@@ -790,12 +1317,17 @@ class Run:
     source: object
     knn: Knn | None
     state: TrainState
+    lock: OutputLock | None  # of rank 0
     start: int  # steps already done
+    counters: dict[str, int]  # bad images and skipped steps so far
+    damaged: list[str]  # saves that could not be used
 
 
 def training_batches(cfg: Config, source, rank: int, n_ranks: int) -> TrainBatches:
+    n_drops = 2 * ARCHS[cfg.arch]["depth"] if cfg.drop_path_rate else 0  # two branches in each block
     return TrainBatches(
         source, batch_size=cfg.batch_size, group_size=cfg.group_size, seed=cfg.seed, rank=rank, world=n_ranks,
+        accum=cfg.accum, n_drops=n_drops,
         global_size=cfg.global_crops_size, global_scale=cfg.global_crops_scale, n_local=cfg.local_crops_number,
         local_size=cfg.local_crops_size, local_scale=cfg.local_crops_scale, patch_size=cfg.patch_size,
         mask_prob=cfg.mask_sample_probability, mask_ratio=cfg.mask_ratio_min_max,
@@ -812,7 +1344,8 @@ def check_shared_memory(cfg: Config, n_ranks: int) -> None:
     limit to 64 MB; the workers would die of a bus error."""
     pixels = 2 * cfg.global_crops_size**2 + cfg.local_crops_number * cfg.local_crops_size**2
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    need = (2 * local_workers(cfg) + 1) * here * cfg.batch_size // n_ranks * pixels * cfg.in_chans  # 2 per worker
+    images = cfg.batch_size // (n_ranks * cfg.accum)
+    need = (2 * local_workers(cfg) + 1) * here * images * pixels * cfg.in_chans  # 2 batches per worker wait
     if cfg.num_workers and os.path.isdir("/dev/shm") and need > (free := shutil.disk_usage("/dev/shm").free):
         raise ValueError(f"/dev/shm has {free / 2**20:.0f} MB free, batches in the making need {need / 2**20:.0f} MB; "
                          "start the container with --ipc=host or a larger --shm-size, or lower --num-workers")
@@ -862,85 +1395,149 @@ def set_up(argv: list[str] | None) -> Run:
     device = pick_device(cfg.device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {cfg.device}: training runs on cpu and cuda, evaluation also on mps")
-    check_output(cfg, args.resume, args.overwrite)
+    overwrite = args.overwrite and not restarted()
+    check_output(cfg, args.resume, overwrite)
     check_shared_memory(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+    be_deterministic(cfg.deterministic)
     mesh = start_processes(device)
     evals = eval_specs(cfg.data, cfg.eval_train, cfg.eval_val) if cfg.eval_every else ()
     source, *eval_sources = open_everywhere([cfg.data, *evals], cfg.in_chans)
     check_readable(source)
     knn = Knn(cfg, device, eval_sources) if cfg.eval_every else None
     state = TrainState(cfg, mesh, device)
-    start = 0 if args.overwrite else state.load_newest(Path(cfg.out) / "resume")
-    if start > cfg.steps:
-        raise ValueError(f"--steps {cfg.steps} is less than the {start} steps that {cfg.out} has done")
-    if dist.get_rank() == 0:
-        claim_output(cfg, args.overwrite)
-    dist.barrier()
-    return Run(cfg, args.preset, device, source, knn, state, start)
+    lock = take_output(cfg)
+    try:
+        check_output(cfg, args.resume, overwrite)  # once more: another run may have just ended
+        newest, damaged = ({}, []) if overwrite else state.load_newest(Path(cfg.out) / "resume")
+        start = newest.get("step", 0)
+        if start > cfg.steps:
+            raise ValueError(f"--steps {cfg.steps} is less than the {start} steps that {cfg.out} has done")
+        together(lambda: claim_output(cfg, overwrite) if lock else None)
+    except Exception as error:
+        if lock:
+            lock.release()
+        if isinstance(error, Failed):
+            raise ValueError(f"--out {cfg.out} cannot be written ({error}); choose another folder") from None
+        raise
+    return Run(cfg, args.preset, device, source, knn, state, lock, start, newest.get("counters", {}), damaged)
+
+
+def take_output(cfg: Config) -> OutputLock | None:
+    """The lock on --out, for rank 0. Raises ValueError on all processes if it is another's or cannot be written."""
+    def take():
+        try:
+            return "", OutputLock(Path(cfg.out)) if dist.get_rank() == 0 else None
+        except ValueError as error:
+            return str(error), None
+        except OSError as error:
+            return f"--out {cfg.out} cannot be written ({why(error)}); choose another folder", None
+
+    error, lock = take()
+    if error := next(filter(None, together(lambda: error)), ""):
+        raise ValueError(error)
+    return lock
+
+
+def be_deterministic(wanted: bool) -> None:
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
+    torch.use_deterministic_algorithms(wanted)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
 
 
 def train(run: Run) -> None:
-    """The loop: from run.start to the last step, with all that happens in between."""
+    """The loop: from run.start to the last step, or to the step at which a signal asks to stop; all is saved then.
+    Raises Failed and TooManyBad on all processes, Unreadable on the one concerned."""
     cfg, state, knn, out = run.cfg, run.state, run.knn, Path(run.cfg.out)
     rank, n_ranks = dist.get_rank(), dist.get_world_size()
-    log = Log(out / "metrics.jsonl", run.start, cfg.steps)
+    log = Log(out / "metrics.jsonl", run.start, cfg.steps, run.counters)
     log.say(f"preset {run.preset} on {run.source.name}: {len(run.source):,} images, {cfg.arch}, step {run.start} of "
-            f"{cfg.steps}, batch {cfg.batch_size} on {n_ranks} x {run.device.type}, "
-            f"lr {cfg.lr * math.sqrt(cfg.batch_size / 1024):.2e}")
-    if knn and run.start == 0:
-        log.write(dict(step=0, knn=knn.teacher(state.teacher), knn_raw_pixels=knn.raw_pixels()))
-
+            f"{cfg.steps}, batch {cfg.batch_size} on {n_ranks} x {run.device.type}"
+            f"{f' in {cfg.accum} parts' if cfg.accum > 1 else ''}, lr {cfg.lr * math.sqrt(cfg.batch_size / 1024):.2e}")
     batches = training_batches(cfg, run.source, rank, n_ranks)
     loader = train_loader(batches, run.start, cfg.steps, local_workers(cfg), run.device.type == "cuda")
     on_gpu = cfg.compile and run.device.type == "cuda"  # compiled for the two sizes of crops
     colour = torch.compile(augment_at_once, dynamic=False) if on_gpu else augment
     loader = Prefetcher(loader, partial(prepare, device=run.device, mean=cfg.mean, std=cfg.std, augment=colour),
                         run.device)
-    schedule = schedules(cfg)
-    clock, waited, logged = time.perf_counter(), 0.0, run.start
-    for step, batch in enumerate(loader, run.start):
-        if step == 0 and rank == 0:
-            draw_batch(batch, cfg.mean, cfg.std).save(out / "first_batch.png")
-            if not 0.3 < (spread := batch.global_crops.std().item()) < 3:
-                log.say(f"note: the normalised images have a spread of {spread:.2g}, which should be about 1; measure "
-                        f"--mean and --std by: python data.py stats {cfg.data} --in-chans {cfg.in_chans}")
-        log.new_bad += batch.bad
-        torch.manual_seed(random.Random(f"{cfg.seed}/drop path/{step}/{rank}").getrandbits(63))
-        now = {name: float(values[step]) for name, values in schedule.items()}
-        metrics = train_step(state.student, state.teacher, state.optimizer, batch, cfg, now, state.centers)
+    saver = Saver(cfg, run.preset, state, run.lock, run.start, run.damaged, log.say)
+    guard, agreement, schedule, parts = NonFinite(cfg, log, batches), Agreement(), schedules(cfg), iter(loader)
+    done, stop, too_bad = run.start, False, False
+    with run.lock or contextlib.nullcontext(), StopSignals(run.lock) as signals, saver:
+        if knn and evaluated_at(cfg, done) and together(lambda: not log.knn(done))[0]:
+            log.evaluation(knn, state.teacher, done)  # at the start; or what a run that was killed left out
+        clock, waited, logged = time.perf_counter(), loader.waited, done
+        for step in range(run.start, cfg.steps):
+            batch = list(itertools.islice(parts, cfg.accum))
+            if step == 0 and rank == 0:
+                look_at_first(batch[0], cfg, log)
+            log.new_bad += itertools.chain.from_iterable(part.bad for part in batch)
+            now = {name: float(values[step]) for name, values in schedule.items()}
+            metrics, finite = train_step(state.student, state.teacher, state.optimizer, batch, cfg, now, state.centers)
 
-        done = step + 1
-        last = done == cfg.steps
-        save, export = last or done % cfg.save_every == 0, cfg.export_every and done % cfg.export_every == 0
-        evaluate_now = knn and (last or done % cfg.eval_every == 0)
-        log.bar.update()
-        too_bad = False
-        if last or save or export or done % cfg.log_every == 0:  # nothing is saved before its loss is seen to be finite
-            n_samples = (done - run.start) * cfg.batch_size
-            bad_share = log.count_bad(n_samples)
-            too_bad = bad_share > cfg.max_bad_share and n_samples >= 100 and not last
-            save |= too_bad
-            means, seconds = mean_over_processes(metrics, n_ranks), time.perf_counter() - clock
-            log.step(step, now, means, cfg.batch_size * (done - logged) / seconds, (loader.waited - waited) / seconds)
-        if evaluate_now:
-            log.write(dict(step=done, knn=knn.teacher(state.teacher)))
-            log.say(f"step {done}: {summary(log, done)}")
-        if save or export:
-            paths = [out / "ckpt.pth"] * save + [out / f"eval/training_{step}/teacher_checkpoint.pth"] * bool(export)
-            save_teacher(state.teacher, cfg, run.preset, done, paths)
-        if save:
-            state.save(out / "resume", done, cfg.keep)
-        if last or save or export or evaluate_now or done % cfg.log_every == 0:
-            clock, waited, logged = time.perf_counter(), loader.waited, done
-        if too_bad:
-            raise TooManyBad(f"{bad_share:.0%} of the images that were tried cannot be read; they are listed, with the "
-                             f"reasons, in {log.bad_path}. All is saved: mend or remove them and run the same command "
-                             "again, or allow more by --max-bad-share")
+            done = step + 1
+            log.bar.update()
+            guard.watch(step, finite, metrics)
+            stop, due, hopeless = agreement.tell(bool(signals.name), saver.due(), bool(saver.hopeless()))
+            if hopeless:
+                raise Failed(saver.hopeless())
+            export = cfg.export_every and done % cfg.export_every == 0
+            save = done == cfg.steps or done % cfg.save_every == 0 or export or stop or due
+            line, evaluate = done == cfg.steps or done % cfg.log_every == 0, knn and evaluated_at(cfg, done)
+            if line or save:
+                guard.settle()
+                n_samples = (done - run.start) * cfg.batch_size
+                bad_share = log.count_bad(n_samples)
+                too_bad = bad_share > cfg.max_bad_share and n_samples >= 100 and done < cfg.steps
+            if line:
+                means, seconds = mean_over_processes(metrics, n_ranks), time.perf_counter() - clock
+                log.step(step, now, means, cfg.batch_size * (done - logged) / seconds,
+                         (loader.waited - waited) / seconds)
+            if save or too_bad:
+                saver.start(done, log.counters, [out / f"eval/training_{step}/teacher_checkpoint.pth"] * bool(export))
+            if stop or too_bad:
+                break
+            if evaluate:
+                log.evaluation(knn, state.teacher, done)
+            if line or save or evaluate:
+                clock, waited, logged = time.perf_counter(), loader.waited, done
+        saver.finish(done, log.counters)
     log.bar.close()
-    if rank == 0:
+    agreement.heard()
+    if too_bad:
+        raise TooManyBad(f"{bad_share:.0%} of the images that were tried cannot be read; they are listed, with the "
+                         f"reasons, in {log.bad_path}. All is saved: mend or remove them and run the same command "
+                         "again, or allow more by --max-bad-share")
+    if rank == 0 and done < cfg.steps:
+        print(f"{signals.name or 'a signal'} after step {done} of {cfg.steps}: all is saved. To continue:\n"
+              f"    {same_command()}", flush=True)
+    elif rank == 0:
         print(summary(log, cfg.steps) if knn else f"done; the teacher is in {out}/ckpt.pth")
+        if cfg.deterministic:
+            print(f"weights {fingerprint(out / 'ckpt.pth')}")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def evaluated_at(cfg: Config, done: int) -> bool:
+    return done in (0, cfg.steps) or done % cfg.eval_every == 0
+
+
+def look_at_first(batch: Batch, cfg: Config, log: Log) -> None:
+    """Draws first_batch.png, and tells if the images are far from normalised."""
+    with contextlib.suppress(OSError):
+        draw_batch(batch, cfg.mean, cfg.std).save(log.path.with_name("first_batch.png"))
+    if not 0.3 < (spread := batch.global_crops.std().item()) < 3:
+        log.say(f"note: the normalised images have a spread of {spread:.2g}, which should be about 1; measure "
+                f"--mean and --std by: python data.py stats {cfg.data} --in-chans {cfg.in_chans}")
+
+
+def fingerprint(ckpt: Path) -> str:
+    """SHA-256 of the teacher's weights in a checkpoint."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(torch.load(ckpt, map_location="cpu", weights_only=True)["teacher"].items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -953,14 +1550,11 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     try:
         train(run)
-    except (Unreadable, TooManyBad) as error:
-        if isinstance(error, Unreadable) or dist.get_rank() == 0:  # the first is one process's, the second that of all
+    except (Unreadable, TooManyBad, Failed) as error:
+        if isinstance(error, Unreadable) or dist.get_rank() == 0:  # the first is one process's, the others those of all
             last_line = str(error).strip().splitlines()[-1]  # a worker sends its whole stack along
             print(f"error: {last_line.removeprefix('data.Unreadable: ')}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\nstopped; the same command continues from the last save in {run.cfg.out}/resume", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(1 if isinstance(error, Failed) else 2)
 
 
 if __name__ == "__main__":
