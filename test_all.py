@@ -13,15 +13,21 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
 import re
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tarfile
+import threading
+import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +118,75 @@ def train_main(*argv) -> None:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+FORKS = multiprocessing.get_context("forkserver")  # of a process that has imported everything already
+FORKS.set_forkserver_preload(["test_all", "sklearn.datasets", "torch._dynamo"])
+
+
+class Launched:
+    """main(*argv) of one of our programs in `world` new processes, as torchrun would start them; what they print goes to
+    the end of `log`. `before` is called in each first. A start takes a tenth of a second, not ten."""
+
+    def __init__(self, log: Path, main, *argv, world: int = 1, before=None):
+        self.log, port = log, free_port()
+        argv = [str(a) for a in argv]
+        log.touch()
+        self.skip = log.stat().st_size  # what earlier ones have printed
+        self.processes = [FORKS.Process(target=launched, args=(log, main, argv, rank, world, port, before))
+                          for rank in range(world)]
+        for process in self.processes:
+            process.start()
+
+    def text(self) -> str:
+        return self.log.read_bytes()[self.skip :].decode()
+
+    def alive(self) -> bool:
+        return any(p.is_alive() for p in self.processes)
+
+    def signal(self, number: int, rank: int = 0) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it may just have ended
+            os.kill(self.processes[rank].pid, number)
+
+    def until(self, text: str, more: bool = False) -> None:
+        """Waits until `text` is printed; with `more`, once more than it is by now."""
+        n = self.text().count(text) if more else 0
+        while self.text().count(text) <= n:
+            assert self.alive(), self.text()
+            time.sleep(0.01)
+
+    def join(self, seconds: float = 200) -> None:
+        for process in self.processes:
+            process.join(seconds)
+            if process.is_alive():
+                process.kill()
+
+    def wait(self, ok: int = 0) -> str:
+        """Waits for the end, with this exit code; returns all that is in `log`."""
+        self.join()
+        assert [p.exitcode for p in self.processes] == [ok] * len(self.processes), self.text()[-4000:]
+        return self.log.read_text()
+
+
+def launched(log: Path, main, argv: list[str], rank: int, world: int, port: int, before) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of the workers of loaders
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    if world > 1:
+        os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    sys.argv = [f"{main.__module__}.py", *argv]
+    if before:
+        before()
+    main(*([argv] if argv else []))
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 TINY = ("--batch-size", 8, "--group-size", 4, "--num-workers", 0, "--warmup-steps", 1, "--log-every", 1,
@@ -1630,8 +1705,7 @@ def test_train_two_processes_equal_one(centering, tmp_path):
     """The same global batch on 1 and on 2 processes: the same losses, gradient norms and final weights."""
     flags = [*TINY, "--steps", 3, "--centering", centering]
     train_main(*flags, "--out", tmp_path / "one")
-    run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py", *flags,
-        "--out", tmp_path / "two")
+    Launched(tmp_path / "log", train.main, *flags, "--out", tmp_path / "two", world=2).wait()
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert one == pytest.approx(two, rel=2e-4, abs=1e-6)
     one, two = (torch.load(tmp_path / d / "ckpt.pth", weights_only=True)["teacher"] for d in ("one", "two"))
@@ -1658,8 +1732,7 @@ def test_train_counts_and_lists_bad_images(tmp_path, cache, capsys):
     shutil.rmtree(out / "resume/step_000000020")
     train_main(*flags, "--num-workers", 2)  # again from step 3
     assert (out / "bad_samples.txt").read_text().splitlines() == lines and metrics(out)[-1]["bad_samples"] == counted
-    run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py",
-        *flags[:-1], tmp_path / "two")
+    Launched(tmp_path / "log", train.main, *flags[:-1], tmp_path / "two", world=2).wait()
     assert sorted((tmp_path / "two/bad_samples.txt").read_text().splitlines()) == sorted(lines)
     assert metrics(tmp_path / "two")[-1]["bad_samples"] == counted
     for i in range(12):
@@ -1679,12 +1752,14 @@ def test_train_counts_and_lists_bad_images(tmp_path, cache, capsys):
 
 def test_train_images_that_vanish_end_the_run_with_one_line(tmp_path, cache):
     write_images(tmp_path / "p", ["1.png", "2.png"])
-    script = ("import sys, shutil, train; old = train.claim_output;"
-              f"train.claim_output = lambda *a: (old(*a), shutil.rmtree({str(tmp_path / 'p')!r}));"
-              "train.main(sys.argv[1:])")
-    result = run(sys.executable, "-c", script, *TINY, "--num-workers", 1, "--data", tmp_path / "p", "--steps", 2,
-                 "--out", tmp_path / "out", ok=2)
-    assert "error: 50 images in a row could not be read" in result.stderr and "Traceback" not in result.stderr
+    flags = [*TINY, "--num-workers", 1, "--data", tmp_path / "p", "--steps", 2, "--out", tmp_path / "out"]
+    text = Launched(tmp_path / "log", train.main, *flags, before=partial(take_away, tmp_path / "p")).wait(2)
+    assert "error: 50 images in a row could not be read" in text and "Traceback" not in text
+
+
+def take_away(folder: Path) -> None:
+    claim = train.claim_output
+    train.claim_output = lambda *a: (claim(*a), shutil.rmtree(folder))
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -1732,17 +1807,6 @@ def test_train_bf16_and_recomputation(tmp_path):
         losses_of[name] = [r["loss"] for r in metrics(tmp_path / name)]
     assert losses_of["plain"] == losses_of["again"]
     assert losses_of["plain"] != losses_of["bf16"] and losses_of["plain"] == pytest.approx(losses_of["bf16"], rel=0.05)
-
-
-def test_train_stops_before_saving_what_is_not_finite(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "out"
-    train_main(*TINY, "--steps", 2, "--out", out)
-    before = (out / "ckpt.pth").read_bytes()
-    clip = train.clip_gradients
-    monkeypatch.setattr(train, "clip_gradients", lambda m, n: {k: v * math.inf for k, v in clip(m, n).items()})
-    with pytest.raises(SystemExit, match="error: grad_norm/backbone, grad_norm/dino_head of step 2 is not finite"):
-        train_main(*TINY, "--steps", 4, "--save-every", 1, "--out", out, "--resume")
-    assert (out / "ckpt.pth").read_bytes() == before and len(list((out / "resume").iterdir())) == 1
 
 
 def test_train_survives_half_a_line_of_metrics(trained, tmp_path):
@@ -1830,6 +1894,518 @@ def test_train_every_field_has_an_effect(tmp_path):
         assert getattr(before, name) != value or name in NO_EFFECT_BY_DESIGN, name
         after = observe(dataclasses.replace(before, **{name: value}), tmp_path / "out")
         assert (after != references[key]) == (name not in NO_EFFECT_BY_DESIGN), name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train.py: no run is lost
+
+
+SLOW = pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes: SLOW=1 runs it")
+LASTING = (*TINY, "--steps", 14, "--log-every", 3, "--save-every", 2, "--eval-every", 7, "--export-every", 5,
+           "--centering", "centering", "--drop-path-rate", 0.3, "--keep", 4)
+
+
+def everything(out: Path, tmp_path: Path) -> dict:
+    """All that a finished run leaves, to the bit: state, teacher, exports, metrics."""
+    files = {str(p.relative_to(out)): torch.load(p, weights_only=True) for p in sorted(out.rglob("*.pth"))}
+    for ckpt in files.values():
+        ckpt["config"].pop("out")
+    newest = max((out / "resume").glob("step_*"))
+    complete = json.loads((newest / "complete").read_text())
+    return dict(state=saved_tensors(newest, tmp_path), files=files, metrics=metrics(out), step=complete["step"],
+                counters=complete["counters"])
+
+
+def same(a, b) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory) -> tuple[dict, float]:
+    """A run without an interruption, and the seconds it took."""
+    tmp_path = tmp_path_factory.mktemp("straight")
+    Launched(tmp_path / "first", print).wait()  # so that what launches is there
+    start = time.monotonic()
+    Launched(tmp_path / "log", train.main, *LASTING, "--out", tmp_path / "out").wait()
+    return everything(tmp_path / "out", tmp_path), time.monotonic() - start
+
+
+def kill_until_done(moments, tmp_path: Path, out: Path) -> list[int]:
+    """Starts the run over and over, killing it after as many seconds as `moments` say; "save": as soon as a save is
+    being written. Returns the steps from which it continued."""
+    for moment in moments:
+        job = Launched(tmp_path / "log", train.main, *LASTING, "--out", out)
+        if moment == "save":
+            while job.alive() and not list(out.glob("resume/partial/__0_0.distcp")):
+                time.sleep(0.001)
+        else:
+            job.processes[0].join(moment)
+        job.signal(signal.SIGKILL)
+        job.join()
+    return [int(n) for n in re.findall(r"step (\d+) of 14, batch", (tmp_path / "log").read_text())]
+
+
+@pytest.mark.parametrize("seed", [pytest.param(s, marks=SLOW if s > 2 else ()) for s in range(20)])
+def test_resume_after_sigkill_at_random_moments_is_exact(seed, straight, tmp_path):
+    """Three kills per run, one of them in the middle of a save: in the end every bit is there."""
+    expected, seconds = straight
+    rng, out = random.Random(seed), tmp_path / "out"
+    moments = [rng.uniform(0.2, 1.0) * seconds, "save", rng.uniform(0.2, 0.8) * seconds]
+    rng.shuffle(moments)
+    kill_until_done(moments, tmp_path, out)
+    Launched(tmp_path / "log", train.main, *LASTING, "--out", out).wait()
+    assert same(everything(out, tmp_path), expected)
+    assert not (out / "lock").exists() and not (out / "resume/partial").exists()
+
+
+@pytest.mark.parametrize("name,world", [("SIGTERM", 2), ("SIGUSR1", 1), ("SIGINT", 1)])
+def test_resume_after_signals(name, world, straight, tmp_path):
+    """The step is finished, all is saved, the exit code is 0, and the command that continues is printed; to several
+    processes it is enough to tell one. Scheduler's signals to the loader's workers do no harm."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    job = Launched(log, train.main, *LASTING, "--num-workers", 1, "--out", out, world=world, before=slowly)
+    job.until("saved step 4")
+    worker = next(Path(f"/proc/{job.processes[0].pid}/task/{job.processes[0].pid}/children").open()).split()[0]
+    os.kill(int(worker), getattr(signal, name))
+    job.signal(getattr(signal, name), rank=world - 1)
+    text = job.wait()
+    done = int(re.search(rf"{name if world == 1 else ''}.* after step (\d+) of 14: all is saved", text)[1])
+    assert 4 < done < 14 and (out / f"resume/step_{done:09}/complete").exists() and not (out / "lock").exists()
+    command = text[text.index("To continue:") :].splitlines()[1].strip()
+    assert command.startswith("python" if world == 1 else "torchrun --standalone --nproc-per-node 2 ")
+    argv = shlex.split(command)
+    Launched(log, train.main, *argv[argv.index("train.py") + 1 :]).wait()
+    ours = everything(out, tmp_path)
+    if world == 1:
+        assert same(ours, straight[0])
+    assert [r["step"] for r in ours["metrics"]] == [r["step"] for r in straight[0]["metrics"]]
+
+
+def test_resume_second_ctrl_c_ends_at_once(tmp_path):
+    job = Launched(tmp_path / "log", train.main, *LASTING, "--out", tmp_path / "out", before=slow_saves)
+    job.until("step 0 of 14")
+    time.sleep(2)
+    for _ in range(3):  # the second comes at once, as torchrun's echo, and is ignored
+        job.signal(signal.SIGINT)
+        time.sleep(0.05)
+    assert job.alive()
+    time.sleep(0.6)
+    job.signal(signal.SIGINT)
+    assert "stopped at once; the same command continues" in job.wait(130)
+    assert not (tmp_path / "out/lock").exists()
+
+
+def slowly() -> None:
+    """Steps that take a while, so that there is something to interrupt."""
+    step = train.train_step
+    train.train_step = lambda *a: (time.sleep(0.2), step(*a))[1]
+
+
+def slow_saves() -> None:
+    save = train.dcp.save
+    train.dcp.save = lambda *a, **k: (time.sleep(5), save(*a, **k))
+
+
+def stop_at(step: int) -> None:
+    """A run that is asked to stop so that it does after `step` of its steps."""
+    train_step, calls = train.train_step, itertools.count(2)  # one step later all know
+    train.train_step = lambda *a: (next(calls) == step and signal.raise_signal(signal.SIGTERM), train_step(*a))[1]
+
+
+@pytest.mark.parametrize("centering", ["sinkhorn_knopp", "centering"])
+def test_resume_on_other_numbers_of_processes(centering, tmp_path):
+    """1 -> 2 -> 1 processes, then 2 with 2 parts each: the losses and the weights of one process but for rounding, also
+    with stochastic depth (test_data_… show that samples, crops, masks and dropped rows are the same to the bit)."""
+    log, flags = tmp_path / "log", [*TINY, "--steps", 12, "--drop-path-rate", 0.3, "--batch-size", 16, "--save-every",
+                                    5, "--centering", centering]
+    Launched(log, train.main, *flags, "--out", tmp_path / "one").wait()
+    flags += ["--out", tmp_path / "many"]
+    for before, argv, world in ((partial(stop_at, 3), [], 1), (partial(stop_at, 3), [], 2), (partial(stop_at, 3), [], 1),
+                                (None, ["--accum", 2], 2)):
+        text = Launched(log, train.main, *flags, *argv, world=world, before=before).wait()
+    assert re.findall(r"step (\d+) of 12, batch 16 on (\d)", text)[1:] == [("0", "1"), ("3", "2"), ("6", "1"), ("9", "2")]
+    for one, many in zip(metrics(tmp_path / "one"), metrics(tmp_path / "many"), strict=True):
+        assert one == pytest.approx(many, rel=1e-3, abs=1e-6)
+    one, many = (torch.load(tmp_path / d / "ckpt.pth", weights_only=True)["teacher"] for d in ("one", "many"))
+    worst = max((one[k] - many[k]).abs().max().item() for k in one if not k.endswith("qkv.bias"))
+    assert worst < 2e-3, worst
+
+
+@pytest.mark.parametrize("centering", ["sinkhorn_knopp", "centering"])
+@pytest.mark.parametrize("separate", [False, True])
+def test_accumulation_gives_what_one_part_gives(centering, separate):
+    """Losses, gradient norms, centers and weights of two steps in 1, 2 and 4 parts; and memory is what it saves."""
+    def steps(accum: int):
+        cfg = train.Config(**train.PRESETS["digits"] | dict(
+            batch_size=16, group_size=4, accum=accum, centering=centering, ibot_separate_head=separate, steps=4,
+            warmup_steps=0, drop_path_rate=0.4, ibot_head_hidden_dim=32, ibot_head_n_prototypes=48))
+        torch.manual_seed(0)
+        student, teacher = train.build_network(cfg, cfg.drop_path_rate).train(), train.build_network(cfg).eval()
+        teacher.load_state_dict(student.state_dict())
+        optimizer = torch.optim.AdamW(train.param_groups(student, cfg), lr=0.0, fused=True)
+        centers, schedule = train.build_centers(cfg, CPU), train.schedules(cfg)
+        batches, results = train.training_batches(cfg, data.open_source("digits"), 0, 1), []
+        for step in range(2):
+            parts = [data.prepare(batches[step * accum + i], CPU) for i in range(accum)]
+            now = {k: float(v[step]) for k, v in schedule.items()}
+            results.append(train.train_step(student, teacher, optimizer, parts, cfg, now, centers)[0])
+        return results, centers, student.state_dict() | teacher.state_dict()
+
+    (losses_1, centers_1, weights_1), others = steps(1), [steps(2), steps(4)]
+    for results, centers, weights in others:
+        for a, b in zip(losses_1, results):
+            assert a.keys() == b.keys() and all(b[k].item() == pytest.approx(a[k].item(), rel=1e-4) for k in a)
+        for name in centers:
+            assert_close(centers[name], centers_1[name], 1e-5, name)
+        for name in weights:
+            if not name.endswith("qkv.bias"):
+                assert_close(weights[name], weights_1[name], 2e-3, name)
+
+
+def test_resume_from_what_is_whole(trained, tmp_path, capsys):
+    """Each file of the newest save truncated, changed, zeroed, deleted, one added: never used, always the one before;
+    and the damaged one is gone after the next save."""
+    flags = [*TINY, "--steps", 4, "--eval-every", 2, "--export-every", 3, "--save-every", 2]
+    harm = dict(
+        truncated=lambda p: os.truncate(p, p.stat().st_size // 2), zeroed=lambda p: p.write_bytes(bytes(p.stat().st_size)),
+        changed=lambda p: p.write_bytes(p.read_bytes()[:-9] + b"?" + p.read_bytes()[-8:]), deleted=Path.unlink,
+        empty=lambda p: p.write_bytes(b""))
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    shutil.copytree(trained, whole)
+    for name in ("complete", ".metadata", "__0_0.distcp"):
+        for how, damage in harm.items():
+            shutil.rmtree(out, ignore_errors=True)
+            shutil.copytree(whole, out)
+            damage(out / "resume/step_000000004" / name)
+            state = set_up_and_release(*flags, "--out", out)
+            assert state.start == 3 and state.damaged == ["step_000000004"], (name, how)
+            assert f"step_000000004 is damaged ({name}" in capsys.readouterr().err or name == "complete", (name, how)
+    for save in (out / "resume").iterdir():  # the last is not enough
+        (save / "complete").unlink()
+    with pytest.raises(ValueError, match="no save in .* is whole; start anew with --overwrite"):
+        set_up_and_release(*flags, "--out", out)
+    shutil.rmtree(out)
+    shutil.copytree(whole, out)
+    (out / "resume/step_000000004/complete").unlink()
+    (out / "resume/step_000000003/__0_0.distcp").write_bytes(b"")
+    train_main(*flags, "--out", out)
+    assert same(everything(out, tmp_path), everything(trained, tmp_path) | dict(files=everything(out, tmp_path)["files"]))
+    assert {p.name for p in (out / "resume").iterdir()} == {"step_000000002", "step_000000003", "step_000000004"}
+
+
+def set_up_and_release(*argv) -> train.Run:
+    try:
+        state = train.set_up([str(a) for a in argv])
+        state.lock.release()
+        return state
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def test_saves_show_the_step_they_began_at_while_training_goes_on(tmp_path, monkeypatch):
+    """A writer that takes longer than the next steps: nothing of these gets into the save, and they do not wait."""
+    flags = [*TINY, "--steps", 6, "--save-every", 3, "--keep", 2]
+    train_main(*flags, "--out", tmp_path / "quick")
+    began, calls, save, step = [], [], train.dcp.save, train.train_step
+
+    def slow_save(*args, **options):
+        began.append(len(calls))
+        if len(began) == 1:
+            while len(calls) < 6:
+                time.sleep(0.01)
+        return save(*args, **options)
+
+    monkeypatch.setattr(train.dcp, "save", slow_save)
+    monkeypatch.setattr(train, "train_step", lambda *a: (calls.append(1), step(*a))[1])
+    train_main(*flags, "--out", tmp_path / "slow")
+    assert 3 <= began[0] < 6 and began[1] == 6
+    for name in ("step_000000003", "step_000000006"):
+        quick, slow = (saved_tensors(tmp_path / d / "resume" / name, tmp_path) for d in ("quick", "slow"))
+        assert same(quick, slow)
+
+
+def test_saves_by_minutes(tmp_path):
+    train_main(*TINY, "--steps", 6, "--save-minutes", 1e-9, "--keep", 9, "--out", tmp_path / "out")
+    steps = sorted(int(p.name[5:]) for p in (tmp_path / "out/resume").iterdir())
+    assert steps[-1] == 6 and len(steps) >= 3 and steps[0] > 1  # one may be under way when the next is due
+
+
+def test_saves_that_fail_are_retried(tmp_path, monkeypatch, capsys):
+    """Something in the way of resume/: the run goes on, says so, and saves once it is gone; with no patience it ends,
+    naming the last good save."""
+    out, step, calls = tmp_path / "out", train.train_step, []
+    monkeypatch.setattr(train.Saver, "RETRY", 0.05)
+
+    def blocked(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            wait_for(lambda: (out / "resume/step_000000002").exists())
+            os.rename(out / "resume", out / "away")
+            (out / "resume").write_text("in the way")
+        if len(calls) == 8:
+            (out / "resume").unlink()
+            os.rename(out / "away", out / "resume")
+        time.sleep(0.1)
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", blocked)
+    flags = [*TINY, "--steps", 12, "--save-every", 2, "--keep", 20]
+    train_main(*flags, "--export-every", 4, "--out", out)
+    said = capsys.readouterr().out
+    assert "note: step 4 could not be saved (" in said and "the last good save is that of step 2" in said
+    steps = sorted(int(p.name[5:]) for p in (out / "resume").iterdir())
+    assert steps[0] == 2 and 4 not in steps and 6 not in steps and steps[-1] == 12
+    assert (out / "eval/training_3/teacher_checkpoint.pth").exists()  # what was owed is written later
+    assert torch.load(out / "eval/training_3/teacher_checkpoint.pth", weights_only=True)["step"] == 4
+
+    monkeypatch.setattr(train, "train_step", step)
+    (out / "resume/partial").write_text("in the way, and no folder")
+    with pytest.raises(train.Failed, match="saving has failed for 0.001 minutes .* last good save is that of step 12; "):
+        train_main(*flags, "--steps", 500, "--save-patience", 0.001, "--export-every", 4, "--out", out)
+    assert (out / "resume/step_000000012/complete").exists() and not (out / "lock").exists()
+
+
+def test_saves_survive_a_vanished_folder(tmp_path, monkeypatch):
+    """--out is deleted while the run goes on: all but the saves that were lost is there again."""
+    out, step, calls = tmp_path / "out", train.train_step, []
+
+    def vanish(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            shutil.rmtree(out)
+        return step(*args)
+
+    train_main(*TINY, "--steps", 8, "--save-every", 2, "--out", tmp_path / "undisturbed")
+    monkeypatch.setattr(train, "train_step", vanish)
+    monkeypatch.setattr(train.Saver, "RETRY", 0.05)
+    train_main(*TINY, "--steps", 8, "--save-every", 2, "--out", out)
+    assert metrics(out) == metrics(tmp_path / "undisturbed") and not (out / "lock").exists()
+    weights = [torch.load(p / "ckpt.pth", weights_only=True)["teacher"] for p in (out, tmp_path / "undisturbed")]
+    assert same(*weights) and (out / "resume/step_000000008/complete").exists()
+    train_main(*TINY, "--steps", 8, "--save-every", 2, "--out", out)  # and it is a run like any other
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a file system of 12 MB, if this user may make one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("may not mount a file system")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_saves_on_a_full_and_on_a_read_only_disk(small_disk, tmp_path):
+    """50 steps while the disk is full, then read-only, then neither: as if nothing had been."""
+    out, log = small_disk / "out", tmp_path / "log"
+    flags = [*TINY, "--steps", 50, "--save-every", 5, "--keep", 1]
+    job = Launched(log, train.main, *flags, "--out", out, before=slowly_and_retrying)
+    job.until("saved step 5")
+    with open(small_disk / "filler", "wb") as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 16))
+            file.flush()
+    job.until("could not be saved (No space left on device")
+    (small_disk / "filler").unlink()
+    job.until("saved step", more=True)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    job.until("could not be saved (Read-only file system")
+    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    text = job.wait()
+    assert "saved step 50" in text and "metrics.jsonl cannot be written" in text
+    Launched(log, train.main, *flags, "--out", tmp_path / "out").wait()
+    assert metrics(out) == metrics(tmp_path / "out")
+    assert same(*(saved_tensors(p / "resume/step_000000050", tmp_path) for p in (out, tmp_path / "out")))
+    assert [p.name for p in (out / "resume").iterdir()] == ["step_000000050"]
+
+
+def slowly_and_retrying() -> None:
+    slowly()
+    train.Saver.RETRY = 0.1
+
+
+def test_nonfinite_steps_are_skipped_on_all_processes(tmp_path):
+    """A NaN in one process's loss: nobody's student, optimiser or centers change, the samples are listed; the run goes
+    on with the next. So many in a row end it, saved before."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    flags = [*TINY, "--steps", 50, "--save-every", 20, "--centering", "centering", "--max-nonfinite", 3]
+    Launched(log, train.main, *flags, "--out", out, world=2, before=partial(poison, {30, 31, 45})).wait()
+    lines = metrics(out)
+    assert len(lines) == 50 and lines[30]["ibot"] is None and lines[29]["ibot"] and lines[-1]["skipped_steps"] == 3
+    assert [r["skipped_steps"] for r in lines[29:32]] == [0, 1, 2]
+    report = json.loads((out / "nonfinite/step_000000030.json").read_text())
+    assert [p["rank"] for p in report["processes"]] == [0, 1] and report["processes"][1]["terms"]["ibot"] == "nan"
+    assert list(report["processes"][1]["samples"]) == [str(s) for s in range(30 * 8 + 4, 30 * 8 + 8)]
+    assert report["processes"][0]["terms"]["ibot"] != "nan"
+
+    flags[flags.index("--centering") :] = ["--max-nonfinite", 3]
+    text = Launched(log, train.main, *flags, "--out", tmp_path / "end", before=partial(poison, {22, 24, 25, 26})).wait(1)
+    assert "error: loss or gradients were not finite in 3 steps in a row, the last 26" in text
+    assert "The last good save is that of step 20" in text
+    assert (tmp_path / "end/resume/step_000000020/complete").exists()
+
+
+def poison(steps: set[int]) -> None:
+    """Makes these steps' iBOT loss NaN, in the last process alone."""
+    step_losses, number, last = train.step_losses, itertools.count(), int(os.environ.get("RANK", 0)) + 1 == int(
+        os.environ.get("WORLD_SIZE", 1))
+
+    def poisoned(*args):
+        terms = step_losses(*args)
+        return terms | dict(ibot=terms["ibot"] * math.nan) if next(number) in steps and last else terms
+
+    train.step_losses = poisoned
+
+
+def test_nonfinite_step_changes_nothing_but_the_teacher():
+    """Also when infinity comes from the gradient alone, or NaN reaches the centers."""
+    cfg = train.Config(**train.PRESETS["digits"] | dict(batch_size=8, group_size=4, centering="centering"))
+    torch.manual_seed(0)
+    student, teacher = train.build_network(cfg).train(), train.build_network(cfg).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(train.param_groups(student, cfg), lr=0.0, fused=True)
+    centers, now = train.build_centers(cfg, CPU), {k: float(v[100]) for k, v in train.schedules(cfg).items()}
+    batches = train.training_batches(cfg, data.open_source("digits"), 0, 1)
+    good = data.prepare(batches[0], CPU)
+
+    def step(batch):
+        return train.train_step(student, teacher, optimizer, [batch], cfg, now, centers)[1].item()
+
+    def state():
+        moments = {f"{i}.{k}": v.clone() for i, s in enumerate(optimizer.state.values()) for k, v in s.items()}
+        return {k: v.clone() for k, v in (student.state_dict() | centers | moments).items()}
+
+    assert step(good)
+    before = state()
+    images = good.global_crops.clone()
+    images[0, 0, 0, 0] = math.inf
+    assert not step(good._replace(global_crops=images)) and same(state(), before)
+    hook = student["backbone"].norm.weight.register_hook(lambda g: g * math.inf)
+    assert not step(good) and same(state(), before)
+    hook.remove()
+    assert step(good) and not same(state(), before)
+    assert all(t.isfinite().all() for t in (state() | teacher.state_dict()).values())
+
+
+def lock_of(out: Path, **changes) -> None:
+    host, boot, space = train.machine()
+    owner = dict(host=host, boot=boot, space=space, pid=os.getpid(), start=train.born(os.getpid()), key="another")
+    (out / "lock").write_text(json.dumps(owner | changes))
+
+
+def test_lock_keeps_a_second_run_away(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    job = Launched(tmp_path / "log", train.main, *TINY, "--steps", 400, "--out", out, before=slowly)
+    job.until("step 0 of 400")
+    with pytest.raises(ValueError, match=f"is in use by process {job.processes[0].pid} on .*; wait for it, or choose"):
+        train_main(*TINY, "--steps", 400, "--out", out)
+    job.signal(signal.SIGKILL)
+    job.join()
+    assert (out / "lock").exists()
+    train_main(*TINY, "--steps", 4, "--out", out, "--resume")  # the owner is dead
+    assert not (out / "lock").exists()
+
+
+def test_lock_of_other_machines_and_times(tmp_path, monkeypatch):
+    """Dead: no such process, or its number used again, or silent on another machine. Alive: touched by another."""
+    monkeypatch.setattr(train.OutputLock, "DEATH", 2.0)
+    for changes in (dict(pid=2**22 + 1), dict(start="1"), dict(host="elsewhere"), dict(boot="before"), dict(space="x")):
+        lock_of(tmp_path, **changes)
+        train.OutputLock(tmp_path).release()
+    (tmp_path / "lock").write_text("")  # made by one that died at that moment
+    train.OutputLock(tmp_path).release()
+    lock_of(tmp_path)
+    with pytest.raises(ValueError, match="is in use by process"):
+        train.OutputLock(tmp_path)
+    lock_of(tmp_path, host="elsewhere")
+    beating = threading.Timer(1.2, lambda: os.utime(tmp_path / "lock"))
+    beating.start()
+    with pytest.raises(ValueError, match="is in use by process .* on elsewhere"):
+        train.OutputLock(tmp_path)
+
+
+def test_lock_lost_to_another_ends_the_run(tmp_path):
+    """A process that slept so long that it was thought dead finds another at its place: it touches nothing."""
+    out = tmp_path / "out"
+    job = Launched(tmp_path / "log", train.main, *TINY, "--steps", 400, "--save-every", 5, "--out", out, before=slowly)
+    job.until("saved step 5")
+    lock_of(out)
+    assert "another process has taken over" in job.wait(1)
+    saves = sorted(p.name for p in (out / "resume").iterdir())
+    assert json.loads((out / "lock").read_text())["key"] == "another" and saves[0] == "step_000000005" and len(saves) < 9
+
+
+def test_restart_by_torchrun_never_overwrites(tmp_path, monkeypatch):
+    """A command with --overwrite that torchrun starts again after a failure continues what it has begun."""
+    flags = [*TINY, "--steps", 4, "--save-every", 2, "--out", tmp_path / "out", "--overwrite"]
+    train_main(*flags)
+    shutil.rmtree(tmp_path / "out/resume/step_000000004")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert set_up_and_release(*flags).start == 2
+
+
+def test_deterministic_runs_have_one_hash(tmp_path):
+    """The flag reaches PyTorch, the hash is printed, and two runs agree."""
+    flags = [*TINY, "--steps", 3, "--deterministic"]
+    text = [Launched(tmp_path / f"log{i}", train.main, *flags, *more, "--out", tmp_path / str(i), before=must_be_exact
+                     ).wait() for i, more in enumerate(([], [], ["--seed", 1]))]
+    hashes = [re.search("weights ([0-9a-f]{64})", t)[1] for t in text]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def must_be_exact() -> None:
+    step = train.train_step
+
+    def checked(*args):
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"]
+        return step(*args)
+
+    train.train_step = checked
+
+
+def agent(rank: int, endpoint: str, argv, log: Path, prefix=()) -> subprocess.Popen:
+    """One of four `torchrun --nnodes 4`, a machine of its own as far as it knows."""
+    command = [*prefix, sys.executable, "-m", "torch.distributed.run", "--nnodes", "4", "--nproc-per-node", "1",
+               "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "train.py", *argv]
+    with open(log, "ab") as file:
+        return subprocess.Popen([str(c) for c in command], cwd=HERE, stdout=file, stderr=file, start_new_session=True,
+                                env=os.environ | dict(OMP_NUM_THREADS="1"))
+
+
+def wait_for(condition, seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing came"
+        time.sleep(0.05)
+
+
+def four_agents_one_killed(tmp_path: Path, endpoint: str, prefixes=((),) * 4) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+    argv = [*TINY, "--batch-size", 16, "--steps", 80, "--save-every", 4, "--keep", 100, "--out", out]
+    agents = [agent(i, endpoint, argv, log, prefixes[i]) for i in range(4)]
+    try:
+        wait_for(lambda: (out / "resume/step_000000008/complete").exists())
+        os.killpg(agents[3].pid, signal.SIGKILL)  # the agent and its worker: the machine is gone
+        agents[3].wait()
+        agents[3] = agent(3, endpoint, argv, log, prefixes[3])  # and comes back, as a scheduler would have it
+        assert [a.wait(timeout=300) for a in agents] == [0, 0, 0, 0], log.read_text()[-3000:]
+    finally:
+        for a in agents:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(a.pid, signal.SIGKILL)
+    starts = [int(s) for s in re.findall(r"step (\d+) of 80, batch 16 on 4", log.read_text())]
+    assert starts[0] == 0 and len(starts) >= 2 and starts[-1] >= 8
+    assert [r["step"] for r in metrics(out)] == list(range(80))
+    Launched(tmp_path / "log1", train.main, *argv[:-1], tmp_path / "one").wait()
+    for four, one in zip(metrics(out), metrics(tmp_path / "one"), strict=True):
+        assert four == pytest.approx(one, rel=0.02, abs=1e-5)
+
+
+def test_four_agents_survive_the_loss_of_one(tmp_path):
+    four_agents_one_killed(tmp_path, f"127.0.0.1:{free_port()}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2036,10 +2612,9 @@ def test_eval_knn_without_flags(trained, capsys):
     assert metrics(trained)[-1]["knn"] == pytest.approx(result)
 
 
-def test_eval_knn_two_processes_equal_one(trained):
+def test_eval_knn_two_processes_equal_one(trained, tmp_path):
     alone = eval_knn.main([str(trained / "ckpt.pth")])
-    run(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "eval_knn.py",
-        trained / "ckpt.pth")
+    Launched(tmp_path / "log", eval_knn.main, trained / "ckpt.pth", world=2).wait()
     saved = json.loads((trained / "ckpt.eval_knn.json").read_text())
     assert {k: saved[k] for k in alone} == pytest.approx(alone, abs=0.3)  # one query in 360 may be a tie
 

@@ -701,6 +701,7 @@ class OutputLock:
     BEAT, DEATH = 10.0, 60.0  # seconds between signs of life; without one until it counts as dead
 
     def __init__(self, out: Path):
+        self.new = not out.exists()
         out.mkdir(parents=True, exist_ok=True)
         self.path, self.device = out / "lock", os.stat(out).st_dev
         self.mine = json.dumps(dict(zip(("host", "boot", "space"), machine()), pid=os.getpid(), start=born(os.getpid()),
@@ -787,7 +788,8 @@ class OutputLock:
         with contextlib.suppress(OSError):
             if self.path.read_text() == self.mine:
                 self.path.unlink()
-            self.path.parent.rmdir()  # unless something was written
+            if self.new:
+                self.path.parent.rmdir()  # if nothing was written
 
 
 def machine() -> tuple[str, str, str]:
@@ -1029,9 +1031,18 @@ class Saver:
             together(lambda: self.publish(partial_folder, step, counters, files) if self.main else None, self.group)
         except (Exception, CheckpointException) as error:  # also what PyTorch makes of a full disk
             self.error = why(error)
-            if self.main:
+            if self.main and partial_folder.exists():
+                self.error = self.refusal(partial_folder / "probe") or self.error
                 shutil.rmtree(partial_folder, ignore_errors=True)  # it takes room
         self.seconds = time.perf_counter() - began
+
+    def refusal(self, path: Path) -> str:
+        """What the system says to a small file, if it refuses that; where PyTorch says "unexpected pos"."""
+        try:
+            path.write_bytes(bytes(1 << 16))
+        except OSError as error:
+            return why(error)
+        return ""
 
     def make_folder(self, partial_folder: Path) -> None:
         """An empty folder for the save, in an --out that may have to be made again."""
@@ -1254,8 +1265,8 @@ class NonFinite:
     """Counts the steps that were skipped because a loss or a gradient was not finite, and writes to out/nonfinite/ what
     they were. It looks at a step one step later, when the GPU has long finished it."""
 
-    def __init__(self, cfg: Config, log: Log, batches: TrainBatches):
-        self.cfg, self.log, self.batches, self.pending = cfg, log, batches, None
+    def __init__(self, cfg: Config, log: Log, batches: TrainBatches, saver: Saver):
+        self.cfg, self.log, self.batches, self.saver, self.pending = cfg, log, batches, saver, None
 
     def watch(self, step: int, finite: Tensor, terms: dict[str, Tensor]) -> None:
         self.settle()
@@ -1289,8 +1300,10 @@ class NonFinite:
                 text = json.dumps(dict(step=step, processes=everyone), indent=1)
                 write_atomically(folder / f"step_{step:09d}.json", lambda file: file.write(text.encode()))
         if counters["skipped_in_a_row"] >= self.cfg.max_nonfinite:
+            self.saver.collect()
             raise Failed(f"loss or gradients were not finite in {counters['skipped_in_a_row']} steps in a row, the "
-                         f"last {step}; see {folder}. Lower --lr, and continue with --resume")
+                         f"last {step}; see {folder}. The last good save is that of step {self.saver.good}: lower --lr "
+                         "and continue from it with --resume")
 
 
 def summary(log: Log, steps: int) -> str:
@@ -1461,7 +1474,7 @@ def train(run: Run) -> None:
     loader = Prefetcher(loader, partial(prepare, device=run.device, mean=cfg.mean, std=cfg.std, augment=colour),
                         run.device)
     saver = Saver(cfg, run.preset, state, run.lock, run.start, run.damaged, log.say)
-    guard, agreement, schedule, parts = NonFinite(cfg, log, batches), Agreement(), schedules(cfg), iter(loader)
+    guard, agreement, schedule, parts = NonFinite(cfg, log, batches, saver), Agreement(), schedules(cfg), iter(loader)
     done, stop, too_bad = run.start, False, False
     with run.lock or contextlib.nullcontext(), StopSignals(run.lock) as signals, saver:
         if knn and evaluated_at(cfg, done) and together(lambda: not log.knn(done))[0]:
