@@ -633,7 +633,6 @@ def check_output(cfg: Config, resume: bool, overwrite: bool) -> None:
         raise ValueError("--resume continues the run in --out, --overwrite deletes it; give one of the two")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
-    overwrite |= restarted()  # what is there, this command has written
     if not (out / "config.json").exists():
         if resume:
             raise ValueError(f"--resume: {out} holds no run; leave the flag out to start one")
@@ -655,7 +654,7 @@ def check_output(cfg: Config, resume: bool, overwrite: bool) -> None:
 
 
 def restarted() -> bool:
-    """Whether torchrun has started this command anew, after a failure."""
+    """Whether torchrun has started this command anew because a process of this machine failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
@@ -1408,8 +1407,7 @@ def set_up(argv: list[str] | None) -> Run:
     device = pick_device(cfg.device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {cfg.device}: training runs on cpu and cuda, evaluation also on mps")
-    overwrite = args.overwrite and not restarted()
-    check_output(cfg, args.resume, overwrite)
+    check_output(cfg, args.resume, args.overwrite)
     check_shared_memory(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     be_deterministic(cfg.deterministic)
     mesh = start_processes(device)
@@ -1420,7 +1418,8 @@ def set_up(argv: list[str] | None) -> Run:
     state = TrainState(cfg, mesh, device)
     lock = take_output(cfg)
     try:
-        check_output(cfg, args.resume, overwrite)  # once more: another run may have just ended
+        check_output(cfg, args.resume, args.overwrite)  # once more: another run may have just ended
+        overwrite = args.overwrite and not any(together(restarted))  # else what is there, this command has written
         newest, damaged = ({}, []) if overwrite else state.load_newest(Path(cfg.out) / "resume")
         start = newest.get("step", 0)
         if start > cfg.steps:
