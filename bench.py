@@ -3,10 +3,12 @@
     python bench.py data                        # images per second and core: each stage, a worker, the whole pipeline,
                                                 # and the same augmentations by torchvision in the official order
     python bench.py data --data /my/photos      # on your images instead of scikit-learn's two photographs
+    python bench.py save                        # what saving and guarding a run costs, of ViT-S/16
+    python bench.py save --preset digits        # or of another preset
     python bench.py data --json                 # the table as JSON
 
-Everything is measured in turn, several times over, in one process on one core: compare the ratios, which hold on a
-noisy machine too. A GPU's part is measured if there is one. Apache License 2.0.
+Everything is measured in turn, several times over, in one process, `data` on one core: compare the ratios, which hold
+on a noisy machine too. A GPU's part is measured if there is one. Apache License 2.0.
 """
 import io
 import itertools
@@ -100,6 +102,7 @@ def bench_data(args, device: torch.device) -> list[dict]:
         def cut(sizes):
             return [data.cut_crop(rng, image, size, scale) for image in images for size, scale in sizes]
 
+        torch.set_num_threads(1)
         stages = {  # name: (function, images per call)
             "read and decode": (lambda: source.image(source.pick(next(numbers), 0)), 1),
             "2 global crops": (partial(cut, batches.crops[:2]), n),
@@ -133,29 +136,98 @@ def show(rows: list[dict]) -> None:
     """A Markdown table."""
     print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for row in rows:
-        cells = [v if isinstance(v, str) else f"{v:,.{2 if v < 10 else 0}f}" for v in row.values()]
+        cells = [v if isinstance(v, str) else f"{v:,.{0 if abs(v) >= 10 else 2}f}" for v in row.values()]
         print("| " + " | ".join(cells) + " |")
 
 
-BENCHES = {"data": bench_data}
+# ----------------------------------------------------------------------------------------------------------------------
+# save
+
+
+def bench_save(args, device: torch.device) -> list[dict]:
+    """Rows of {part, ms, percent of the time of 500 steps}: what a run pays, per step and per save, for never being
+    lost. A save costs the wait for its copies, and whatever the steps beside its writing take longer than others."""
+    n = 64 if device.type == "cuda" else 8
+    with tempfile.TemporaryDirectory() as folder:
+        fields = train.PRESETS[args.preset] | dict(out=f"{folder}/out", keep=1)
+        if args.preset not in ("digits", "fashion"):  # the batch of one device
+            fields |= dict(batch_size=n, group_size=n, data=folder)
+            write_photos(Path(folder))
+        cfg = train.Config(**fields)
+        source = data.open_source(args.data or cfg.data, cfg.in_chans)
+        mesh, lock = train.start_processes(device), train.OutputLock(Path(cfg.out))
+        state, batches = train.TrainState(cfg, mesh, device), train.training_batches(cfg, source, 0, 1)
+        log = train.Log(Path(cfg.out) / "metrics.jsonl", 0, 0, {})
+        saver = train.Saver(cfg, args.preset, state, lock, 0, [], lambda text: None)
+        guard, agreement = train.NonFinite(cfg, log, batches, saver), train.Agreement()
+        batch, now = [data.prepare(batches[0], device, cfg.mean, cfg.std)], dict(
+            lr=0.0, last_layer_lr=0.0, weight_decay=0.0, momentum=1.0, teacher_temp=cfg.teacher_temp)
+
+        def step() -> tuple[float, float]:
+            """Seconds of a bare step, and of the guards after it."""
+            begin = time.perf_counter()
+            metrics, finite = train.train_step(state.student, state.teacher, state.optimizer, batch, cfg, now,
+                                               state.centers)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            middle = time.perf_counter()
+            guard.watch(0, finite, metrics)
+            agreement.tell(False, saver.due(), bool(saver.hopeless()))
+            return middle - begin, time.perf_counter() - middle
+
+        bare, guards, stalls, extra, written = [], [], [], [], []
+        for turn in tqdm(range(args.repeats + 1), disable=None, desc="measuring", leave=False):
+            alone = [step() for _ in range(3)]
+            saver.start(turn + 1, log.counters, [])
+            beside = [step()]
+            while saver.thread is not None:  # collected by saver.due() in a step
+                beside.append(step())
+            if turn:  # the first is for the caches
+                bare += [t for t, _ in alone]
+                guards += [t for _, t in alone]
+                stalls.append(saver.stall)
+                written.append(saver.seconds)
+                extra.append(sum(t for t, _ in beside) - len(beside) * statistics.median(t for t, _ in alone))
+        size = sum(f.stat().st_size for f in Path(cfg.out).rglob("*") if f.is_file())
+        lock.release()
+        train.dist.destroy_process_group()
+    step_ms, guard_ms, stall_ms, extra_ms, written_ms = (
+        1e3 * statistics.median(times) for times in (bare, guards, stalls, extra, written))
+    percent = lambda ms: 100 * ms / (500 * step_ms)  # noqa: E731
+    return [dict([("part", name), ("ms", ms), ("% of 500 steps", share)]) for name, ms, share in (
+        (f"a step of {args.preset}, batch {cfg.batch_size}", step_ms, 0.2),
+        ("guards after a step: signals, non-finite numbers, agreement", guard_ms, percent(500 * guard_ms)),
+        ("a save: training waits for copies", stall_ms, percent(stall_ms)),
+        ("a save: the steps beside its writing take longer by", extra_ms, percent(max(extra_ms, 0.0))),
+        ("all, at --save-every 500", 500 * guard_ms + stall_ms + max(extra_ms, 0.0),
+         percent(500 * guard_ms + stall_ms + max(extra_ms, 0.0))),
+        (f"for comparison: writing {size / 2**20:,.0f} MB in the background took", written_ms, percent(written_ms)))]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+BENCHES = {"data": bench_data, "save": bench_save}
 
 
 def parse(argv: list[str] | None):
     parser = data.Parser(__doc__)
     parser.add_argument("what", choices=tuple(BENCHES), help="what to measure")
     parser.add_argument("--data", default="", help="images, named as train.py's --data")
+    parser.add_argument("--preset", default="vits16_short", help="of train.py, for `save`")
     parser.add_argument("--repeats", type=int, default=7, help="how often everything is measured; medians are shown")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     if args.repeats < 1:
         raise ValueError("--repeats must be 1 or more")
+    if args.preset not in train.PRESETS:
+        raise ValueError(f"unknown preset {args.preset!r}{data.nearest(args.preset, train.PRESETS)}")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device = train.pick_device("auto")
-    torch.set_num_threads(1)
     data.keep_memory()  # as in workers and in training; torchvision's transforms gain from it too
     rows = BENCHES[args.what](args, device)
     about = dict(command=" ".join(["python bench.py", *(sys.argv[1:] if argv is None else argv)]), **versions(device))

@@ -359,6 +359,42 @@ def test_model_stochastic_depth_golden(case):
     assert (plain - golden[f"depth/{case}/global"]).abs().max() > 0.1  # dropping did something
 
 
+@torch.no_grad()
+def test_model_stochastic_depth_by_orders():
+    """Rows in given orders, by groups: a batch of two groups is two batches of one, and the dropped rows are untouched."""
+    vit = model.DinoVisionTransformer(**TINY_VIT, drop_path_rate=0.5, drop_path_uniform=True, block_chunks=0)
+    fill(vit.train(), 101)
+    images, local = randn(77, (8, 3, 56, 56), (6, 3, 28, 28))
+    depth = len(vit.block_list())
+    orders, local_orders = (torch.stack([torch.stack([torch.randperm(n) + n * g for g in range(2)])
+                                         for _ in range(2 * depth)]) for n in (4, 3))
+    both = vit.forward_features([images, local], [None, None], [orders, local_orders])
+    for g in range(2):
+        alone = vit.forward_features([images[4 * g : 4 * g + 4], local[3 * g : 3 * g + 3]], [None, None],
+                                     [orders[:, g : g + 1] - 4 * g, local_orders[:, g : g + 1] - 3 * g])
+        assert_close(both[0]["x_prenorm"][4 * g : 4 * g + 4], alone[0]["x_prenorm"], 1e-5)
+        assert_close(both[1]["x_prenorm"][3 * g : 3 * g + 3], alone[1]["x_prenorm"], 1e-5)
+    always_last = torch.arange(8).expand(2 * depth, 1, 8)  # rows 4 to 7 are never computed
+    out = vit.forward_features(images, None, always_last)["x_prenorm"]
+    assert torch.equal(out[4:], vit.prepare_tokens_with_masks(images)[4:]) and not torch.equal(out, both[0]["x_prenorm"])
+
+
+def test_model_deterministic_interpolation_is_the_same():
+    """By a product instead of bicubic, which has no deterministic backward pass on GPUs: values and gradients."""
+    vit = model.DinoVisionTransformer(**TINY_VIT)
+    tokens, results = torch.zeros(1, 1 + 6, 32), []
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        vit.zero_grad()
+        table = vit.interpolate_pos_encoding(tokens, 28, 42)
+        table.square().sum().backward()
+        results.append((table, vit.pos_embed.grad.clone()))
+    torch.use_deterministic_algorithms(False)
+    assert_close(results[0][0], results[1][0], 1e-6)
+    assert_close(results[0][1], results[1][1], 1e-6)
+    assert results[0][0].abs().max() > 1e-3 and "UpsampleBicubic" not in str(results[1][0].grad_fn.next_functions)
+
+
 @pytest.mark.parametrize("nlayers", [1, 2, 3, 4])
 def test_model_head_golden(nlayers):
     head = model.DINOHead(32, 50, nlayers=nlayers, hidden_dim=40, bottleneck_dim=16)
@@ -624,6 +660,29 @@ def test_data_two_processes_share_the_batch_of_one():
         assert torch.equal(getattr(whole, key).unflatten(0, (-1, 16)), torch.cat(crops, 1)), key
     assert whole.samples.tolist() == list(range(80, 96)) == sum((h.samples.tolist() for h in halves), [])
     assert [len(set(h.masks.sum(-1).tolist())) > 1 for h in halves] == [True, True]
+
+
+def test_data_parts_and_processes_share_images_masks_and_dropped_rows():
+    """A step in 2 parts on each of 2 processes: the same as on one process, image by image."""
+    whole = digit_batches(batch_size=24, group_size=3, drop_path_rate=0.1)[5]
+    assert whole.global_orders.shape == (6, 8, 6) and whole.local_orders.shape == (6, 8, 6)
+    assert digit_batches(batch_size=24, group_size=3)[5].global_orders.numel() == 0
+    for rank, part in itertools.product(range(2), range(2)):
+        batches = digit_batches(batch_size=24, group_size=3, drop_path_rate=0.1, rank=rank, n_ranks=2, accum=2)
+        ours, first = batches[5 * 2 + part], 12 * rank + 6 * part
+        assert ours.samples.tolist() == whole.samples[first : first + 6].tolist()
+        assert set(ours.samples.tolist()) <= set(batches.samples_of(5)) and len(batches.samples_of(5)) == 12
+        for name, n_crops in (("global", 2), ("local", 2)):
+            crops, orders = getattr(whole, f"{name}_crops"), getattr(whole, f"{name}_orders")
+            mine = getattr(ours, f"{name}_crops").unflatten(0, (n_crops, 6))
+            assert torch.equal(mine, crops.unflatten(0, (n_crops, 24))[:, first : first + 6])
+            rows = torch.arange(n_crops * 24).unflatten(0, (n_crops, 24))[:, first : first + 6].flatten()
+            assert torch.equal(rows[getattr(ours, f"{name}_orders")], orders[:, first // 3 : first // 3 + 2])
+        assert torch.equal(ours.masks.unflatten(0, (2, 6)), whole.masks.unflatten(0, (2, 24))[:, first : first + 6])
+    assert all(sorted(o.flatten().tolist()) == list(range(48)) for o in whole.global_orders)  # permutations, by group
+    assert not torch.equal(whole.global_orders[0], whole.global_orders[1])
+    with pytest.raises(ValueError, match=r"for 2 process\(es\) in 3 parts each; make it a multiple of 18"):
+        digit_batches(batch_size=24, group_size=3, n_ranks=2, accum=3)
 
 
 def test_data_workers_change_nothing():
@@ -2365,10 +2424,10 @@ def must_be_exact() -> None:
     train.train_step = checked
 
 
-def agent(rank: int, endpoint: str, argv, log: Path, prefix=()) -> subprocess.Popen:
+def agent(endpoint: str, argv, log: Path, prefix=(), flags=()) -> subprocess.Popen:
     """One of four `torchrun --nnodes 4`, a machine of its own as far as it knows."""
     command = [*prefix, sys.executable, "-m", "torch.distributed.run", "--nnodes", "4", "--nproc-per-node", "1",
-               "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "train.py", *argv]
+               "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, *flags, "train.py", *argv]
     with open(log, "ab") as file:
         return subprocess.Popen([str(c) for c in command], cwd=HERE, stdout=file, stderr=file, start_new_session=True,
                                 env=os.environ | dict(OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"))
@@ -2393,7 +2452,7 @@ def wait_for(condition, seconds: float = 240) -> None:
         time.sleep(0.05)
 
 
-def four_agents(tmp_path: Path, machine_too: bool, endpoint: str = "", prefixes=((),) * 4) -> None:
+def four_agents(tmp_path: Path, machine_too: bool, endpoint: str = "", machines=((),) * 4) -> None:
     """A worker of one of four agents is killed: all restart, from the last save. With `machine_too` an agent is killed
     as well, after which a scheduler would end and requeue the job: here the test does. In the end all steps are there,
     and as one process would have done them."""
@@ -2401,7 +2460,7 @@ def four_agents(tmp_path: Path, machine_too: bool, endpoint: str = "", prefixes=
     endpoint = endpoint or f"127.0.0.1:{free_port()}"
     argv = [*TINY, "--batch-size", 16, "--steps", 40, "--save-every", 5, "--keep", 100, "--out", out]
     saved = lambda step: (out / f"resume/step_{step:09}/complete").exists()  # noqa: E731
-    agents = [agent(i, endpoint, argv, log, prefixes[i]) for i in range(4)]
+    agents = [agent(endpoint, argv, log, *machine) for machine in machines]
     try:
         wait_for(lambda: saved(5))
         os.kill(int(children(agents[3])[0]), signal.SIGKILL)
@@ -2411,7 +2470,7 @@ def four_agents(tmp_path: Path, machine_too: bool, endpoint: str = "", prefixes=
             for a in agents[:3]:
                 a.terminate()
             assert [a.wait(timeout=100) for a in agents[:3]] != [0, 0, 0]
-            agents = [agent(i, endpoint, argv, log, prefixes[i]) for i in range(4)]
+            agents = [agent(endpoint, argv, log, *machine) for machine in machines]
         assert [a.wait(timeout=300) for a in agents] == [0, 0, 0, 0], log.read_text()[-3000:]
     finally:
         for a in agents:
@@ -2426,6 +2485,52 @@ def four_agents(tmp_path: Path, machine_too: bool, endpoint: str = "", prefixes=
 
 def test_four_agents_survive_the_loss_of_a_worker(tmp_path):
     four_agents(tmp_path, machine_too=False)
+
+
+SHIMS = dict(  # what the script calls of Slurm, for one machine with two GPUs
+    scontrol='[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> "$FOLDER/requeued"', srun='shift; echo $$ > "$FOLDER/step"; exec "$@"',
+    torchrun='exec "$PYTHON" -m torch.distributed.run "$@"', scancel='"$PYTHON" "$FOLDER/usr1.py" "$(cat "$FOLDER/step")"')
+SIGNAL_ALL = """
+import os, pathlib, signal, sys
+def all_of(pid):
+    for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        yield from all_of(child)
+    yield int(pid)
+for pid in list(all_of(sys.argv[1])):
+    os.kill(pid, signal.SIGUSR1)
+"""
+
+
+def test_slurm_script_of_the_readme(tmp_path):
+    """Run as printed, but for data and port, with stand-ins for Slurm: the signal before the end has the training save,
+    and the job requeued; the next time it ends, and nothing is requeued."""
+    script = re.search(r"```bash\n(#!/bin/bash.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
+    assert script.count("\n") <= 20
+    argv = [*TINY, "--steps", 60, "--num-workers", 1, "--save-every", 30, "--out", tmp_path / "out"]
+    script, n = re.subn(r"train.py --preset .* &", f"train.py {shlex.join(map(str, argv))} &", script)
+    (tmp_path / "job.sh").write_text(script.replace(":29500", f":{free_port()}"))
+    (tmp_path / "usr1.py").write_text(SIGNAL_ALL)
+    assert n == 1
+    for name, text in SHIMS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    env = os.environ | dict(PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHON=sys.executable, FOLDER=str(tmp_path),
+                            SLURM_JOB_ID="7", SLURM_JOB_NODELIST="here", SLURM_NNODES="1", SLURM_GPUS_ON_NODE="2",
+                            OMP_NUM_THREADS="1")
+    log, texts = tmp_path / "log", []
+    for interrupt in (True, False):
+        with open(log, "w") as file:
+            job = subprocess.Popen(["bash", tmp_path / "job.sh"], cwd=HERE, env=env, stdout=file, stderr=file)
+        if interrupt:
+            wait_for(lambda: (tmp_path / "out/metrics.jsonl").exists() and len(metrics(tmp_path / "out")) > 3)
+            job.send_signal(signal.SIGUSR1)
+        code = job.wait(timeout=200)
+        texts.append(log.read_text())
+        assert interrupt or code == 0, texts[-1]
+        assert (tmp_path / "requeued").read_text() == "requeue 7\n", texts[-1]
+    assert "all is saved" in texts[0] and "done; the teacher is in" in texts[1], texts[0]
+    assert "of 60, batch 8 on 2 x cpu" in texts[1] and "step 0 of 60" not in texts[1]
+    assert [r["step"] for r in metrics(tmp_path / "out")] == list(range(60))
 
 
 @SLOW
@@ -2451,8 +2556,10 @@ def test_four_agents_in_four_network_namespaces(tmp_path):
             ip("-n", name, "addr", "add", f"10.99.0.{i + 1}/24", "dev", "eth0")
             ip("-n", name, "link", "set", "eth0", "up")
             ip("-n", name, "link", "set", "lo", "up")
-        prefixes = [("ip", "netns", "exec", name, "env", "GLOO_SOCKET_IFNAME=eth0") for name in names]
-        four_agents(tmp_path, machine_too=False, endpoint="10.99.0.1:29500", prefixes=prefixes)
+        machines = [(("ip", "netns", "exec", name, "env", "GLOO_SOCKET_IFNAME=eth0"),
+                     ("--local-addr", f"10.99.0.{i + 1}", "--rdzv-conf", f"is_host={i == 0}"))
+                    for i, name in enumerate(names)]
+        four_agents(tmp_path, machine_too=False, endpoint="10.99.0.1:29500", machines=machines)
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
@@ -2636,6 +2743,14 @@ def test_errors_of_saves(trained, tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # bench.py
+
+
+def test_bench_save(capsys):
+    bench.main(["save", "--preset", "digits", "--repeats", "1", "--json"])
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert len(rows) == 6 and all(row["ms"] == row["ms"] for row in rows) and rows[0]["ms"] > 0 and rows[2]["ms"] > 0
+    with pytest.raises(ValueError, match="unknown preset 'digit', did you mean digits"):
+        bench.main(["save", "--preset", "digit"])
 
 
 def test_bench_data(capsys):
