@@ -26,7 +26,6 @@ process or worker. A worker decodes an image once and cuts uint8 crops; all phot
 No model, no config in this file. Apache License 2.0.
 """
 import argparse
-import atexit
 import bisect
 import csv
 import ctypes
@@ -39,7 +38,7 @@ import hashlib
 import io
 import itertools
 import math
-import multiprocessing
+import multiprocessing.util
 import os
 import random
 import re
@@ -1282,8 +1281,7 @@ def train_loader(batches: TrainBatches, start: int, stop: int, num_workers: int,
 
 def make_loader(dataset, num_workers: int, **options) -> torch.utils.data.DataLoader:
     """A loader whose workers leave all signals to this process, and die with it."""
-    atexit.unregister(kill_workers)
-    atexit.register(kill_workers)  # runs before Python would ask them by SIGTERM, and wait
+    multiprocessing.util.Finalize(None, kill_workers, exitpriority=100)  # before Python asks them by SIGTERM, and waits
     return torch.utils.data.DataLoader(dataset, num_workers=num_workers, worker_init_fn=start_worker, **options)
 
 

@@ -549,11 +549,11 @@ def start_processes(device: torch.device) -> DeviceMesh:
 
 
 def together(work, group=None) -> list:
-    """The results of work() on all processes. If it raises OSError or RuntimeError on any, raises Failed on all."""
+    """The results of work() on all processes. If it raises on any, raises Failed on all."""
     try:
         mine = work(), ""
-    except (OSError, RuntimeError) as error:
-        mine = None, why(error) or "unknown reason"
+    except Exception as error:
+        mine = None, why(error)
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine, group=group)
     if reasons := [text for _, text in gathered if text]:
@@ -869,7 +869,7 @@ class TrainState:
         damaged = []
         for name in names[0]:
             try:
-                complete = together(lambda: verify(folder / name))[0]
+                complete = verify(folder / name)
             except Failed as error:
                 damaged.append(name)
                 if dist.get_rank() == 0:
@@ -888,18 +888,29 @@ class TrainState:
 
 
 def verify(save: Path) -> dict:
-    """What the file `complete` of a save says, if the other files are as it says. Each process reads a share of them;
-    raises RuntimeError on the one that finds something wrong."""
-    try:
-        complete = json.loads((save / "complete").read_text())
-        files, _ = dict(complete["files"]), (int(complete["step"]), dict(complete["counters"]))
-    except (ValueError, TypeError, KeyError) as error:
-        raise RuntimeError(f"complete: {reason(error)}") from None
-    if missing := files.keys() ^ {path.name for path in save.iterdir()} - {"complete"}:
-        raise RuntimeError(f"{min(missing)}: missing or foreign")
-    for name in sorted(files)[dist.get_rank() :: dist.get_world_size()]:
-        if sha256(save / name) != files[name]:
-            raise RuntimeError(f"{name}: not what was written")
+    """What the file `complete` of a save says, if the other files are as it says. All processes must call, each reads a
+    share of the files. Raises Failed on all if one finds something wrong."""
+    def contents() -> dict:
+        try:
+            complete = json.loads((save / "complete").read_text())
+            files, _ = dict(complete["files"]), (int(complete["step"]), dict(complete["counters"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise RuntimeError(f"complete: {reason(error)}") from None
+        if missing := files.keys() ^ {path.name for path in save.iterdir()} - {"complete"}:
+            raise RuntimeError(f"{min(missing)}: missing or foreign")
+        return complete
+
+    def check_share() -> None:
+        for name in sorted(complete["files"])[dist.get_rank() :: dist.get_world_size()]:
+            for _ in range(60):  # seconds for which other machines may not yet see what one has renamed
+                if (save / name).exists():
+                    break
+                time.sleep(1)
+            if sha256(save / name) != complete["files"][name]:
+                raise RuntimeError(f"{name}: not what was written")
+
+    complete = together(lambda: contents() if dist.get_rank() == 0 else None)[0]
+    together(check_share)
     return complete
 
 
@@ -958,7 +969,7 @@ class Saver:
         self.folder, self.main = Path(cfg.out) / "resume", dist.get_rank() == 0
         self.group = dist.new_group(backend="gloo", timeout=LONG)  # of the threads' own: the trainers talk meanwhile
         self.mesh = DeviceMesh.from_group(self.group, "cpu")
-        self.copies: dict[str, Tensor] = {}  # buffers on the host
+        self.copies: dict[str, dict[str, Tensor]] = {}  # on the host
         self.owed: dict[Path, dict] = {}  # checkpoints of the teacher that are not written yet
         self.thread, self.error, self.step, self.good = None, "", start, start  # of the last attempt and success
         self.last, self.failing_since, self.stall, self.seconds = time.monotonic(), None, 0.0, 0.0
@@ -967,8 +978,9 @@ class Saver:
         return self
 
     def __exit__(self, kind, *error) -> None:
-        if kind in (None, Failed):  # after any other error the processes may no longer answer each other
-            self.collect()
+        """A save under way is completed whatever happens, unless processes it needs no longer answer."""
+        if self.thread is not None:
+            self.thread.join(None if kind in (None, Failed) else 60)
 
     def due(self) -> bool:
         """Whether the time has come for a save between the regular ones."""
@@ -1006,19 +1018,21 @@ class Saver:
 
     def copy(self) -> dict[str, dict[str, Tensor]]:
         """The tensors of the run as they are now, on the host, in the same memory each time."""
-        def copied(name: str, tensor: Tensor) -> Tensor:
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            if name not in self.copies:
-                self.copies[name] = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
-            copy = self.copies[name].copy_(local, non_blocking=True)
+        def empty_copy(tensor: Tensor) -> Tensor:
+            local = local_shards([tensor])[0]
+            copy = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
             return DTensor.from_local(copy, self.mesh, tensor.placements, run_check=False, shape=tensor.shape,
                                       stride=tensor.stride()) if isinstance(tensor, DTensor) else copy
 
-        copies = {part: {name: copied(f"{part}/{name}", tensor.detach()) for name, tensor in tensors.items()}
-                  for part, tensors in self.state.tensors().items()}
+        state = self.state.tensors()
+        if not self.copies:
+            self.copies = {part: {k: empty_copy(t.detach()) for k, t in named.items()} for part, named in state.items()}
+        flat = [[t for named in tree.values() for t in local_shards(named.values())] for tree in (self.copies, state)]
+        with torch.no_grad():
+            torch._foreach_copy_(*flat, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return copies
+        return self.copies
 
     def write(self, step: int, counters: dict, copies: dict) -> None:
         """The thread. Leaves the reason in self.error, on all processes, if it fails on any."""
@@ -1059,6 +1073,9 @@ class Saver:
             del self.owed[path]
         files = {name: digest for part in digests for name, digest in part.items()}
         files[".metadata"] = sha256(partial_folder / ".metadata")
+        for path in (Path(self.cfg.out) / "metrics.jsonl", Path(self.cfg.out) / "bad_samples.txt"):
+            if path.exists():
+                make_durable(path)  # a save must not survive a power cut without them
         complete = dict(step=step, counters=counters, files=files, processes=dist.get_world_size(),
                         torch=str(torch.__version__), config=dataclasses.asdict(self.cfg))
         write_atomically(partial_folder / "complete", lambda file: file.write(json.dumps(complete, indent=1).encode()))
@@ -1107,7 +1124,7 @@ class StopSignals:
     ECHO = 0.5  # seconds
 
     def __init__(self, lock: OutputLock | None):
-        self.name, self.since, self.lock = "", 0.0, lock
+        self.name, self.interrupted, self.lock = "", math.inf, lock
 
     def __enter__(self):
         self.before = {n: signal.signal(n, self.receive) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
@@ -1118,14 +1135,16 @@ class StopSignals:
             signal.signal(number, handler)
 
     def receive(self, number: int, frame) -> None:
+        self.name = self.name or signal.Signals(number).name
+        if number != signal.SIGINT:
+            return
         now = time.monotonic()
-        if number == signal.SIGINT and self.name == "SIGINT" and now - self.since > self.ECHO:
+        if now - self.interrupted > self.ECHO:
             if self.lock:
                 self.lock.release()
             print("\nstopped at once; the same command continues from the last save", file=sys.stderr, flush=True)
             os._exit(130)
-        if not self.name:
-            self.name, self.since = signal.Signals(number).name, now
+        self.interrupted = min(self.interrupted, now)
 
 
 def same_command() -> str:
