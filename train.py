@@ -703,8 +703,9 @@ class OutputLock:
         self.new = not out.exists()
         out.mkdir(parents=True, exist_ok=True)
         self.path, self.device = out / "lock", os.stat(out).st_dev
+        self.key = uuid.uuid4().hex
         self.mine = json.dumps(dict(zip(("host", "boot", "space"), machine()), pid=os.getpid(), start=born(os.getpid()),
-                                    key=uuid.uuid4().hex))
+                                    key=self.key))
         self.lost, self.stop = False, threading.Event()
         while not self.create():
             self.take_over_from_dead()
@@ -743,7 +744,7 @@ class OutputLock:
             alive = self.moves(named)
         if alive:
             raise ValueError(f"--out {self.path.parent} is in use by {named}; wait for it, or choose another --out")
-        aside = self.path.with_name(f"lock.{json.loads(self.mine)['key']}")
+        aside = self.path.with_name(f"lock.{self.key}")
         with contextlib.suppress(FileNotFoundError):  # somebody else may be as quick
             os.rename(self.path, aside)
             if aside.read_text() == text:
@@ -969,9 +970,12 @@ class Saver:
         self.folder, self.main = Path(cfg.out) / "resume", dist.get_rank() == 0
         self.group = dist.new_group(backend="gloo", timeout=LONG)  # of the threads' own: the trainers talk meanwhile
         self.mesh = DeviceMesh.from_group(self.group, "cpu")
+        key = together(lambda: lock.key if lock else "", self.group)[0]
+        self.partial = self.folder / f"partial_{key}"  # another run's, while this one was frozen, stays untouched
         self.copies: dict[str, dict[str, Tensor]] = {}  # on the host
         self.owed: dict[Path, dict] = {}  # checkpoints of the teacher that are not written yet
-        self.thread, self.error, self.step, self.good = None, "", start, start  # of the last attempt and success
+        self.thread, self.step, self.good = None, start, start  # of the last attempt, and of the last success
+        self.error, self.trouble = "", ""  # of the last attempt, and of the last failure
         self.last, self.failing_since, self.stall, self.seconds = time.monotonic(), None, 0.0, 0.0
 
     def __enter__(self):
@@ -988,9 +992,9 @@ class Saver:
             return False
         self.collect(wait=False)
         age = time.monotonic() - self.last
-        if self.failing_since is not None:
-            return age > self.RETRY
-        return self.thread is None and 0 < 60 * self.cfg.save_minutes < age
+        if self.thread is not None:
+            return False
+        return age > self.RETRY if self.failing_since is not None else 0 < 60 * self.cfg.save_minutes < age
 
     def hopeless(self) -> str:
         """Why saving has no future, or nothing."""
@@ -1000,7 +1004,7 @@ class Saver:
         if self.lock.lost:
             return f"another process has taken over --out {self.cfg.out}; this one stops without touching it"
         if since is not None and time.monotonic() - since > 60 * self.cfg.save_patience:
-            return (f"saving has failed for {self.cfg.save_patience:g} minutes ({self.error}). The last good save is "
+            return (f"saving has failed for {self.cfg.save_patience:g} minutes ({self.trouble}). The last good save is "
                     f"that of step {self.good}; make room or mend the disk, and run the same command again")
         return ""
 
@@ -1036,17 +1040,17 @@ class Saver:
 
     def write(self, step: int, counters: dict, copies: dict) -> None:
         """The thread. Leaves the reason in self.error, on all processes, if it fails on any."""
-        partial_folder, rank, began = self.folder / "partial", dist.get_rank(), time.perf_counter()
+        rank, began = dist.get_rank(), time.perf_counter()
         try:
-            together(lambda: self.make_folder(partial_folder) if self.main else None, self.group)
-            dcp.save(copies, checkpoint_id=str(partial_folder), process_group=self.group)
-            files = together(lambda: {p.name: sha256(p) for p in partial_folder.glob(f"__{rank}_*")}, self.group)
-            together(lambda: self.publish(partial_folder, step, counters, files) if self.main else None, self.group)
+            together(lambda: self.make_folder() if self.main else None, self.group)
+            dcp.save(copies, checkpoint_id=str(self.partial), process_group=self.group)
+            files = together(lambda: {p.name: sha256(p) for p in self.partial.glob(f"__{rank}_*")}, self.group)
+            together(lambda: self.publish(step, counters, files) if self.main else None, self.group)
         except (Exception, CheckpointException) as error:  # also what PyTorch makes of a full disk
             self.error = why(error)
-            if self.main and partial_folder.exists():
-                self.error = self.refusal(partial_folder / "probe") or self.error
-                shutil.rmtree(partial_folder, ignore_errors=True)  # it takes room
+            if self.main and self.partial.exists():
+                self.error = self.refusal(self.partial / "probe") or self.error
+                shutil.rmtree(self.partial, ignore_errors=True)  # it takes room
         self.seconds = time.perf_counter() - began
 
     def refusal(self, path: Path) -> str:
@@ -1057,32 +1061,33 @@ class Saver:
             return why(error)
         return ""
 
-    def make_folder(self, partial_folder: Path) -> None:
+    def make_folder(self) -> None:
         """An empty folder for the save, in an --out that may have to be made again."""
         self.lock.check()
         if not (Path(self.cfg.out) / "config.json").exists():
             claim_output(self.cfg, overwrite=False)
-        shutil.rmtree(partial_folder, ignore_errors=True)  # what a killed run may have left
-        partial_folder.mkdir(parents=True)
+        for path in self.folder.glob("partial*"):  # what a killed run may have left
+            shutil.rmtree(path, ignore_errors=True)
+        self.partial.mkdir(parents=True)
 
-    def publish(self, partial_folder: Path, step: int, counters: dict, digests: list[dict[str, str]]) -> None:
+    def publish(self, step: int, counters: dict, digests: list[dict[str, str]]) -> None:
         """Writes ckpt.pth, completes the save, gives it its name, and deletes those beyond the newest `keep`."""
         for path, ckpt in list(self.owed.items()):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, partial(torch.save, ckpt))
             del self.owed[path]
         files = {name: digest for part in digests for name, digest in part.items()}
-        files[".metadata"] = sha256(partial_folder / ".metadata")
+        files[".metadata"] = sha256(self.partial / ".metadata")
         for path in (Path(self.cfg.out) / "metrics.jsonl", Path(self.cfg.out) / "bad_samples.txt"):
             if path.exists():
                 make_durable(path)  # a save must not survive a power cut without them
         complete = dict(step=step, counters=counters, files=files, processes=dist.get_world_size(),
                         torch=str(torch.__version__), config=dataclasses.asdict(self.cfg))
-        write_atomically(partial_folder / "complete", lambda file: file.write(json.dumps(complete, indent=1).encode()))
+        write_atomically(self.partial / "complete", lambda file: file.write(json.dumps(complete, indent=1).encode()))
         self.lock.check()
         final = self.folder / f"step_{step:09d}"
         shutil.rmtree(final, ignore_errors=True)
-        partial_folder.rename(final)
+        self.partial.rename(final)
         make_durable(self.folder)
         saves = sorted(path for path in self.folder.glob("step_*") if path.name not in self.damaged or path == final)
         for old in saves[: -self.cfg.keep] + [self.folder / name for name in self.damaged if name != final.name]:
@@ -1099,7 +1104,7 @@ class Saver:
             self.good, self.failing_since = self.step, None
             self.say(f"saved step {self.step}: training waited {self.stall:.2f} s, writing took {self.seconds:.1f} s")
             return
-        self.last, self.failing_since = now, self.failing_since or now
+        self.last, self.failing_since, self.trouble = now, self.failing_since or now, self.error
         self.say(f"note: step {self.step} could not be saved ({self.error}); the last good save is that of step "
                  f"{self.good}. Trying again every {self.RETRY:g} s, for {self.cfg.save_patience:g} minutes")
 
