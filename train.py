@@ -266,7 +266,8 @@ def check(cfg: Config, n_ranks: int) -> None:
     for field, (least, most) in RANGES.items():
         value = getattr(cfg, field)
         if not all(least <= v <= most for v in (value if isinstance(value, tuple) else [value])):
-            raise ValueError(f"--{field.replace('_', '-')} must lie between {least} and {most}, got {value}")
+            fits = f"lie between {least} and {most}" if most < math.inf else f"be {least:g} or more"
+            raise ValueError(f"--{field.replace('_', '-')} must {fits}, got {value}")
     for field in ("mean", "std"):
         if len(getattr(cfg, field)) != cfg.in_chans:
             raise ValueError(f"--{field} has {len(getattr(cfg, field))} values, --in-chans is {cfg.in_chans}; give one "
@@ -884,7 +885,8 @@ class TrainState:
                                  "the save before it, or start anew with --overwrite") from None
             return complete, damaged
         if damaged:
-            raise ValueError(f"no save in {folder} is whole; start anew with --overwrite")
+            raise ValueError(f"no save in {folder} is whole; copy {folder.parent}/ckpt.pth, the teacher, if you want "
+                             "to keep it, then start anew with --overwrite")
         return {}, []
 
 
@@ -895,10 +897,11 @@ def verify(save: Path) -> dict:
         try:
             complete = json.loads((save / "complete").read_text())
             files, _ = dict(complete["files"]), (int(complete["step"]), dict(complete["counters"]))
-        except (ValueError, TypeError, KeyError) as error:
-            raise RuntimeError(f"complete: {reason(error)}") from None
-        if missing := files.keys() ^ {path.name for path in save.iterdir()} - {"complete"}:
-            raise RuntimeError(f"{min(missing)}: missing or foreign")
+        except (ValueError, TypeError, KeyError):
+            raise RuntimeError("complete: not readable") from None
+        there = {path.name for path in save.iterdir()} - {"complete"}
+        if odd := files.keys() ^ there:
+            raise RuntimeError(f"{min(odd)}: {'not part of the save' if min(odd) in there else 'missing'}")
         return complete
 
     def check_share() -> None:
@@ -908,7 +911,7 @@ def verify(save: Path) -> dict:
                     break
                 time.sleep(1)
             if sha256(save / name) != complete["files"][name]:
-                raise RuntimeError(f"{name}: not what was written")
+                raise RuntimeError(f"{name}: its SHA-256 differs")
 
     complete = together(lambda: contents() if dist.get_rank() == 0 else None)[0]
     together(check_share)
@@ -1066,6 +1069,7 @@ class Saver:
         self.lock.check()
         if not (Path(self.cfg.out) / "config.json").exists():
             claim_output(self.cfg, overwrite=False)
+            self.say(f"note: {self.cfg.out} had vanished and is made again; the saves that were in it are lost")
         for path in self.folder.glob("partial*"):  # what a killed run may have left
             shutil.rmtree(path, ignore_errors=True)
         self.partial.mkdir(parents=True)
@@ -1140,6 +1144,8 @@ class StopSignals:
             signal.signal(number, handler)
 
     def receive(self, number: int, frame) -> None:
+        if not self.name and self.lock:  # of rank 0; no print(), which the signal may have interrupted
+            os.write(2, b"\nfinishing the step, then saving; Ctrl-C (again) ends at once\n")
         self.name = self.name or signal.Signals(number).name
         if number != signal.SIGINT:
             return
@@ -1147,7 +1153,7 @@ class StopSignals:
         if now - self.interrupted > self.ECHO:
             if self.lock:
                 self.lock.release()
-            print("\nstopped at once; the same command continues from the last save", file=sys.stderr, flush=True)
+            os.write(2, b"\nstopped at once; the same command continues from the last save, if there is one\n")
             os._exit(130)
         self.interrupted = min(self.interrupted, now)
 
@@ -1224,7 +1230,7 @@ class Log:
             return
         self.records.append({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()})
         try:
-            if self.behind:
+            if self.behind or not self.path.exists():
                 self.rewrite()
             else:
                 with open(self.path, "a") as file:
@@ -1490,6 +1496,8 @@ def train(run: Run) -> None:
     log.say(f"preset {run.preset} on {run.source.name}: {len(run.source):,} images, {cfg.arch}, step {run.start} of "
             f"{cfg.steps}, batch {cfg.batch_size} on {n_ranks} x {run.device.type}"
             f"{f' in {cfg.accum} parts' if cfg.accum > 1 else ''}, lr {cfg.lr * math.sqrt(cfg.batch_size / 1024):.2e}")
+    if run.start:
+        log.say(f"continued from {out}/resume/step_{run.start:09d}")
     batches = training_batches(cfg, run.source, rank, n_ranks)
     loader = train_loader(batches, run.start, cfg.steps, local_workers(cfg), run.device.type == "cuda")
     on_gpu = cfg.compile and run.device.type == "cuda"  # compiled for the two sizes of crops
@@ -1584,6 +1592,8 @@ def main(argv: list[str] | None = None) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("\nstopped before the first step; nothing has changed", file=sys.stderr) or 130)
     try:
         train(run)
     except (Unreadable, TooManyBad, Failed) as error:
