@@ -703,7 +703,7 @@ class OutputLock:
     def __init__(self, out: Path):
         self.new = not out.exists()
         out.mkdir(parents=True, exist_ok=True)
-        self.path, self.device = out / "lock", os.stat(out).st_dev
+        self.path, self.device, self.above = out / "lock", os.stat(out).st_dev, os.stat(out.parent).st_dev
         self.key = uuid.uuid4().hex
         self.mine = json.dumps(dict(zip(("host", "boot", "space"), machine()), pid=os.getpid(), start=born(os.getpid()),
                                     key=self.key))
@@ -724,8 +724,13 @@ class OutputLock:
             descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except FileExistsError:
             return False
-        os.write(descriptor, self.mine.encode())
-        os.close(descriptor)
+        try:
+            os.write(descriptor, self.mine.encode())
+        except OSError:
+            self.path.unlink()
+            raise
+        finally:
+            os.close(descriptor)
         return True
 
     def take_over_from_dead(self) -> None:
@@ -740,7 +745,7 @@ class OutputLock:
         except (ValueError, TypeError, KeyError):
             owner, named = {}, "an unknown process"
         if machine() == tuple(owner.get(key) for key in ("host", "boot", "space")):
-            alive = born(owner["pid"]) == owner["start"] != ""
+            alive = born(owner["pid"]) in (owner["start"], "unknown")
         else:
             alive = self.moves(named)
         if alive:
@@ -750,8 +755,10 @@ class OutputLock:
             os.rename(self.path, aside)
             if aside.read_text() == text:
                 aside.unlink()
-            else:  # has taken over in between: put it back
-                os.rename(aside, self.path)
+            else:  # somebody has taken over in between: put it back
+                with contextlib.suppress(FileExistsError):
+                    os.link(aside, self.path)
+                aside.unlink()
 
     def moves(self, named: str) -> bool:
         """Whether the lock is touched, or removed by its owner, while we watch. Opened each time: a network file system
@@ -777,12 +784,18 @@ class OutputLock:
     def check(self) -> None:
         """Raises OSError if the folder is gone or another process has taken over, as it may after this one was frozen.
         Makes the lock again where it vanished together with the folder."""
-        self.path.parent.mkdir(exist_ok=True)  # but not its parents: what was mounted there may come back
-        if os.stat(self.path.parent).st_dev != self.device:
-            raise OSError(errno.ENODEV, "its file system is gone", str(self.path.parent))
-        if not self.create() and self.path.read_text() != self.mine:
-            self.lost = True
-            raise OSError(errno.EBUSY, "another process has taken over", str(self.path.parent))
+        out = self.path.parent
+        if self.path.exists():
+            self.lost = self.path.read_text() != self.mine
+        elif os.stat(out.parent).st_dev != self.above or out.exists() and os.stat(out).st_dev != self.device:
+            raise OSError(errno.ENODEV, "its file system is gone", str(out))  # and what is mounted may come back
+        elif (out / "config.json").exists():
+            self.lost = True  # the other one has already ended
+        else:
+            out.mkdir(exist_ok=True)
+            self.create()
+        if self.lost:
+            raise OSError(errno.EBUSY, "another process has taken over", str(out))
 
     def release(self) -> None:
         self.stop.set()
@@ -808,13 +821,13 @@ def born(pid: int) -> str:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if fields[0] in "ZX" else fields[19]  # Z: dead, but its parent has not asked
     except OSError:
-        if os.path.exists("/proc/self/stat"):
+        try:
+            os.kill(pid, 0)
+        except PermissionError:
+            return "unknown"  # another user's, which the system may hide
+        except OSError:
             return ""
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return ""
-    return "unknown"
+        return "unknown"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -825,9 +838,9 @@ def teacher_checkpoint(teacher: nn.ModuleDict, cfg: Config, preset: str, step: i
     """What ckpt.pth holds: the teacher's full weights under the official names, as they are now, on rank 0 (other
     processes must call too), with all that is needed to use them."""
     weights = get_model_state_dict(teacher, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    arguments = backbone_arguments(cfg)
+    arguments, on_cpu = backbone_arguments(cfg), next(teacher.parameters()).device.type == "cpu"  # the living weights
     return dict(format=FORMAT, preset=preset, config=dataclasses.asdict(cfg), step=step,
-                teacher={k: v.clone() for k, v in weights.items()},  # on a CPU they are the living ones
+                teacher={k: v.clone() if on_cpu else v for k, v in weights.items()},
                 model=ARCHS[arguments.pop("arch")] | arguments, torch=str(torch.__version__))
 
 
@@ -873,16 +886,18 @@ class TrainState:
             try:
                 complete = verify(folder / name)
             except Failed as error:
+                raise ValueError(f"{folder / name} cannot be read ({error}); try again") from None
+            if isinstance(complete, str):
                 damaged.append(name)
                 if dist.get_rank() == 0:
-                    print(f"note: {folder / name} is damaged ({error}) and skipped", file=sys.stderr, flush=True)
+                    print(f"note: {folder / name} is damaged ({complete}) and skipped", file=sys.stderr, flush=True)
                 continue
             try:
                 check_metadata(folder / name / ".metadata")
                 dcp.load(self.tensors(), checkpoint_id=str(folder / name))
             except (Exception, CheckpointException) as error:  # a foreign save can fail in any way
-                raise ValueError(f"{folder / name} cannot be continued from ({why(error)}); delete it to continue from "
-                                 "the save before it, or start anew with --overwrite") from None
+                raise ValueError(f"{folder / name} cannot be continued from ({why(error)}), although it is whole: "
+                                 f"if settings have changed, go back to those in {folder.parent}/config.json") from None
             return complete, damaged
         if damaged:
             raise ValueError(f"no save in {folder} is whole; copy {folder.parent}/ckpt.pth, the teacher, if you want "
@@ -890,32 +905,32 @@ class TrainState:
         return {}, []
 
 
-def verify(save: Path) -> dict:
-    """What the file `complete` of a save says, if the other files are as it says. All processes must call, each reads a
-    share of the files. Raises Failed on all if one finds something wrong."""
-    def contents() -> dict:
+def verify(save: Path) -> dict | str:
+    """What the file `complete` of a save says, if the other files are as it says, else what is wrong with them. All
+    processes must call, each reads a share of the files. Raises Failed on all if one cannot read them now."""
+    def contents() -> dict | str:
         try:
             complete = json.loads((save / "complete").read_text())
             files, _ = dict(complete["files"]), (int(complete["step"]), dict(complete["counters"]))
+        except FileNotFoundError:
+            return "complete: missing"
         except (ValueError, TypeError, KeyError):
-            raise RuntimeError("complete: not readable") from None
-        there = {path.name for path in save.iterdir()} - {"complete"}
-        if odd := files.keys() ^ there:
-            raise RuntimeError(f"{min(odd)}: {'not part of the save' if min(odd) in there else 'missing'}")
-        return complete
+            return "complete: not readable"
+        missing = files.keys() - {path.name for path in save.iterdir()}
+        return f"{min(missing)}: missing" if missing else complete
 
-    def check_share() -> None:
+    def check_share() -> str:
         for name in sorted(complete["files"])[dist.get_rank() :: dist.get_world_size()]:
             for _ in range(60):  # seconds for which other machines may not yet see what one has renamed
                 if (save / name).exists():
                     break
                 time.sleep(1)
             if sha256(save / name) != complete["files"][name]:
-                raise RuntimeError(f"{name}: its SHA-256 differs")
+                return f"{name}: its SHA-256 differs"
+        return ""
 
     complete = together(lambda: contents() if dist.get_rank() == 0 else None)[0]
-    together(check_share)
-    return complete
+    return complete if isinstance(complete, str) else next(filter(None, together(check_share)), complete)
 
 
 def sha256(path: Path) -> str:
@@ -973,13 +988,13 @@ class Saver:
         self.folder, self.main = Path(cfg.out) / "resume", dist.get_rank() == 0
         self.group = dist.new_group(backend="gloo", timeout=LONG)  # of the threads' own: the trainers talk meanwhile
         self.mesh = DeviceMesh.from_group(self.group, "cpu")
-        key = together(lambda: lock.key if lock else "", self.group)[0]
-        self.partial = self.folder / f"partial_{key}"  # another run's, while this one was frozen, stays untouched
+        self.key, self.attempt = together(lambda: lock.key if lock else "", self.group)[0], 0
         self.copies: dict[str, dict[str, Tensor]] = {}  # on the host
         self.owed: dict[Path, dict] = {}  # checkpoints of the teacher that are not written yet
         self.thread, self.step, self.good = None, start, start  # of the last attempt, and of the last success
         self.error, self.trouble = "", ""  # of the last attempt, and of the last failure
         self.last, self.failing_since, self.stall, self.seconds = time.monotonic(), None, 0.0, 0.0
+        self.asked = False  # for a save, which the others hear a step later
 
     def __enter__(self):
         return self
@@ -995,9 +1010,10 @@ class Saver:
             return False
         self.collect(wait=False)
         age = time.monotonic() - self.last
-        if self.thread is not None:
+        if self.thread is not None or self.asked:
             return False
-        return age > self.RETRY if self.failing_since is not None else 0 < 60 * self.cfg.save_minutes < age
+        self.asked = age > self.RETRY if self.failing_since is not None else 0 < 60 * self.cfg.save_minutes < age
+        return self.asked
 
     def hopeless(self) -> str:
         """Why saving has no future, or nothing."""
@@ -1006,7 +1022,7 @@ class Saver:
             return ""
         if self.lock.lost:
             return f"another process has taken over --out {self.cfg.out}; this one stops without touching it"
-        if since is not None and time.monotonic() - since > 60 * self.cfg.save_patience:
+        if since is not None and self.thread is None and time.monotonic() - since > 60 * self.cfg.save_patience:
             return (f"saving has failed for {self.cfg.save_patience:g} minutes ({self.trouble}). The last good save is "
                     f"that of step {self.good}; make room or mend the disk, and run the same command again")
         return ""
@@ -1015,7 +1031,9 @@ class Saver:
         """Begins to save the state after `step` steps, after waiting for the save before."""
         began = time.perf_counter()
         self.collect()
-        self.error, self.step, self.last = "", step, time.monotonic()
+        self.error, self.step, self.last, self.asked = "", step, time.monotonic(), False
+        self.attempt += 1  # a name of its own: other machines may remember a name for a while, and what it once meant
+        self.partial = self.folder / f"partial_{self.key}_{self.attempt}"
         ckpt = teacher_checkpoint(self.state.teacher, self.cfg, self.preset, step)
         if self.main:
             self.owed |= {path: ckpt for path in [Path(self.cfg.out) / "ckpt.pth", *exports]}
@@ -1037,13 +1055,15 @@ class Saver:
         flat = [[t for named in tree.values() for t in local_shards(named.values())] for tree in (self.copies, state)]
         with torch.no_grad():
             torch._foreach_copy_(*flat, non_blocking=True)
-        if torch.cuda.is_available():
+        if flat[1][0].is_cuda:
             torch.cuda.synchronize()
         return self.copies
 
     def write(self, step: int, counters: dict, copies: dict) -> None:
         """The thread. Leaves the reason in self.error, on all processes, if it fails on any."""
-        rank, began = dist.get_rank(), time.perf_counter()
+        rank, began, device = dist.get_rank(), time.perf_counter(), next(self.state.student.parameters()).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # which threads do not inherit
         try:
             together(lambda: self.make_folder() if self.main else None, self.group)
             dcp.save(copies, checkpoint_id=str(self.partial), process_group=self.group)
@@ -1076,11 +1096,19 @@ class Saver:
 
     def publish(self, step: int, counters: dict, digests: list[dict[str, str]]) -> None:
         """Writes ckpt.pth, completes the save, gives it its name, and deletes those beyond the newest `keep`."""
+        files = {name: digest for part in digests for name, digest in part.items()}
+        for _ in range(60):  # seconds in which files of other machines become visible here
+            if not (unseen := files.keys() - {path.name for path in self.partial.iterdir()}):
+                break
+            time.sleep(1)
+        else:
+            raise OSError(errno.ENOENT, "written by another machine, not to be seen here; --out must be a folder that "
+                          "all machines share", str(self.partial / min(unseen)))
+        self.lock.check()
         for path, ckpt in list(self.owed.items()):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, partial(torch.save, ckpt))
             del self.owed[path]
-        files = {name: digest for part in digests for name, digest in part.items()}
         files[".metadata"] = sha256(self.partial / ".metadata")
         for path in (Path(self.cfg.out) / "metrics.jsonl", Path(self.cfg.out) / "bad_samples.txt"):
             if path.exists():
@@ -1090,13 +1118,14 @@ class Saver:
         write_atomically(self.partial / "complete", lambda file: file.write(json.dumps(complete, indent=1).encode()))
         self.lock.check()
         final = self.folder / f"step_{step:09d}"
+        for name in self.damaged:  # out of the way, for whoever may want to look
+            os.replace(self.folder / name, self.folder / f"damaged_{name}_{self.key[:8]}")
+        self.damaged = []
         shutil.rmtree(final, ignore_errors=True)
         self.partial.rename(final)
         make_durable(self.folder)
-        saves = sorted(path for path in self.folder.glob("step_*") if path.name not in self.damaged or path == final)
-        for old in saves[: -self.cfg.keep] + [self.folder / name for name in self.damaged if name != final.name]:
+        for old in sorted(self.folder.glob("step_*"))[: -self.cfg.keep]:
             shutil.rmtree(old, ignore_errors=True)
-        self.damaged = []
 
     def collect(self, wait: bool = True) -> None:
         """Takes note of how a save ended; waits for one under way unless told not to."""
@@ -1210,7 +1239,10 @@ class Log:
         self.path, self.records, self.behind = path, [], False
         if self.main:
             lines = path.read_text().splitlines() if path.exists() else []
-            records = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
+            records = []
+            for line in lines:
+                with contextlib.suppress(ValueError):  # a killed run may leave half a line
+                    records.append(json.loads(line))
             self.records = [r for r in records if r["step"] < start + ("knn" in r and start > 0)]
             self.rewrite()
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=None if self.main else True, smoothing=0.05)
@@ -1448,14 +1480,14 @@ def set_up(argv: list[str] | None) -> Run:
     state = TrainState(cfg, mesh, device)
     lock = take_output(cfg)
     try:
-        check_output(cfg, args.resume, args.overwrite)  # once more: another run may have just ended
         overwrite = args.overwrite and not any(together(restarted))  # else what is there, this command has written
+        check_output(cfg, args.resume, overwrite)  # once more: another run may have just ended
         newest, damaged = ({}, []) if overwrite else state.load_newest(Path(cfg.out) / "resume")
         start = newest.get("step", 0)
         if start > cfg.steps:
             raise ValueError(f"--steps {cfg.steps} is less than the {start} steps that {cfg.out} has done")
         together(lambda: claim_output(cfg, overwrite) if lock else None)
-    except Exception as error:
+    except BaseException as error:
         if lock:
             lock.release()
         if isinstance(error, Failed):
@@ -1506,7 +1538,7 @@ def train(run: Run) -> None:
                         run.device)
     saver = Saver(cfg, run.preset, state, run.lock, run.start, run.damaged, log.say)
     guard, agreement, schedule, parts = NonFinite(cfg, log, batches, saver), Agreement(), schedules(cfg), iter(loader)
-    done, stop, too_bad = run.start, False, False
+    done, stop, too_bad, hopeless = run.start, False, False, ""
     with run.lock or contextlib.nullcontext(), StopSignals(run.lock) as signals, saver:
         if knn and evaluated_at(cfg, done) and together(lambda: not log.knn(done))[0]:
             log.evaluation(knn, state.teacher, done)  # at the start; or what a run that was killed left out
@@ -1522,9 +1554,10 @@ def train(run: Run) -> None:
             done = step + 1
             log.bar.update()
             guard.watch(step, finite, metrics)
-            stop, due, hopeless = agreement.tell(bool(signals.name), saver.due(), bool(saver.hopeless()))
-            if hopeless:
-                raise Failed(saver.hopeless())
+            hopeless, told = saver.hopeless(), hopeless  # rank 0 knows why; all hear that it is so one step later
+            stop, due, end = agreement.tell(bool(signals.name), saver.due(), bool(hopeless))
+            if end:
+                raise Failed(told)
             export = cfg.export_every and done % cfg.export_every == 0
             save = done == cfg.steps or done % cfg.save_every == 0 or export or stop or due
             line, evaluate = done == cfg.steps or done % cfg.log_every == 0, knn and evaluated_at(cfg, done)
@@ -1593,7 +1626,7 @@ def main(argv: list[str] | None = None) -> None:
             dist.destroy_process_group()
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
-        sys.exit(print("\nstopped before the first step; nothing has changed", file=sys.stderr) or 130)
+        sys.exit(print("\nstopped before the first step", file=sys.stderr) or 130)
     try:
         train(run)
     except (Unreadable, TooManyBad, Failed) as error:
