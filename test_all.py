@@ -2126,8 +2126,8 @@ def test_accumulation_gives_what_one_part_gives(centering, separate):
 
 
 def test_resume_from_what_is_whole(trained, tmp_path, capsys):
-    """Each file of the newest save truncated, changed, zeroed, deleted, one added: never used, always the one before;
-    and the damaged one is gone after the next save."""
+    """Each file of the newest save truncated, changed, zeroed, emptied, deleted: never used, always the one before;
+    and the damaged one is put aside by the next save."""
     flags = [*TINY, "--steps", 4, "--eval-every", 2, "--export-every", 3, "--save-every", 2]
     harm = dict(
         truncated=lambda p: os.truncate(p, p.stat().st_size // 2), zeroed=lambda p: p.write_bytes(bytes(p.stat().st_size)),
