@@ -2241,7 +2241,7 @@ def test_saves_survive_a_vanished_folder(tmp_path, monkeypatch):
     def vanish(*args):
         calls.append(1)
         if len(calls) == 5:
-            shutil.rmtree(out)
+            out.rename(tmp_path / "elsewhere")  # in one go: a save may be under way, and rmtree cannot win that race
         return step(*args)
 
     train_main(*TINY, "--steps", 8, "--save-every", 2, "--out", tmp_path / "undisturbed")
