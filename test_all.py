@@ -27,6 +27,7 @@ import sys
 import tarfile
 import threading
 import time
+import urllib.error
 from functools import partial
 from pathlib import Path
 
@@ -42,6 +43,7 @@ from PIL import Image
 import bench
 import data
 import eval_knn
+import hub
 import losses
 import model
 import train
@@ -50,7 +52,7 @@ HERE = Path(__file__).parent
 CPU = torch.device("cpu")
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities"),  # torchvision 0.29
               pytest.mark.filterwarnings("ignore:This DataLoader will create")]
-MODULES = ("bench", "data", "eval_knn", "losses", "model", "train")
+MODULES = ("bench", "data", "eval_knn", "hub", "losses", "model", "train")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -212,7 +214,8 @@ def write_images(folder: Path, names, size=(40, 32)) -> None:
 
 
 IMPORTS = {"model": set(), "losses": set(), "data": set(), "eval_knn": {"model", "data"},
-           "train": {"model", "losses", "data", "eval_knn"}, "bench": {"data", "train"}}
+           "hub": {"model", "data"}, "train": {"model", "losses", "data", "eval_knn"}, "bench": {"data", "train"}}
+OPTIONAL = {"hub": {"safetensors"}}
 
 
 def imports_of(name: str) -> set[str]:
@@ -225,10 +228,10 @@ def imports_of(name: str) -> set[str]:
 
 @pytest.mark.parametrize("name", IMPORTS)
 def test_contract_imports(name):
-    """Files import what the map allows, and no package beyond the five."""
+    """Files import what the map allows, and no package beyond the five but for those they can do without."""
     imported = imports_of(name)
     assert imported & {p.stem for p in HERE.glob("*.py")} == IMPORTS[name]
-    allowed = {"torch", "torchvision", "numpy", "tqdm", "sklearn", "PIL"}
+    allowed = {"torch", "torchvision", "numpy", "tqdm", "sklearn", "PIL"} | OPTIONAL.get(name, set())
     assert imported - set(sys.stdlib_module_names) - IMPORTS.keys() <= allowed
 
 
@@ -2784,6 +2787,321 @@ def test_errors_of_saves(trained, tmp_path):
         shutil.copytree(trained, out)
         train_main(*flags, "--arch", "vit_micro", "--resume", "--out", out)
     assert not Path("/tmp/dinov2_test_was_executed").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# hub.py
+
+HUB_VIT = dict(img_size=56, patch_size=14, embed_dim=128, depth=3, num_heads=2, init_values=1.0, block_chunks=0)
+
+
+def randomize(module: torch.nn.Module) -> torch.nn.Module:
+    """Every weight away from what it starts with, so that none can be left out unseen; in eval mode."""
+    generator = torch.Generator().manual_seed(0)
+    for name, p in module.named_parameters():
+        p.data.normal_(float(p.ndim == 1 and not name.endswith("bias")), 0.1, generator=generator)
+    return module.eval()
+
+
+def hub_vit(registers: int = 0, ffn_layer: str = "mlp") -> model.DinoVisionTransformer:
+    rule = dict(interpolate_antialias=True, interpolate_offset=0.0) if registers else {}
+    return randomize(model.DinoVisionTransformer(**HUB_VIT, num_register_tokens=registers, ffn_layer=ffn_layer, **rule))
+
+
+def renamed(weights: dict, *pairs) -> dict:
+    for pattern, name in pairs:
+        weights = {re.sub(pattern, name, k): v for k, v in weights.items()}
+    return weights
+
+
+def as_transformers(weights: dict, new_names: bool = False) -> dict:
+    """The names in its files, or those that its models have since 5.0."""
+    weights, split = dict(weights), {}
+    parts = "qkv" if new_names else ("query", "key", "value")
+    for key in [k for k in weights if ".qkv." in k]:
+        for part, tensor in zip(parts, weights.pop(key).chunk(3)):
+            name = f"attention.{part}_proj" if new_names else f"attention.attention.{part}"
+            split[key.replace("attn.qkv", name)] = tensor
+    for key in [k for k in weights if ".w12." in k and new_names]:
+        for part, tensor in zip(("gate_proj", "up_proj"), weights.pop(key).chunk(2)):
+            split[key.replace("w12", part)] = tensor
+    return renamed(
+        weights | split, (r"^blocks", "encoder.layer"), (r"^norm\.", "layernorm."), (r"w12", "weights_in"),
+        (r"w3", "down_proj" if new_names else "weights_out"), (r"ls(.)\.gamma", r"layer_scale\1.lambda1"),
+        (r"attn\.proj", "attention.o_proj" if new_names else "attention.output.dense"),
+        (r"^patch_embed\.proj", "embeddings.patch_embeddings.projection"),
+        (r"^pos_embed", "embeddings.position_embeddings"),
+        (r"^(cls_token|mask_token|register_tokens)", r"embeddings.\1"))
+
+
+def as_timm(weights: dict) -> dict:
+    weights = renamed(weights, (r"w12", "fc1"), (r"w3", "fc2"), (r"register_tokens", "reg_token"))
+    del weights["mask_token"]
+    if "reg_token" in weights:
+        weights["cls_token"] = weights["cls_token"] + weights["pos_embed"][:, :1]
+        weights["pos_embed"] = weights["pos_embed"][:, 1:]
+    return weights
+
+
+def prefixed(prefix: str, weights: dict, *more: str) -> dict:
+    return {prefix + k: v for k, v in weights.items()} | {k: torch.ones(2) for k in more}
+
+
+HUB_LAYOUTS = {
+    "released": lambda w: w,
+    "train": lambda w: dict(teacher=prefixed("backbone.", w, "dino_head.mlp.0.weight", "ibot_head.mlp.0.weight")),
+    "chunks": lambda w: dict(teacher=renamed(prefixed("backbone.", w), (r"\.blocks\.([01])", r".blocks.0.\1"),
+                                             (r"\.blocks\.2", ".blocks.1.2"))),
+    "fsdp": lambda w: prefixed(
+        "teacher.backbone._fsdp_wrapped_module.", renamed(w, (r"^blocks\.(\d)", (
+            r"blocks.0._fsdp_wrapped_module._orig_mod.\1._fsdp_wrapped_module"))),
+        "student.backbone.norm.bias", "teacher.dino_head.mlp.0.weight", "dino_loss.center"),
+    "ddp, compiled": lambda w: prefixed("module._orig_mod.", w),
+    "classifier": lambda w: prefixed("backbone.", w, "linear_head.bias"),
+    "transformers": as_transformers,
+    "transformers 5": partial(as_transformers, new_names=True),
+    "transformers classifier": lambda w: prefixed("dinov2.", as_transformers(w), "classifier.weight"),
+    "transformers registers": lambda w: prefixed("dinov2_with_registers.", as_transformers(w), "classifier.bias"),
+    "timm": as_timm,
+    "timm classifier": lambda w: as_timm(w) | {"head.weight": torch.ones(2)},
+    "double": lambda w: {k: v.double() for k, v in w.items()},
+}
+
+
+@pytest.mark.parametrize("registers,ffn", [(0, "mlp"), (4, "mlp"), (4, "swiglu")])
+@pytest.mark.parametrize("layout", HUB_LAYOUTS)
+def test_hub_layouts(layout, registers, ffn, tmp_path):
+    """The same weights in every layout give the same model, with the released models' position rule."""
+    vit, images = hub_vit(registers, ffn), randn(1, (2, 3, 42, 70))[0]
+    torch.save(HUB_LAYOUTS[layout](vit.state_dict()), tmp_path / "pytorch_model.bin")
+    loaded = hub.load(tmp_path)
+    assert not loaded.training and {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert_close(loaded(images), vit(images), 1e-5 if "timm" in layout and registers else 0, layout)
+    assert loaded.state_dict().keys() == vit.state_dict().keys()
+    for key, value in loaded.state_dict().items():
+        if "timm" not in layout:
+            assert torch.equal(value, vit.state_dict()[key]), key
+    assert "timm" not in layout or not loaded.mask_token.any()
+
+
+def test_hub_checkpoints_of_train(trained):
+    for path in (trained / "ckpt.pth", trained / "eval/training_2/teacher_checkpoint.pth"):
+        file, ckpt = hub.read(path)
+        assert file == str(path) and ckpt["config"]["data"] == "digits"
+        ours, theirs = hub.load(file, ckpt).state_dict(), model.load_backbone(file).state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+TRANSFORMERS = dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14)
+
+
+@pytest.mark.parametrize("kind,swiglu", [("Dinov2", False), ("Dinov2", True), ("Dinov2WithRegisters", False),
+                                         ("Dinov2WithRegisters", True)])
+def test_hub_equals_transformers(kind, swiglu, tmp_path):
+    """At the size of the weights and, with registers, at others. Its folder, and its model's own names."""
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")(**TRANSFORMERS, use_swiglu_ffn=swiglu)
+    theirs = randomize(getattr(transformers, f"{kind}Model")(config))
+    theirs.save_pretrained(tmp_path)
+    torch.save(theirs.state_dict(), tmp_path / "own_names.pth")
+    for spec in (tmp_path, tmp_path / "own_names.pth"):
+        ours = hub.load(spec)
+        for images in randn(1, (2, 3, 56, 56), *[(2, 3, 84, 42), (1, 3, 28, 28)] * (kind != "Dinov2")):
+            out, expected = ours.forward_features(images), theirs(images).last_hidden_state.detach()
+            assert expected.std() > 0.5
+            assert_close(out["x_norm_clstoken"], expected[:, 0], 1e-5, "CLS")
+            assert_close(out["x_norm_patchtokens"], expected[:, 1 + ours.num_register_tokens :], 1e-5, "patches")
+            assert_close(out["x_norm_regtokens"], expected[:, 1 : 1 + ours.num_register_tokens], 1e-5, "registers")
+
+
+@pytest.mark.parametrize("kind", ["Dinov2", "Dinov2WithRegisters"])
+def test_hub_equals_transformers_classifier(kind, tmp_path):
+    """Its classifier is ours of one layer; the registers are no patches."""
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")(**TRANSFORMERS, num_labels=5)
+    theirs = randomize(getattr(transformers, f"{kind}ForImageClassification")(config))
+    theirs.save_pretrained(tmp_path)
+    torch.save(theirs.classifier.state_dict(), tmp_path / "head.pth")
+    images = randn(1, (2, 3, 56, 56))[0]
+    assert_close(hub.load_classifier(tmp_path, tmp_path / "head.pth")(images), theirs(images).logits.detach(), 1e-5)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("kind", ["registered", "mlp", "swiglu"])
+def test_hub_equals_timm(kind, registers, tmp_path):
+    timm = pytest.importorskip("timm")
+    if kind == "registered":
+        name = f"vit_small_patch14_{'reg4_' * bool(registers)}dinov2"
+        theirs = timm.create_model(name, pretrained=False, img_size=56, dynamic_img_size=True)
+    else:  # the gate and the value of SwiGLU lie in a matrix of 688 rows, as in ours
+        gated = dict(mlp_ratio=5.375, mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU)
+        theirs = timm.models.VisionTransformer(
+            img_size=56, patch_size=14, embed_dim=128, depth=3, num_heads=2, init_values=1.0, num_classes=0,
+            reg_tokens=registers, no_embed_class=registers > 0, dynamic_img_size=True,
+            **gated if kind == "swiglu" else {})
+    torch.save(randomize(theirs).state_dict(), tmp_path / "timm.pth")
+    ours = hub.load(tmp_path / "timm.pth")
+    assert ours.num_register_tokens == registers and ("w12" in str(ours)) == (kind == "swiglu")
+    for images in randn(1, (2, 3, 56, 56), *[(2, 3, 84, 42), (1, 3, 28, 28)] * (registers > 0)):
+        expected = theirs.forward_features(images).detach()
+        assert expected.std() > 0.5
+        assert_close(ours(images), expected[:, 0], 1e-5, "CLS")
+        patches = ours.forward_features(images)["x_norm_patchtokens"]
+        assert_close(patches, expected[:, 1 + registers :], 1e-5, "patches")
+
+
+def test_hub_safetensors(tmp_path, monkeypatch):
+    vit, path = hub_vit(4), tmp_path / "model.safetensors"
+    path.write_bytes(b"damaged")
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="pip install safetensors"):
+        patch.setitem(sys.modules, "safetensors", None)
+        patch.setitem(sys.modules, "safetensors.torch", None)
+        hub.load(path)
+    safetensors = pytest.importorskip("safetensors.torch")
+    with pytest.raises(ValueError, match="model.safetensors is truncated or is no safetensors file"):
+        hub.load(path)
+    safetensors.save_file(as_transformers(vit.state_dict()), path)
+    for spec in (path, tmp_path):
+        assert hub.read(spec)[0] == str(path)
+        assert all(torch.equal(v, vit.state_dict()[k]) for k, v in hub.load(spec).state_dict().items())
+
+
+@pytest.mark.parametrize("layout", ["released", "transformers", "transformers 5", "timm"])
+def test_hub_is_strict(layout):
+    """Any weight missing, of another shape or too much is an error, never a guess. (A file without registers is one of
+    a network without.)"""
+    vit = model.DinoVisionTransformer(**HUB_VIT | dict(depth=2), num_register_tokens=4, ffn_layer="swiglu")
+    weights = HUB_LAYOUTS[layout](vit.state_dict())
+    for key in [k for k in weights if ".0." not in k]:
+        wrong = [weights | {key: torch.zeros(shape)} for shape in ((), (3,), (2, 2, 2))]
+        wrong.append({k + "_" * (k == key): v for k, v in weights.items()})
+        if not key.endswith(("mask_token", "register_tokens")):
+            wrong.append({k: v for k, v in weights.items() if k != key})
+        for i, ckpt in enumerate(wrong):
+            with pytest.raises(ValueError):
+                hub.load("x.pth", ckpt)
+                pytest.fail(f"{key}, case {i}, went unnoticed")
+
+
+def test_hub_names_what_does_not_fit(tmp_path):
+    weights = hub_vit().state_dict()
+    hf = as_transformers(weights)
+    del weights["norm.bias"], hf["encoder.layer.1.attention.attention.key.weight"]
+    whole = hub_vit().state_dict()
+    for ckpt, text in (
+        (weights, "x.pth is from another architecture: keys 1 missing, such as norm.bias"),
+        (hf, "1 missing, such as blocks.1.attn.qkv.weight; 2 unexpected, such as blocks.1.attn.q.weight"),
+        (whole | {"neck.0.weight": torch.ones(2)}, "1 unexpected, such as neck.0.weight"),
+        (whole | {"blocks.2.mlp.fc1.weight": torch.ones(9, 128)}, "of another shape, such as blocks.2.mlp.fc1.weight"),
+        (whole | {"pos_embed": torch.ones(1, 12, 128)}, "1 of another shape, such as pos_embed"),
+        (whole | {"pos_embed": torch.ones(17, 128)}, "pos_embed missing or of another shape"),
+        (whole | {"module.norm.bias": torch.ones(128)}, "holds norm.bias twice, the second time as module.norm.bias"),
+        (whole | {"blocks.0.attn.q.bias": torch.ones(128)}, "unexpected, such as blocks.0.attn.q.bias"),
+        (as_transformers(whole) | {"blocks.0.attn.qkv.bias": torch.ones(384)}, "unexpected, such as blocks.0.attn.k.b"),
+        (dict(fc=torch.ones(2)), "no DINOv2 backbone: cls_token, pos_embed, .* missing .*its entries: fc"),
+        (dict(model=dict(fc=torch.ones(2))), "holds no DINOv2 backbone"),
+        (dict(teacher=torch.ones(2)), "holds no DINOv2 backbone"),
+        ({1: torch.ones(2)}, "holds no DINOv2 backbone"),
+        ({}, "holds no DINOv2 backbone"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            hub.load("x.pth", ckpt)
+    (tmp_path / "config.json").write_text(json.dumps(dict(num_attention_heads=4, hidden_size=128)))
+    torch.save(as_transformers(whole), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="config.json says 4 heads for a width of 128; those of DINOv2 are 64 wide"):
+        hub.load(tmp_path)
+
+
+def test_hub_refuses_code_and_what_is_no_checkpoint(tmp_path):
+    Path("/tmp/dinov2_test_was_executed").unlink(missing_ok=True)
+    torch.save(dict(teacher=Payload()), tmp_path / "pytorch_model.bin")
+    (tmp_path / "empty").mkdir()
+    for spec, text in ((tmp_path, "pytorch_model.bin holds pickled code, not just weights: refused"),
+                       (tmp_path / "empty", "empty is a folder; name the checkpoint in it, as .*empty/ckpt.pth"),
+                       (tmp_path / "none.pth", r"no such checkpoint: .*none.pth; give a file, .*\[_reg\]$"),
+                       ("dinov2_vitx14_reg", "no such checkpoint: .* did you mean dinov2_vit.14_reg?"),
+                       ("\0", "no such checkpoint")):
+        with pytest.raises(ValueError, match=text):
+            hub.load(spec)
+    assert not Path("/tmp/dinov2_test_was_executed").exists()
+
+
+def test_hub_released_names(tmp_path, monkeypatch):
+    """Where each of the eight comes from and goes to; a file that is there is not downloaded."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    asked = []
+
+    def offline(url, *args, **kwargs):
+        asked.append(url)
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    for name in hub.RELEASED:
+        file = f"{name.replace('_reg', '_reg4')}_pretrain.pth"
+        with pytest.raises(ValueError, match=f"no route to host.* put it at {tmp_path}/hub/checkpoints/{file}$"):
+            hub.load(name)
+        assert asked.pop() == f"https://dl.fbaipublicfiles.com/dinov2/{name.removesuffix('_reg')}/{file}"
+    assert len(hub.RELEASED) == len(RELEASED) == 8 and list((tmp_path / "hub/checkpoints").iterdir()) == []
+    torch.save(hub_vit(4).state_dict(), tmp_path / "hub/checkpoints/dinov2_vits14_reg4_pretrain.pth")
+    assert hub.load("dinov2_vits14_reg").num_register_tokens == 4 and asked == []
+
+
+def test_hub_download(tmp_path, monkeypatch):
+    """By torch.hub's own function, from a folder instead of the network. What is cut short is not kept."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(hub, "URL", (tmp_path / "there").as_uri())
+    file = tmp_path / "there/dinov2_vitb14/dinov2_vitb14_pretrain.pth"
+    file.parent.mkdir(parents=True)
+    torch.save(hub_vit().state_dict(), file)
+    whole = file.read_bytes()
+    for content in (whole[: len(whole) // 2], b"<html>Please log in</html>"):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="could not be downloaded .*truncated"):
+            hub.load("dinov2_vitb14")
+        assert list((tmp_path / "home/hub/checkpoints").iterdir()) == []
+    file.write_bytes(whole)
+    path, ckpt = hub.read("dinov2_vitb14")
+    assert [str(p) for p in (tmp_path / "home/hub/checkpoints").iterdir()] == [path]
+    assert ckpt.keys() == hub_vit().state_dict().keys()
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_hub_classifier(layers, tmp_path):
+    vit = randomize(model.DinoVisionTransformer(**HUB_VIT | dict(depth=5), num_register_tokens=4))
+    head = dict(zip(("weight", "bias"), randn(2, (7, (1 + layers) * 128), (7,))))
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    torch.save(head, tmp_path / "head.pth")
+    images = randn(1, (2, 3, 56, 56))[0]
+    tokens, normed = vit.prepare_tokens_with_masks(images), []
+    for block in vit.blocks:
+        tokens = block(tokens)
+        normed.append(vit.norm(tokens))  # (B, 1+4+16, D)
+    features = [t[:, 0] for t in normed[-layers:]] + [normed[-1][:, 5:].sum(1) / 16]
+    expected = torch.cat(features, 1) @ head["weight"].T + head["bias"]
+    classifier = hub.load_classifier(tmp_path / "vit.pth", tmp_path / "head.pth")
+    assert classifier.layers == layers and not classifier.training
+    assert expected.std() > 1
+    assert_close(classifier(images), expected, 1e-4)
+    assert {k.split(".")[0] for k in classifier.state_dict()} == {"backbone", "linear_head"}
+    assert all(torch.equal(v, head[k]) for k, v in classifier.linear_head.state_dict().items())
+
+
+def test_hub_classifier_errors(tmp_path):
+    torch.save(hub_vit().state_dict(), tmp_path / "vit.pth")
+    for head, text in (
+        (dict(weight=torch.zeros(5, 768), bias=torch.zeros(5)), "takes 768 features, those of .*vit.pth, 128 wide"),
+        (dict(weight=torch.zeros(5, 256)), "holds no linear head"),
+        (dict(weight=torch.zeros(5, 256), bias=torch.zeros(4)), "holds no linear head"),
+        (dict(weight=torch.zeros(5), bias=torch.zeros(5)), "holds no linear head"),
+        (dict(weight=torch.zeros(5, 256), bias=torch.zeros(5), scale=torch.ones(1)), "holds no linear head"),
+        (hub_vit().state_dict(), "holds no linear head.*its entries: cls_token, pos_embed"),
+        (dict(weight=Payload()), "holds pickled code"),
+    ):
+        torch.save(head, tmp_path / "head.pth")
+        with pytest.raises(ValueError, match=text):
+            hub.load_classifier(tmp_path / "vit.pth", tmp_path / "head.pth")
+    with pytest.raises(ValueError, match="1 or 4 layers, not 2"):
+        hub.LinearClassifier(hub_vit(), torch.nn.Linear(3, 3), 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
