@@ -2950,6 +2950,23 @@ def test_hub_equals_timm(kind, registers, tmp_path):
         assert_close(patches, expected[:, 1 + registers :], 1e-5, "patches")
 
 
+@pytest.mark.parametrize("name", ["dinov2_vitb14_reg", "dinov2_vitg14", "dinov2_vitg14_reg"])
+def test_hub_released_shapes(name):
+    """timm's and transformers' networks of the released sizes have the weights that we take them to have."""
+    timm, transformers = pytest.importorskip("timm"), pytest.importorskip("transformers")
+    size, reg = {"b": "base", "g": "giant"}[name[10]], name.endswith("_reg")
+    sizes = dict(base=(768, 12), giant=(1536, 40))[size]
+    config = dict(zip(("hidden_size", "num_hidden_layers"), sizes), num_attention_heads=sizes[0] // 64, image_size=518)
+    kind = f"Dinov2{'WithRegisters' * reg}"
+    with torch.device("meta"):
+        of_timm = timm.create_model(f"vit_{size}_patch14_{'reg4_' * reg}dinov2", pretrained=False)
+        of_transformers = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(
+            **config, patch_size=14, use_swiglu_ffn=size == "giant"))
+    for theirs in (of_timm, of_transformers):
+        weights = hub.to_official(name, theirs.state_dict())
+        assert {k: list(v.shape) for k, v in weights.items()} == golden.json("shapes")[name]
+
+
 def test_hub_safetensors(tmp_path, monkeypatch):
     vit, path = hub_vit(4), tmp_path / "model.safetensors"
     path.write_bytes(b"damaged")
