@@ -178,8 +178,9 @@ def as_channels(image: Tensor, channels: int) -> Tensor:
 
 
 class Source:
-    """Numbered images. `labels` (n,) integers or None; `classes`: what they number, a list of names, or None where the
-    numbers speak for themselves; `name` for messages; `fingerprint`, the same on every machine that sees the same."""
+    """Numbered images. `labels` (n,) integers, -1 for none, or None; `classes`: what they number, a list of names, or
+    None where the numbers speak for themselves; `name` for messages; `fingerprint`, the same on every machine that sees
+    the same."""
 
     name, labels, classes, fingerprint = "", None, None, 0
     spec, channels = "", 3  # as given to open_source
@@ -603,7 +604,7 @@ def remembered(what: str, make) -> dict:
     """make()'s tables: {"stamps": {path: mtime in ns}, name: tensor or plain data}. They are made again when a path's
     time has changed."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dinov2"
-    path = folder / f"{hashlib.sha1(os.fsencode(what)).hexdigest()[:16]}.listing2"
+    path = folder / f"{hashlib.sha1(os.fsencode(what)).hexdigest()[:16]}.listing3"
     try:
         listing = torch.load(path, mmap=True, weights_only=True)
         if all(os.stat(p).st_mtime_ns == t for p, t in listing["stamps"].items()):
@@ -637,13 +638,13 @@ class Names:
         """`classes` maps names to the labels given so far, which are renumbered in the order of the names."""
         labels = torch.from_numpy(np.array(self.labels, np.int32))
         if classes:
-            order = sorted(classes)
-            rank = torch.empty(len(order), dtype=torch.int32)
+            order = sorted(c for c in classes if c)
+            rank = torch.full((len(classes),), -1, dtype=torch.int32)  # of "", no label
             rank[[classes[c] for c in order]] = torch.arange(len(order), dtype=torch.int32)
             labels = rank[labels]
         tables = dict(names=torch.frombuffer(self.names or bytearray(1), dtype=torch.uint8),
                       ends=torch.from_numpy(np.array(self.ends)), labels=labels if classes else labels[:0],
-                      classes=sorted(classes) if classes else [])
+                      classes=sorted(c for c in classes if c) if classes else [])
         return tables | dict(fingerprint=zlib.crc32(tables["labels"].numpy(), zlib.crc32(self.names)))
 
 
@@ -723,9 +724,7 @@ def read_list(path: Path) -> dict:
     except (ValueError, PermissionError):
         raise ValueError(f"{path} is no readable text; --data takes a folder, or a file with one image path per line"
                          ) from None
-    if 0 < unlabelled < len(names.labels):
-        raise ValueError(f"{path}: {unlabelled} lines have no label after a tab, the others do; label all or none")
-    return dict(stamps=stamps, **names.tables(None if unlabelled else classes))
+    return dict(stamps=stamps, **names.tables(classes if unlabelled < len(names.labels) else None))
 
 
 def open_tars(name: str, tars: list[str], interleave: int) -> InTars:
@@ -766,7 +765,7 @@ def list_tars(tars: list[str]) -> dict:
             raise ValueError(f"{path}: the label {member.name} is no number") from None
         columns["labels"].extend(labels.get(key, -1) for key in keys)
     tables = {name: torch.from_numpy(np.array(column)) for name, column in columns.items()}
-    if (tables["labels"] < 0).any():
+    if (tables["labels"] < 0).all():
         tables["labels"] = tables["labels"][:0]
     print_of = functools.reduce(lambda crc, table: zlib.crc32(table.numpy(), crc), tables.values(), 0)
     return dict(stamps=stamps, fingerprint=print_of, **tables)
@@ -978,6 +977,21 @@ class Batch(NamedTuple):
     local_orders: Tensor | None = None  # (n_drops, groups, L * group_size) which decide what stochastic depth drops
 
 
+def read_sample(source: Source, s: int, seed: int, bad: list, labels=None) -> tuple[int, Tensor]:
+    """The number and the pixels of the image of sample s. If its file cannot be read, which goes into `bad` with the
+    reason, or if it is -1 in `labels`, another one drawn by s. Raises Unreadable after 50."""
+    i = source.pick(s, seed)
+    for attempt in range(50):
+        try:
+            if labels is None or labels[i] >= 0:
+                return i, source.image(i)
+        except Exception as error:  # decoders raise all sorts on damaged files
+            bad.append((source.describe(i), reason(error)))
+        i = source.replacement(i, random.Random(f"{seed}/replace/{s}/{attempt}"))
+    last = f"could not be read, the last {bad[-1][0]}: {bad[-1][1]}" if bad else "have no label"
+    raise Unreadable(f"50 images in a row {last}")
+
+
 class TrainBatches(torch.utils.data.Dataset):
     """batches[step] -> Batch with this process's images of that step: a pure function of the arguments and the step.
     With accum > 1 the share comes in as many parts: batches[step * accum + part].
@@ -1016,7 +1030,7 @@ class TrainBatches(torch.utils.data.Dataset):
         ops: list[list[list[float]]] = [[] for _ in places]
         bad: list[tuple[str, str]] = []
         for row, s in enumerate(samples):
-            image, rng = self.image_of(s, bad), random.Random(f"{self.seed}/sample/{s}")
+            (_, image), rng = read_sample(self.source, s, self.seed, bad), random.Random(f"{self.seed}/sample/{s}")
             if image.dtype == torch.uint16 and crops[0].dtype == torch.uint8:
                 crops = [widen(c) for c in crops]
                 places = [*crops[0], *crops[1]]
@@ -1029,17 +1043,6 @@ class TrainBatches(torch.utils.data.Dataset):
         return Batch(*(c.flatten(0, 1) for c in crops), ops[:2].flatten(0, 1), ops[2:].flatten(0, 1), masks,
                      *mask_weights(masks), torch.tensor(list(samples)), bad,
                      *self.orders_of(step, groups))
-
-    def image_of(self, s: int, bad: list) -> Tensor:
-        """The image of sample s; if its file cannot be read, another one drawn by s. Raises Unreadable after 50."""
-        i = self.source.pick(s, self.seed)
-        for attempt in range(50):
-            try:
-                return self.source.image(i)
-            except Exception as error:  # decoders raise all sorts on damaged files
-                bad.append((self.source.describe(i), reason(error)))
-                i = self.source.replacement(i, random.Random(f"{self.seed}/replace/{s}/{attempt}"))
-        raise Unreadable(f"50 images in a row could not be read, the last {bad[-1][0]}: {bad[-1][1]}")
 
     def samples_of(self, step: int) -> range:
         """The sample numbers of all parts of this process's share of a step."""

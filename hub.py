@@ -205,11 +205,12 @@ def check_heads(path: str) -> None:
 
 class LinearClassifier(nn.Module):
     """Images (B, C, h*p, w*p) -> logits (B, classes), by a linear layer on the normalised CLS tokens of the last
-    `layers` blocks, 1 or 4, in ascending order, and the mean of the last one's patch tokens (DINOv2, section 7.1)."""
+    `layers` blocks, 1 or 4, in ascending order, and the mean of the last one's patch tokens (DINOv2, section 7.1). Of a
+    network of 2 or 3 blocks, 1 or all."""
 
     def __init__(self, backbone: DinoVisionTransformer, linear_head: nn.Linear, layers: int = 4):
         super().__init__()
-        if layers not in (1, 4):
+        if layers not in (1, min(4, backbone.n_blocks)):
             raise ValueError(f"the classifiers take CLS tokens of 1 or 4 layers, not {layers}")
         self.backbone, self.linear_head, self.layers = backbone, linear_head, layers
 
@@ -228,11 +229,11 @@ def load_classifier(spec: str | Path, head_path: str | Path) -> LinearClassifier
     if head.keys() != {"weight", "bias"} or len(shapes[0]) != 2 or shapes[1] != shapes[0][:1]:
         raise ValueError(f"{head_path} holds no linear head, which is weight (classes, features) and bias (classes,) "
                          f"(its entries: {', '.join(map(str, list(head)[:3]))})")
-    (classes, width), dim = shapes[0], backbone.embed_dim
-    layers = {2 * dim: 1, 5 * dim: 4}.get(width)
+    (classes, width), dim, most = shapes[0], backbone.embed_dim, min(4, backbone.n_blocks)
+    layers = {2 * dim: 1, (1 + most) * dim: most}.get(width)
     if layers is None:
         raise ValueError(f"{head_path} is the head of another backbone: it takes {width} features, those of {spec}, "
-                         f"{dim} wide, are {2 * dim} (1 layer) or {5 * dim} (4 layers)")
+                         f"{dim} wide, are {2 * dim} (1 layer) or {(1 + most) * dim} ({most} layers)")
     with torch.device("meta"):
         linear_head = nn.Linear(width, classes)
     linear_head.load_state_dict({k: v.float() for k, v in head.items()}, assign=True)

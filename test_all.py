@@ -995,11 +995,14 @@ def test_data_file_list(tmp_path, cache):
     os.utime(listed, ns=(1, 1))
     source = data.open_source(str(listed))
     assert len(source) == 1 and source.labels is None
-    for content, text in (("a\tx\nb\n", "label all or none"), ("a\0b", "no readable text")):
-        listed.write_text(content)
-        os.utime(listed, ns=(len(content), 7))
-        with pytest.raises(ValueError, match=text):
-            data.open_source(str(listed))
+    listed.write_text("a/1.png\tcat\nb/2 x.png\na/1.png\tant\n")
+    os.utime(listed, ns=(2, 2))
+    source = data.open_source(str(listed))
+    assert source.labels.tolist() == [1, -1, 0] and source.classes == ["ant", "cat"]
+    listed.write_text("a\0b")
+    os.utime(listed, ns=(3, 3))
+    with pytest.raises(ValueError, match="no readable text"):
+        data.open_source(str(listed))
 
 
 def test_data_tar_shards(tmp_path, cache, capsys):
