@@ -10,8 +10,8 @@ Protocol (Wu et al. 2018, arXiv 1805.01978, as in DINOv2): L2-normalised CLS fea
 training images votes for its class with weight exp(similarity / 0.07). The search is exact, in float32. Of equally
 similar images the first of the training set is the nearest; of classes with equal votes the one of lower number is
 ranked higher. Without a second set the images of the first are classified by all others (leave one out). Images without
-a label, and those that cannot be read, are left out. Prints top-1 and adds a line with all figures to CKPT.eval_knn.jsonl
-beside the checkpoint. Wrong input: exit code 2. Apache License 2.0.
+a label, and those that cannot be read, are left out. Prints top-1 and adds a line with all figures to
+CKPT.eval_knn.jsonl beside the checkpoint. Wrong input: exit code 2. Apache License 2.0.
 """
 import argparse
 import contextlib
@@ -158,8 +158,8 @@ def few_shot_rows(labels: Tensor, n: int, attempt: int) -> Tensor:
 
 def few_shot(bank: Tensor, labels: Tensor, queries: Tensor, answers: Tensor, n: int, tries: int, ks=KS,
              temperature: float = 0.07) -> dict[str, float]:
-    """Accuracies of knn_accuracy with n training images per class, averaged over `tries` random choices. The k are those
-    of `ks` up to n, and n itself."""
+    """Accuracies of knn_accuracy with n training images per class, averaged over `tries` random choices. The k are
+    those of `ks` up to n, and n itself."""
     ks = sorted({k for k in (*ks, n) if k <= n})
     results = []
     for attempt in range(tries):
@@ -206,9 +206,9 @@ def extract_features(model, source, resize: int, crop: int, device: torch.device
         dist.all_reduce(table)
         dist.all_reduce(state)
     if (wrong := (state == 2).nonzero()[:, 0]).numel():
-        raise ValueError(f"the features of {len(wrong)} of the {len(source)} images of {source.name} are not finite, such "
-                         f"as that of {source.describe(int(wrong[0]))}: the checkpoint has diverged, or half precision "
-                         "is too coarse for it (--dtype fp32)")
+        raise ValueError(f"the features of {len(wrong)} of the {len(source)} images of {source.name} are not finite, "
+                         f"such as that of {source.describe(int(wrong[0]))}: the checkpoint has diverged, or half "
+                         "precision is too coarse for it (--dtype fp32)")
     if not state.any():
         raise ValueError(f"no image of {source.name} can be read")
     return table, state > 0
@@ -416,7 +416,8 @@ class Evaluation:
             data={what: dict(spec=spec, images=len(source)) for what, spec, source in
                   zip(("train", "val"), self.specs, (self.train, self.val)) if spec},
             model=dict(checkpoint=self.args.checkpoint, sha256=self.model_hash, step=self.step), result=result,
-            versions=dict(torch=torch.__version__, torchvision=torchvision.__version__, python=platform.python_version()),
+            versions=dict(torch=torch.__version__, torchvision=torchvision.__version__,
+                          python=platform.python_version()),
             device=str(self.device), processes=world()[1], seconds=round(time.time() - self.began, 1),
             time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
         print(json.dumps(record, indent=1) if self.args.json else

@@ -64,9 +64,11 @@ class Grid:
         self.row_rates = torch.tensor(self.rates, device=device).repeat_interleave(n_classes)[:, None]
 
     def names(self) -> list[str]:
-        """The official names, kind by kind."""
-        return [f"classifier_{n}_blocks_avgpool_{pool}_lr_{rate:.5f}".replace(".", "_")
-                for n, pool in self.kinds for rate in self.rates]
+        """The official names, kind by kind; with more digits where rates are too small for these."""
+        rates = [f"{rate:.5f}" for rate in self.rates]
+        rates = rates if len(set(rates)) == len(rates) else [f"{rate:.3e}" for rate in self.rates]
+        return [f"classifier_{n}_blocks_avgpool_{pool}_lr_{rate}".replace(".", "_")
+                for n, pool in self.kinds for rate in rates]
 
     def logits(self, x: Tensor):
         """For each kind, (B, R, C)."""
@@ -125,8 +127,8 @@ class Grid:
         most = min(4, n_blocks)
         layers = {2 * dim: 1, (1 + most) * dim: most}.get(weight.shape[1])
         if layers is None:
-            raise ValueError(f"{path} is the head of another backbone: it takes {weight.shape[1]} features, those of this "
-                             f"one are {2 * dim} (1 layer) or {(1 + most) * dim} ({most} layers)")
+            raise ValueError(f"{path} is the head of another backbone: it takes {weight.shape[1]} features, those of "
+                             f"this one are {2 * dim} (1 layer) or {(1 + most) * dim} ({most} layers)")
         grid = cls(dim, layers, len(weight), [0.0], [(layers, True)], device)
         grid.weight.copy_(torch.cat([weight, bias[:, None]], 1))
         return grid
@@ -213,7 +215,8 @@ def accuracies(predictions: Tensor, labels: Tensor) -> dict[str, Tensor]:
     first = hits[:, :, 0].double()  # (n, J)
     classes, number, count = labels.unique(return_inverse=True, return_counts=True)
     per_class = first.new_zeros(len(classes), first.shape[1]).index_add_(0, number, first) / count[:, None]
-    return dict(top1=100 * first.mean(0), top5=100 * hits.any(2).double().mean(0), mean_per_class=100 * per_class.mean(0))
+    return dict(top1=100 * first.mean(0), top5=100 * hits.any(2).double().mean(0),
+                mean_per_class=100 * per_class.mean(0))
 
 
 def real_accuracies(predictions: Tensor, answers: list[list[int]]) -> dict[str, Tensor]:
@@ -285,7 +288,7 @@ class Probe:
         rates = [rate * args.batch_size / 256 for rate in args.learning_rates]
         self.grid = Grid(e.model.embed_dim, self.n_last, n_classes, rates, device=e.device, seed=args.seed)
         self.protocol = dict(
-            features="cached: central crops, no augmentation; not the official protocol" if args.cached else "augmented",
+            features="cached: central crops, not augmented; not the official protocol" if args.cached else "augmented",
             batch_size=args.batch_size, steps=self.steps, epoch_length=self.epoch, learning_rates=args.learning_rates,
             crop_scale=args.crop_scale, flip_prob=args.flip_prob, seed=args.seed, chosen_on="--val", metric=args.metric)
         key = json.dumps([self.protocol, e.model_hash, data_hash(e.train), e.crop, e.args.dtype])
@@ -361,7 +364,8 @@ def run(e: Evaluation) -> tuple[dict, dict]:
     args = e.args
     n_classes = len(e.train.classes) if e.train.classes is not None else int(e.train_labels.max()) + 1
     if int(e.val_labels.max()) >= n_classes:
-        raise ValueError(f"{e.val.name} has a class {int(e.val_labels.max())}, {e.train.name} only 0 to {n_classes - 1}")
+        raise ValueError(f"{e.val.name} has a class {int(e.val_labels.max())}, {e.train.name} only 0 to "
+                         f"{n_classes - 1}")
     probe = Probe(e, n_classes)
     if args.head:
         probe.grid = Grid.from_head(args.head, e.model.embed_dim, e.model.n_blocks, e.device)
@@ -409,8 +413,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flags.add_argument("--seed", type=int, default=0, help="of the first weights, the order and the crops")
     flags.add_argument("--head", default="", help="a linear head to evaluate instead of training one")
     flags.add_argument("--test", nargs="+", default=[], help="further labelled images to classify by the chosen head")
-    flags.add_argument("--test-classes", nargs="+", default=[], help="for each --test, a .npy file with the number that "
-                       "each of its classes had in training, or `auto`: by name")
+    flags.add_argument("--test-classes", nargs="+", default=[], help="for each --test, a .npy file with the number "
+                       "that each of its classes had in training, or `auto`: by name")
     flags.add_argument("--real", default="", help="real.json of ImageNet-ReaL, for ImageNet's --val")
     flags.add_argument("--no-resume", action="store_true", help="start anew after an interruption")
     args = flags.parse_args(argv)

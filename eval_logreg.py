@@ -253,7 +253,8 @@ def accuracies(models: Fit, x: Tensor, labels: Tensor, n_classes: int) -> dict[s
             for hits, t in ((top1, 1), (top5, 5)):
                 hits[j].index_add_(0, answers, ((rank < t) & known).to(hits.dtype))
     count = torch.bincount(labels, minlength=n_classes)
-    return dict(top1=100 * top1.sum(1) / len(labels), top5=100 * top5.sum(1) / len(labels), per_class=100 * top1 / count)
+    return dict(top1=100 * top1.sum(1) / len(labels), top5=100 * top5.sum(1) / len(labels),
+                per_class=100 * top1 / count)
 
 
 def sweep(solve, cs, rows: Tensor, held: tuple[Tensor, Tensor], n_classes: int,
@@ -288,7 +289,8 @@ def run(e: Evaluation) -> dict:
         x, labels = torch.cat([x, held[0]]), torch.cat([labels, held[1]])
     elif not args.finetune_on_val:
         if len(x) < 10:
-            raise ValueError(f"a tenth of {len(x)} training images is none; choose C by --finetune or --finetune-on-val")
+            raise ValueError(f"a tenth of {len(x)} training images is none; choose C by --finetune or "
+                             "--finetune-on-val")
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)  # as officially
         rows = order[len(x) // 10 :]
         held = x[order[: len(x) // 10]], labels[order[: len(x) // 10]]

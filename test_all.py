@@ -27,6 +27,7 @@ import sys
 import tarfile
 import threading
 import time
+import types
 import urllib.error
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,8 @@ from PIL import Image
 import bench
 import data
 import eval_knn
+import eval_linear
+import eval_logreg
 import hub
 import losses
 import model
@@ -52,7 +55,7 @@ HERE = Path(__file__).parent
 CPU = torch.device("cpu")
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities"),  # torchvision 0.29
               pytest.mark.filterwarnings("ignore:This DataLoader will create")]
-MODULES = ("bench", "data", "eval_knn", "hub", "losses", "model", "train")
+MODULES = ("bench", "data", "eval_knn", "eval_linear", "eval_logreg", "hub", "losses", "model", "train")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -213,8 +216,9 @@ def write_images(folder: Path, names, size=(40, 32)) -> None:
 # Contracts of the house
 
 
-IMPORTS = {"model": set(), "losses": set(), "data": set(), "eval_knn": {"model", "data"},
-           "hub": {"model", "data"}, "train": {"model", "losses", "data", "eval_knn"}, "bench": {"data", "train"}}
+IMPORTS = {"model": set(), "losses": set(), "data": set(), "hub": {"model", "data"}, "eval_knn": {"hub", "model", "data"},
+           "eval_linear": {"eval_knn", "model", "data"}, "eval_logreg": {"eval_knn"},
+           "train": {"model", "losses", "data", "eval_knn"}, "bench": {"data", "train", "eval_knn", "eval_linear", "eval_logreg"}}
 OPTIONAL = {"hub": {"safetensors"}}
 
 
@@ -3148,39 +3152,89 @@ def test_bench_data(capsys):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# eval_knn.py
+# eval_knn.py, and what all evaluations share
+
+
+def results(stem: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in Path(f"{stem}.eval_{name}.jsonl").read_text().splitlines()]
+
+
+def test_eval_knn_golden():
+    """Neighbours, votes, few-shot choices and metrics of the official code."""
+    bank, labels, queries, answers = (golden[f"knn/{n}"] for n in (
+        "train_features", "train_labels", "test_features", "test_labels"))
+    similarity, rows = eval_knn.neighbours(queries @ bank.T, 20)
+    assert_close(similarity, golden["knn/sims"], 1e-6)
+    assert torch.equal(labels[rows], golden["knn/neighbour_labels"])
+    votes = eval_knn.knn_scores(bank, labels, queries, ks=(1, 5, 10, 20))
+    for k in votes:
+        assert_close(votes[k], golden[f"knn/votes/{k}"], 1e-6, f"k = {k}")
+    for attempt in range(2):
+        rows = eval_knn.few_shot_rows(labels, 3, attempt)
+        assert torch.equal(rows, golden[f"knn/few{attempt}/indices"])
+        votes = eval_knn.knn_scores(bank[rows], labels[rows], queries, ks=(1, 3))
+        for k in votes:
+            assert_close(votes[k], golden[f"knn/few{attempt}/votes/{k}"], 1e-6)
+    scores = golden["knn/votes/10"]
+    rank, better = eval_knn.ranks(scores, answers), (scores > scores.gather(1, answers[:, None])).sum(1)
+    assert_close((rank < 1).float().mean(), golden["knn/metrics/MEAN_ACCURACY/top-1"], 1e-6)
+    assert_close((better < 5).float().mean(), golden["knn/metrics/MEAN_ACCURACY/top-5"], 1e-6)
+    assert (rank != better).nonzero().flatten().tolist() == [8]  # where two classes have no vote; topk took the other
+    measured = eval_linear.accuracies(scores.topk(5).indices[:, None], answers)
+    assert_close(measured["top1"], 100 * golden["knn/metrics/MEAN_ACCURACY/top-1"].double()[None], 1e-5)
+    assert_close(measured["mean_per_class"], 100 * golden["knn/metrics/MEAN_PER_CLASS_ACCURACY/top-1"].double()[None], 1e-5)
+    answers = [[a for a in row if a >= 0] for row in golden["knn/real/target"].tolist()]
+    measured = eval_linear.real_accuracies(golden["knn/real/preds"].topk(5).indices[:, None], answers)
+    for t in (1, 5):
+        assert_close(measured[f"top{t}"], 100 * golden[f"knn/real/top-{t}"].double()[None], 1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 50, 1000, 1003])
+@pytest.mark.parametrize("values", [2, 30, 10**6])
+def test_eval_knn_neighbours_are_exact_and_ties_go_by_row(n, values):
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randint(values, (9, n), generator=generator).float() / values
+    for k in {1, min(n, 5), min(n, 40), n}:
+        expected = x.sort(dim=1, descending=True, stable=True)
+        found, columns = eval_knn.neighbours(x, k)
+        assert torch.equal(found, expected.values[:, :k]) and torch.equal(columns, expected.indices[:, :k])
+    assert torch.equal(eval_knn.ranks(x, torch.full((9,), n - 1)),
+                       (expected.indices == n - 1).int().argmax(1))  # of equal classes the first comes first
 
 
 def test_eval_knn_without_flags(trained, capsys):
     """The command line on our checkpoints finds data, size and architecture; its figures are those of the run."""
     for path in (trained / "ckpt.pth", trained / "eval/training_2/teacher_checkpoint.pth"):
         result = eval_knn.main([str(path)])
-        saved = json.loads(path.with_suffix(".eval_knn.json").read_text())
-        assert {k: saved[k] for k in result} == result and saved["val"] == "digits:split=VAL"
+        saved = results(path.with_suffix(""), "knn")[-1]
+        assert saved["result"] == result and saved["data"]["val"] == dict(spec="digits:split=VAL", images=360)
+        assert len(saved["model"]["sha256"]) == 64 and saved["versions"]["torch"] == torch.__version__
     assert "k=20" in capsys.readouterr().out
-    result = eval_knn.main([str(trained / "ckpt.pth")])
-    assert metrics(trained)[-1]["knn"] == pytest.approx(result)
+    assert metrics(trained)[-1]["knn"] == pytest.approx(eval_knn.main([str(trained / "ckpt.pth"), "--json"]))
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == results(trained / "ckpt", "knn")[-1] and len(results(trained / "ckpt", "knn")) >= 2
 
 
 def test_eval_knn_two_processes_equal_one(trained, tmp_path):
-    alone = eval_knn.main([str(trained / "ckpt.pth")])
-    Launched(tmp_path / "log", eval_knn.main, trained / "ckpt.pth", world=2).wait()
-    saved = json.loads((trained / "ckpt.eval_knn.json").read_text())
-    assert {k: saved[k] for k in alone} == pytest.approx(alone, abs=0.3)  # one query in 360 may be a tie
+    """To the bit: the batches are the same, whoever computes them."""
+    flags = [trained / "ckpt.pth", "--out", tmp_path / "results", "--n-per-class", 3, "--tries", 2]
+    alone = eval_knn.main([str(f) for f in flags])
+    Launched(tmp_path / "log", eval_knn.main, *flags, world=2).wait()
+    saved = [json.loads(line) for line in (tmp_path / "results").read_text().splitlines()]
+    assert saved[1]["result"] == alone and [s["processes"] for s in saved] == [1, 2]
+    assert {"top1_k3_n3", "top5_k3_n3", "top1_k200"} <= alone.keys()
 
 
-def test_eval_knn_against_a_slow_vote():
+def test_eval_knn_few_shot_is_the_mean_of_its_tries():
     torch.manual_seed(0)
-    bank, queries = (torch.nn.functional.normalize(torch.randn(n, 8), dim=1) for n in (50, 9))
-    labels = torch.randint(0, 5, (50,))
-    scores = eval_knn.knn_scores(bank, labels, queries, ks=(3, 7))
-    for q, query in enumerate(queries):
-        similarity = bank @ query
-        near = similarity.argsort(descending=True)[:7]
-        weights = torch.softmax(similarity[near] / 0.07, 0)
-        for k in (3, 7):
-            votes = [sum(w for w, n in zip(weights[:k], near[:k]) if labels[n] == c) for c in range(5)]
-            assert_close(scores[k][q], torch.tensor([float(v) for v in votes]), 1e-6)
+    bank, queries = (torch.nn.functional.normalize(torch.randn(n, 8), dim=1) for n in (60, 40))
+    labels, answers = torch.arange(60) % 4, torch.arange(40) % 4
+    tries = [eval_knn.few_shot(bank[rows], labels[rows], queries, answers, 5, 1, (2, 20))
+             for rows in (eval_knn.few_shot_rows(labels, 5, t) for t in range(3))]
+    mean = eval_knn.few_shot(bank, labels, queries, answers, 5, 3, (2, 20))
+    assert set(mean) == {"top1_k2", "top5_k2", "top1_k5", "top5_k5"}  # those up to 5, and 5 itself
+    assert len({t["top1_k2"] for t in tries}) > 1
+    assert mean["top1_k2"] == pytest.approx(sum(t["top1_k2"] for t in tries) / 3)
 
 
 def test_eval_knn_leave_one_out_and_small_sets():
@@ -3191,21 +3245,65 @@ def test_eval_knn_leave_one_out_and_small_sets():
     assert eval_knn.knn_accuracy(bank, labels, None, ks=(5, 200))["top1_k5"] == 100
     assert eval_knn.knn_accuracy(bank, torch.arange(40), None, ks=(1,))["top1_k1"] == 0  # never its own neighbour
     assert eval_knn.knn_accuracy(bank, labels, bank[:1], labels[:1])["top1_k10"] == 100
+    assert eval_knn.knn_accuracy(bank, labels, bank[:4], torch.full((4,), 9))["top5_k10"] == 0  # class 9 has no images
     whole = eval_knn.knn_accuracy(bank, labels, bank, labels)
     assert eval_knn.knn_accuracy(bank, labels, bank, labels, chunk=7) == whole
+
+
+def test_eval_features_are_cached_by_model_and_data(trained, tmp_path, monkeypatch, capsys):
+    flags = [str(trained / "ckpt.pth"), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "results")]
+    first, extracted = eval_knn.main(flags), []
+    extract = eval_knn.extract_features
+    monkeypatch.setattr(eval_knn, "extract_features", lambda *a: extracted.append(a[1].name) or extract(*a))
+    assert eval_knn.main(flags) == first and not extracted
+    assert eval_knn.main([*flags, "--train", "digits:split=VAL", "--val", "digits"]) and not extracted  # the same images
+    eval_knn.main([*flags, "--resize", "20"])
+    assert len(extracted) == 2
+    for file in (tmp_path / "cache").iterdir():
+        file.write_bytes(file.read_bytes()[:1000])
+    assert eval_knn.main(flags) == first and len(extracted) == 4 and "is damaged" in capsys.readouterr().err
+    ckpt = torch.load(trained / "ckpt.pth", weights_only=True)
+    ckpt["teacher"]["backbone.norm.bias"] += 1
+    torch.save(ckpt, tmp_path / "other.pth")
+    eval_knn.main([str(tmp_path / "other.pth"), *flags[1:]])
+    assert len(extracted) == 6
+
+
+def test_eval_of_released_files_and_few_images(tmp_path, cache, monkeypatch):
+    """Official weights; 1, 2 and 3 images of odd sizes, and one without a label."""
+    vit = model.DinoVisionTransformer(**TINY_VIT | dict(num_heads=1))
+    fill(vit, 0, 0.5)
+    torch.save(vit.state_dict(), tmp_path / "released.pth")
+    write_images(tmp_path / "photos", ["0.png", "1.png", "2.png", "3.png"])
+    for n in (3, 2, 1):
+        lines = [f"photos/{i}.png\t{'ab'[i % 2]}\n" for i in range(n)] + ["photos/3.png\n"] * (n > 1)
+        (tmp_path / f"{n}.txt").write_text("".join(lines))
+        result = eval_knn.main([str(tmp_path / "released.pth"), "--train", str(tmp_path / "3.txt"), "--val",
+                                str(tmp_path / f"{n}.txt"), "--ks", "1"] if n < 3 else
+                               [str(tmp_path / "released.pth"), "--train", str(tmp_path / "3.txt"), "--ks", "1"])
+        assert n == 3 or result["top1_k1"] == 100  # each is its own neighbour, and those without a label don't count
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "read", lambda spec: (str(tmp_path / "released.pth"), vit.state_dict()))
+    eval_knn.main(["dinov2_vits14", "--train", "3.txt", "--ks", "1"])
+    assert results(Path("dinov2_vits14"), "knn")[0]["data"]["train"]["images"] == 4  # here, not in torch.hub's folder
 
 
 def test_eval_knn_errors(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_images(tmp_path / "plain", ["a.png", "b.png"])
-    with pytest.raises(ValueError, match="has no labels"):
-        eval_knn.main([str(trained / "ckpt.pth"), "--train", str(tmp_path / "plain")])
-    broken = model.load_backbone(str(trained / "ckpt.pth"))
-    broken.norm.weight.data.fill_(torch.nan)
-    with pytest.raises(ValueError, match="not finite"):
-        eval_knn.extract_features(broken, data.open_source("digits:split=VAL"), 16, 16, CPU)
-    with pytest.raises(ValueError, match="unknown argument '--tempreature', did you mean --temperature?"):
-        eval_knn.main([str(trained / "ckpt.pth"), "--tempreature", "1"])
+    ckpt = str(trained / "ckpt.pth")
+    for flags, text in ((["--train", str(tmp_path / "plain")], "has no labels"), (["--crop", "15"], "no multiple"),
+                        (["--tempreature", "1"], "unknown argument '--tempreature', did you mean --temperature?"),
+                        (["--train", "digits", "--n-per-class", "0"], "must be positive"),
+                        (["--val", "digits:split=TRAIN"], "--val is the same as --train")):
+        with pytest.raises(ValueError, match=text):
+            eval_knn.main([ckpt, *flags])
+    broken = torch.load(ckpt, weights_only=True)
+    broken["teacher"]["backbone.norm.weight"].fill_(torch.nan)
+    torch.save(broken, tmp_path / "broken.pth")
+    for main in (eval_knn.main, eval_linear.main, eval_logreg.main):
+        with pytest.raises(ValueError, match="features of .* images of digits .* are not finite, such as that of digits"):
+            main([str(tmp_path / "broken.pth"), *(["--cached"] if main is eval_linear.main else [])])
     with pytest.raises(ValueError, match="does not say which data to use"):
         torch.save(model.DinoVisionTransformer(**TINY_VIT | dict(num_heads=1), block_chunks=2).state_dict(),
                    tmp_path / "released.pth")
@@ -3247,3 +3345,291 @@ def test_eval_knn_classes_are_matched_by_name(tmp_path, monkeypatch):
     (tmp_path / "d/val/c").rename(tmp_path / "d/val/z")
     with pytest.raises(ValueError, match="class 'z' that .* does not have"):
         eval_knn.evaluate(FirstPixel(), sources[0], data.open_source(f"{tmp_path}/d:split=VAL"), 8, 8, CPU)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# eval_linear.py
+
+
+def golden_grid() -> eval_linear.Grid:
+    """The 52 classifiers of the official code before their first step."""
+    rates = [rate * 1024 / 256 for rate in eval_linear.RATES]
+    grid = eval_linear.Grid(6, 4, 5, rates)
+    assert grid.names() == golden.json("linear/names")
+    set_grid(grid, "state_dict")
+    return grid
+
+
+def set_grid(grid, what: str) -> None:
+    for j, name in enumerate(grid.names()):
+        kind, rate = divmod(j, 13)
+        value = golden[f"linear/{what}/{name}"]  # (5, width + 1)
+        grid.weight[5 * rate : 5 * rate + 5, grid.places[kind]] = value[:, :-1]
+        grid.bias[5 * rate : 5 * rate + 5, kind] = value[:, -1]
+
+
+def test_eval_linear_golden():
+    """Six steps of all 52 classifiers."""
+    grid = golden_grid()
+    for step in range(6):
+        outs = [(golden[f"linear/patches/{n}"][step], golden[f"linear/cls/{n}"][step]) for n in range(4)]
+        vit = types.SimpleNamespace(get_intermediate_layers=lambda x, n, return_class_token, outs=outs: outs[-n:])
+        x = eval_linear.embed(vit, 4, None)
+        if step == 0:
+            for columns, name in zip(grid.inputs, ("n1_avgFalse", "n1_avgTrue", "n4_avgFalse", "n4_avgTrue")):
+                assert_close(x[:, columns], golden[f"linear/input/{name}"], 1e-6)
+        factor = 0.5 * (1 + math.cos(math.pi * step / 10))
+        rates = torch.tensor(grid.rates, dtype=torch.float64) * factor
+        assert_close(rates.repeat(4), golden["linear/rates"][step], 1e-9)
+        losses = grid.step(x, golden["linear/labels"][step], 8, factor)
+        assert_close(losses.flatten(), golden["linear/losses"][step], 2e-6)
+    weight = grid.weight.clone()
+    set_grid(grid, "final_state_dict")
+    assert_close(weight, grid.weight, 2e-6)
+
+
+def test_eval_linear_default_protocol():
+    """The released grid, official lengths for ImageNet-1k and shorter ones for small sets."""
+    args = eval_linear.parse(["ckpt.pth"])
+    assert (args.batch_size, args.epochs, len(args.learning_rates), args.crop_scale) == (1024, 10, 13, [0.08, 1.0])
+    vit = types.SimpleNamespace(n_blocks=12, embed_dim=8, state_dict=dict)
+    for n, length in ((1_281_167, 1250), (14_000_000, 1250), (60_000, 58), (1437, 50)):
+        e = types.SimpleNamespace(args=args, model=vit, train=Numbers(n), device=CPU, model_hash="", crop=8,
+                                  stem=lambda: Path("x"))
+        assert eval_linear.Probe(e, 10).steps == 10 * length
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_eval_linear_two_processes_and_resuming_equal_one(cached, trained, tmp_path, monkeypatch, capsys):
+    shutil.copy(trained / "ckpt.pth", tmp_path / "a.pth")
+    flags = ["--batch-size", "64", "--epochs", "3", "--epoch-length", "4", *["--cached"] * cached, "--num-workers", "0"]
+    alone = eval_linear.main([str(tmp_path / "a.pth"), *flags])
+    head = torch.load(tmp_path / "a.linear_head.pth", weights_only=True)
+    assert len(alone["classifiers"]) == 52 and alone["top1"] == max(alone["classifiers"].values())
+    assert ("not the official protocol" in results(tmp_path / "a", "linear")[0]["protocol"]["features"]) == cached
+    shutil.copy(trained / "ckpt.pth", tmp_path / "b.pth")
+    Launched(tmp_path / "log", eval_linear.main, tmp_path / "b.pth", *flags, world=2).wait()
+    two = results(tmp_path / "b", "linear")[0]
+    assert two["processes"] == 2 and two["result"]["best_classifier"] == alone["best_classifier"]
+    for name, top1 in two["result"]["classifiers"].items():
+        assert top1 == pytest.approx(alone["classifiers"][name], abs=0.6), name  # rounding may move an image or two
+    other = torch.load(tmp_path / "b.linear_head.pth", weights_only=True)
+    assert_close(other["weight"], head["weight"], 1e-5 * head["weight"].abs().max().item())
+
+    steps, step = [], eval_linear.Grid.step
+    def killed(*args):
+        steps.append(1)
+        if len(steps) == 10:
+            raise KeyboardInterrupt
+        return step(*args)
+    shutil.copy(trained / "ckpt.pth", tmp_path / "c.pth")
+    monkeypatch.setattr(eval_linear.Grid, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        eval_linear.main([str(tmp_path / "c.pth"), *flags])
+    again = eval_linear.main([str(tmp_path / "c.pth"), *flags])
+    assert len(steps) == 10 + 4 and "goes on after step 8 of 12" in capsys.readouterr().err
+    assert again["classifiers"] == alone["classifiers"] and again["curve"] == alone["curve"]
+    assert same(head, torch.load(tmp_path / "c.linear_head.pth", weights_only=True))
+    assert not list(tmp_path.glob("*.resume"))
+
+
+def test_eval_linear_head_is_one_of_the_hub(trained, tmp_path, cache):
+    """The winner's file gives in hub.load_classifier the answers that the evaluation counted, and can be evaluated by
+    --head, also on further sets."""
+    shutil.copy(trained / "ckpt.pth", tmp_path / "a.pth")
+    flags = [str(tmp_path / "a.pth"), "--num-workers", "0"]
+    result = eval_linear.main([*flags, "--batch-size", "128", "--epochs", "1", "--epoch-length", "20", "--cached"])
+    classifier = hub.load_classifier(tmp_path / "a.pth", tmp_path / "a.linear_head.pth")
+    source = data.open_source("digits:split=VAL")
+    images = torch.stack([data.EvalImages(source, 12, 12)[i][0] for i in range(len(source))])  # the preset's size
+    with torch.no_grad():
+        answers = classifier(data.normalize(data.to_float(images))).argmax(1)
+    assert 100 * (answers == torch.from_numpy(source.labels)).double().mean().item() == pytest.approx(result["top1"])
+    write_images(tmp_path / "numbered", [f"{c}/{i}.png" for c in (3, 8) for i in range(2)], size=(16, 16))
+    np.save(tmp_path / "map.npy", np.array([3, 8]))
+    again = eval_linear.main([*flags, "--head", str(tmp_path / "a.linear_head.pth"), "--test", "digits:split=TRAIN",
+                              str(tmp_path / "numbered"), str(tmp_path / "numbered"), "--test-classes", "auto", "auto",
+                              str(tmp_path / "map.npy")])
+    assert again["top1"] == result["top1"] and again["tests"]["digits:split=TRAIN"]["top1"] > 20
+    assert again["tests"][str(tmp_path / "numbered")]["top5"] == 100  # of two classes
+    with pytest.raises(ValueError, match="head of another backbone: it takes 7 features"):
+        torch.save(dict(weight=torch.zeros(10, 7), bias=torch.zeros(10)), tmp_path / "wrong.pth")
+        eval_linear.main([*flags, "--head", str(tmp_path / "wrong.pth")])
+    with pytest.raises(ValueError, match="knows 4 classes, digits .* has 10"):
+        torch.save(dict(weight=torch.zeros(4, 128), bias=torch.zeros(4)), tmp_path / "wrong.pth")
+        eval_linear.main([*flags, "--head", str(tmp_path / "wrong.pth")])
+
+
+def test_eval_linear_head_has_zeros_where_the_patches_do_not_count():
+    grid = golden_grid()
+    x = randn(0, (7, 30))[0]
+    for j, name in enumerate(grid.names()):
+        head, n = grid.head(j), int(name.split("_")[1])
+        logits = x[:, (4 - n) * 6 :] @ head["weight"].T + head["bias"]
+        assert head["weight"].shape == (5, (1 + n) * 6)
+        assert torch.equal(logits.topk(5).indices.int(), grid.predict(x)[:, j]), name
+
+
+def test_eval_linear_classes_of_other_test_sets(tmp_path):
+    """By name (ImageNet-A, R, Sketch), by folders that are numbers (V2), or by a file."""
+    def source(classes, n=0):
+        return types.SimpleNamespace(classes=classes, labels=np.arange(n or len(classes)), name="set")
+
+    train = source(["n01", "n02", "n03", "n04"])
+    columns = partial(eval_linear.class_columns, train=train, path="auto")
+    assert columns(source(["n02", "n04"])).tolist() == [1, 3]
+    assert columns(source(["0", "1", "3"])).tolist() == [0, 1, 3]
+    assert eval_linear.class_columns(source(None, 3), source(None, 4), "").tolist() == [0, 1, 2]
+    np.save(tmp_path / "map.npy", np.array([3, 0]))
+    assert eval_linear.class_columns(source(["x", "y"]), train, str(tmp_path / "map.npy")).tolist() == [3, 0]
+    for bad, path, text in ((["n02", "n09"], "auto", "class 'n09' of set was not trained"), (["0", "4"], "", "a class 4"),
+                            (["x", "y", "z"], str(tmp_path / "map.npy"), "must hold, for each of the 3 classes"),
+                            (["x"], str(tmp_path / "none.npy"), "cannot be read")):
+        with pytest.raises(ValueError, match=text):
+            eval_linear.class_columns(source(bad), train, path)
+    grid = golden_grid()
+    x = randn(0, (7, 30))[0]
+    few = grid.predict(x, torch.tensor([4, 2]))
+    assert set(few.unique().tolist()) == {-1, 0, 1}
+    scores = torch.cat(list(grid.logits(x)), 1)
+    assert torch.equal(few[..., 0] == 0, scores[..., 4] > scores[..., 2])
+
+
+def test_eval_linear_real_labels_go_by_file_name(tmp_path):
+    names = [f"/val/n1/ILSVRC2012_val_{n:08d}.JPEG" for n in (2, 1, 4)]
+    source = Numbers(3)
+    source.describe = names.__getitem__
+    (tmp_path / "real.json").write_text("[[5], [6, 7], [], []]")
+    assert eval_linear.read_real(str(tmp_path / "real.json"), source) == [[6, 7], [5], []]
+    for content, text in (("[[5]]", "too few"), ("no", "cannot be read")):
+        (tmp_path / "real.json").write_text(content)
+        with pytest.raises(ValueError, match=text):
+            eval_linear.read_real(str(tmp_path / "real.json"), source)
+
+
+def test_eval_linear_crops_are_shared_out_and_left_out_when_bad(tmp_path, cache):
+    """Two processes' batches are one's; crops are mirrored; unreadable and unlabelled images are replaced."""
+    write_images(tmp_path, [f"{i}.png" for i in range(6)], size=(20, 24))
+    (tmp_path / "4.png").write_bytes(b"damaged")
+    (tmp_path / "l.txt").write_text("".join(f"{i}.png" + (f"\t{i}" if i != 5 else "") + "\n" for i in range(6)))
+    source = data.open_source(str(tmp_path / "l.txt"))
+    def batches(rank=0, world=1, flip=0.5):
+        return eval_linear.ProbeBatches(source, source.labels, 12, 8, (0.3, 1.0), flip, 0, rank, world)
+
+    crops, labels = batches()[3]
+    assert crops.shape == (12, 3, 8, 8) and set(labels.tolist()) == {0, 1, 2, 3}
+    parts = [batches(rank, 2)[3] for rank in range(2)]
+    assert torch.equal(torch.cat([p[0] for p in parts]), crops)
+    never, always = (batches(flip=p)[3][0] for p in (0.0, 1.0))
+    assert torch.equal(never.flip(3), always) and not torch.equal(crops, never) and not torch.equal(crops, always)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# eval_logreg.py
+
+
+def clusters(n: int, dim: int, n_classes: int, noise: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    centers, x = randn(seed, (n_classes, dim), (n, dim))
+    labels = torch.arange(n) % n_classes
+    return centers[labels] + noise * x + 3, labels
+
+
+def test_eval_logreg_values_of_c_are_the_official_ones():
+    assert list(eval_logreg.CS) == golden.json("logreg/cs")
+
+
+@pytest.mark.parametrize("n_classes", [2, 5])
+@pytest.mark.parametrize("scales", [0, 1])
+def test_eval_logreg_equals_scikit_learn(n_classes, scales):
+    """Coefficients, also of badly scaled features; the loss where scikit-learn does not get to the end."""
+    x, labels = clusters(400, 6, n_classes, 2.0)
+    x = x * torch.logspace(-scales, scales, 6)
+    cs = [1e-6, 1e-3, 0.1, 1.0, 100.0, 1e5]
+    models = eval_logreg.fit(eval_logreg.Principal(x.clone()), labels, cs, tol=1e-12)
+    oracle = eval_logreg.fit_by_sklearn(x, labels, cs, max_iter=100_000, tol=1e-9)
+    assert models.converged.all() and models.iterations.max() < 40
+    for j, c in enumerate(cs):
+        assert_close(models.weight[j], oracle.weight[j], 1e-3 * oracle.weight[j].abs().max().item(), f"C = {c:g}")
+        bias = models.bias[j] - models.bias[j].mean(), oracle.bias[j] - oracle.bias[j].mean()  # a shift has no effect
+        assert_close(*bias, 2e-3 * oracle.bias[j].abs().max().item(), f"C = {c:g}")
+    ours, theirs = (eval_logreg.accuracies(m, x, labels, n_classes)["top1"] for m in (models, oracle))
+    assert_close(ours, theirs, 0.1 + 1e-6)
+
+
+def test_eval_logreg_converges_on_hard_data_and_says_when_not():
+    """Separable, so that weights grow with C; columns that are constant, equal, or a million times larger."""
+    x, labels = clusters(300, 5, 3, 0.1)
+    x = torch.cat([x, x[:, :1], torch.ones(300, 1), 1e6 * x[:, 1:2]], 1)
+    models = eval_logreg.fit(eval_logreg.Principal(x.clone()), labels, eval_logreg.CS)
+    assert models.converged.all() and (eval_logreg.accuracies(models, x, labels, 3)["top1"][30:] == 100).all()
+    assert not eval_logreg.fit(eval_logreg.Principal(x.clone()), labels, [1e5], max_iter=2).converged.any()
+    with pytest.raises(ValueError, match="of one class"):
+        eval_logreg.fit(eval_logreg.Principal(x), torch.zeros_like(labels), [1.0])
+
+
+def test_eval_logreg_gradient_and_curvature():
+    """Of the objective, against automatic differentiation."""
+    x, labels = clusters(50, 4, 3, 1.0)
+    features = eval_logreg.Principal(x.double())
+    cs = torch.tensor([0.1, 10.0], dtype=torch.float64)
+    objective = eval_logreg.Objective(features, torch.arange(50), labels, 3, cs)
+    w = randn(1, (2, 3, 5))[0].double().requires_grad_()
+    loss = torch.stack([
+        torch.nn.functional.cross_entropy(features.x @ w[j, :, :4].T + w[j, :, 4], labels)
+        + w[j, :, :4].square().sum() / (2 * cs[j] * 50) for j in range(2)])
+    loss.sum().backward()
+    value, gradient, curvature = objective(w.detach(), torch.arange(2))
+    assert_close(value, loss.detach(), 1e-12)
+    assert_close(gradient, w.grad, 1e-12)
+    p = torch.softmax(features.x @ w[0, :, :4].T.detach() + w[0, :, 4].detach(), 1)
+    spread = (p * (1 - p)).mean()
+    expected = spread * torch.cat([features.variance, torch.ones(1)]) + torch.tensor([1, 1, 1, 1, 0]) / 5.0
+    assert_close(curvature[0, 0], expected.detach(), 1e-7)
+    variance = features.x.square().mean(0)
+    assert_close(variance, features.variance, 1e-12)
+    assert_close(features.x.T @ features.x / 50, torch.diag(variance), 1e-12)
+
+
+def test_eval_logreg_without_flags(trained, tmp_path):
+    """C is chosen on the official tenth of the training images; one and two processes and scikit-learn agree."""
+    flags = [trained / "ckpt.pth", "--out", tmp_path / "results", "--cs", 0.001, 0.1, 10]
+    alone = eval_logreg.main([str(f) for f in flags])
+    Launched(tmp_path / "log", eval_logreg.main, *flags, world=2).wait()
+    saved = [json.loads(line) for line in (tmp_path / "results").read_text().splitlines()]
+    assert saved[1]["processes"] == 2 and saved[1]["result"]["best_c"] == alone["best_c"]
+    assert saved[1]["result"]["top1"] == pytest.approx(alone["top1"], abs=0.3)
+    assert saved[0]["protocol"]["chosen_on"].startswith("a tenth")
+    oracle = eval_logreg.main([str(f) for f in flags] + ["--sklearn", "--tol", "1e-7"])
+    assert oracle["top1"] == pytest.approx(alone["top1"], abs=0.3) and oracle["best_c"] == alone["best_c"]
+
+    with eval_knn.Evaluation("logreg", eval_logreg.parse([str(trained / "ckpt.pth")])) as e:
+        x, labels = e.labelled(e.train, e.train_labels)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    held, rows = order[:143], order[143:]
+    models = eval_logreg.fit(eval_logreg.Principal(x.clone()), labels, [0.001, 0.1, 10], rows)
+    expected = eval_logreg.accuracies(models, x[held], labels[held], 10)["top1"]
+    assert list(alone["figures"].values()) == pytest.approx(expected.tolist())
+
+
+def test_eval_logreg_other_ways_to_choose_and_missing_classes(trained, tmp_path, cache, capsys):
+    main = lambda *flags: eval_logreg.main([str(trained / "ckpt.pth"), "--cs", "0.01", "1", "--out",  # noqa: E731
+                                            str(tmp_path / "results"), *map(str, flags)])
+    on_val = main("--finetune-on-val")
+    assert on_val["chosen_by"] == max(on_val["figures"].values()) and on_val["train_images"] == 1437
+    other = main("--finetune", "digits:split=VAL", "--metric", "mean_per_class", "--max-iter", "1")
+    assert other["train_images"] == 1437 + 360 and "3 of 3 fits have not converged" in capsys.readouterr().err
+    write_images(tmp_path / "d", [f"train/{c}/{i}.png" for c in "ab" for i in range(10)] +
+                 [f"val/{c}/{i}.png" for c in "abc" for i in range(3)])
+    (tmp_path / "d/train/c").mkdir()
+    write_images(tmp_path / "d/train/c", ["x.png"])
+    (tmp_path / "d/train/c/x.png").write_bytes(b"damaged")  # so class c has no image to learn from
+    missing = main("--train", tmp_path / "d/train", "--val", tmp_path / "d/val")
+    assert missing["classes"] == 2 and missing["val_images"] == 9 and missing["top1"] <= 67
+    write_images(tmp_path / "few", [f"train/{c}/{i}.png" for c in "ab" for i in range(2)] + ["val/a/0.png", "val/b/0.png"])
+    with pytest.raises(ValueError, match="a tenth of 4 training images is none"):
+        main("--train", tmp_path / "few")
+    assert main("--train", tmp_path / "few", "--finetune-on-val")["val_images"] == 2
+    with pytest.raises(ValueError, match="exclude each other"):
+        main("--finetune", "digits", "--finetune-on-val")
+    with pytest.raises(ValueError, match="without images to classify"):
+        main("--train", tmp_path / "few/train")
