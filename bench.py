@@ -5,6 +5,11 @@
     python bench.py data --data /my/photos      # on your images instead of scikit-learn's two photographs
     python bench.py save                        # what saving and guarding a run costs, of ViT-S/16
     python bench.py save --preset digits        # or of another preset
+    python bench.py knn --repeats 3             # exact k-NN against the matrix product alone, the official way, and
+                                                # scikit-learn
+    python bench.py knn --ours-only --images 1281167 --dim 1024 --queries 512  # memory at the size of ImageNet-1k
+    python bench.py logreg --every 4            # 45 values of C at once against every 4th one by scikit-learn
+    python bench.py linear                      # a step of the grid of 52 classifiers against 52 modules and autograd
     python bench.py data --json                 # the table as JSON
 
 Everything is measured in turn, several times over, in one process, `data` on one core: compare the ratios, which hold
@@ -15,6 +20,7 @@ import itertools
 import json
 import platform
 import random
+import resource
 import statistics
 import sys
 import tempfile
@@ -22,13 +28,18 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torchvision import transforms as T
 from tqdm import tqdm
 
 import data
+import eval_knn
+import eval_linear
+import eval_logreg
 import train
 
 
@@ -205,9 +216,135 @@ def bench_save(args, device: torch.device) -> list[dict]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# knn, logreg, linear: on random numbers
 
 
-BENCHES = {"data": bench_data, "save": bench_save}
+def peak_memory(device: torch.device) -> float:
+    """GB that this process, or on a GPU its tensors, have taken at most so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def finished(function, device: torch.device):
+    """`function`, waiting until the device has done it."""
+    return function if device.type != "cuda" else lambda: (function(), torch.cuda.synchronize())
+
+
+def bench_knn(args, device: torch.device) -> list[dict]:
+    """Rows of {way, s, times_product, GB}: the classification of --queries by the 10, 20, 100 and 200 nearest of --images
+    of --dim, in 1000 classes. times_product: against the bare matrix product, in the same chunks, of the same run."""
+    n, n_queries, chunk = args.images, args.queries, min(256, args.queries)
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = (eval_knn.normalize_rows_(torch.empty(m, args.dim).normal_(generator=generator)).to(device)
+                     for m in (n, n_queries))
+    labels, answers = (torch.randint(1000, (m,), generator=generator).to(device) for m in (n, n_queries))
+
+    @eval_knn.full_float32()
+    def product():
+        buffer = torch.empty(chunk, n, device=device)
+        for part in queries.split(chunk):
+            torch.mm(part, bank.T, out=buffer[: len(part)])
+
+    @eval_knn.full_float32()
+    def officially():
+        hits = 0
+        for part, right in zip(queries.split(chunk), answers.split(chunk)):
+            similarity, index = (part @ bank.T).topk(200, sorted=True)
+            votes = F.one_hot(labels[index], 1000) * F.softmax(similarity / 0.07, 1)[:, :, None]  # (Q, 200, C)
+            for k in eval_knn.KS:
+                hits += (votes[:, :k].sum(1).topk(5).indices == right[:, None]).sum()
+
+    def by_sklearn():
+        from sklearn.neighbors import KNeighborsClassifier
+
+        model = KNeighborsClassifier(200, algorithm="brute", weights=lambda d: np.exp((1 - d * d / 2) / 0.07))
+        model.fit(bank.cpu().numpy(), labels.cpu().numpy()).predict(queries.cpu().numpy())
+
+    ways = {"matrix product alone": product,
+            "eval_knn.py": lambda: eval_knn.knn_accuracy(bank, labels, queries, answers)}
+    if not args.ours_only:
+        ways |= {"topk and one-hot votes, as officially": officially, "scikit-learn, k = 200 only": by_sklearn}
+    seconds, memory = {name: [] for name in ways}, {}
+    for _, (name, way) in tqdm(itertools.product(range(args.repeats), ways.items()), desc="measuring", leave=False,
+                               total=args.repeats * len(ways), disable=None):
+        way = finished(way, device)
+        if not seconds[name]:
+            way()  # for the caches
+        start = time.perf_counter()
+        way()
+        seconds[name].append(time.perf_counter() - start)
+        memory.setdefault(name, peak_memory(device))  # of all up to this one
+    return [dict(way=name, s=statistics.median(times), times_product=statistics.median(
+        t / p for t, p in zip(times, seconds["matrix product alone"])), GB=memory[name])
+        for name, times in seconds.items()]
+
+
+def bench_logreg(args, device: torch.device) -> list[dict]:
+    """Rows of {way, fits, s, times_ours, excess}: the whole path of C on 20,000 x 384, 100 classes, and of scikit-learn
+    every `every`-th value, in float32, at its own tolerance; `excess` is how far the worst loss of its fits is above
+    ours, in percent. The time of scikit-learn's is that of the fits made, times how many there would be for one made."""
+    n, dim, n_classes = args.images // 5, args.dim, 100
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.arange(1, dim + 1) ** -0.5  # a spectrum such as features have
+    labels = torch.arange(n) % n_classes
+    x = torch.randn(n_classes, dim, generator=generator)[labels] * 0.6 + torch.randn(n, dim, generator=generator) * 1.5
+    x = 3 * (x * scales) @ torch.linalg.qr(torch.randn(dim, dim, generator=generator)).Q + 1
+    cs = eval_logreg.CS[:: args.every]
+
+    def loss(models, j: int, c: float) -> float:
+        weight = models.weight[j].double()
+        scores = x.double() @ weight.T + models.bias[j].double()
+        return (F.cross_entropy(scores, labels) + weight.square().sum() / (2 * c * n)).item()
+
+    ours, theirs, models, oracle = [], [], None, None
+    for _ in range(args.repeats):
+        start = time.perf_counter()
+        models = eval_logreg.fit(eval_logreg.Principal(x.to(device, copy=True)), labels.to(device), eval_logreg.CS,
+                                 progress=True)
+        ours.append(time.perf_counter() - start)
+    if not args.ours_only:
+        start = time.perf_counter()
+        oracle = eval_logreg.fit_by_sklearn(x, labels, cs, tol=1e-4, progress=True, dtype=torch.float32)
+        theirs = (time.perf_counter() - start) * len(eval_logreg.CS) / len(cs)
+    models = models._replace(weight=models.weight.cpu(), bias=models.bias.cpu())
+    rows = [dict(way=f"eval_logreg.py, {int(models.converged.sum())} of {len(eval_logreg.CS)} converged",
+                 fits=str(len(eval_logreg.CS)), s=statistics.median(ours), times_ours=1.0, excess=0.0)]
+    if oracle:
+        excess = max(loss(oracle, j, c) / loss(models, j * args.every, c) - 1 for j, c in enumerate(cs))
+        rows.append(dict(way=f"scikit-learn, {int(oracle.converged.sum())} of {len(cs)} ended by its tol",
+                         fits=f"{len(cs)}, time x {len(eval_logreg.CS) / len(cs):.3g}", s=theirs,
+                         times_ours=theirs / statistics.median(ours), excess=100 * excess))
+    return rows
+
+
+def bench_linear(args, device: torch.device) -> list[dict]:
+    """Rows of {way, ms, times_ours}: a step of SGD of the 52 classifiers on embeddings of --dim, 1000 classes, batch
+    256, against one nn.Linear for each, autograd and torch.optim.SGD."""
+    batch, dim = 256, args.dim
+    x, labels = torch.randn(batch, 5 * dim, device=device), torch.randint(1000, (batch,), device=device)
+    grid = eval_linear.Grid(dim, 4, 1000, eval_linear.RATES, device=device)
+    inputs = [columns for columns in grid.inputs for _ in grid.rates]
+    modules = [torch.nn.Linear(c.stop - c.start, 1000, device=device) for c in inputs]
+    groups = [dict(params=m.parameters(), lr=rate) for m, rate in zip(modules, grid.rates * len(grid.kinds))]
+    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=0)
+
+    def loop():
+        losses = [F.cross_entropy(module(x[:, c]), labels) for module, c in zip(modules, inputs)]
+        optimizer.zero_grad()
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+
+    ways = {"eval_linear.Grid": lambda: grid.step(x, labels, batch, 1e-3), "52 modules and autograd": loop}
+    seconds = measure({name: finished(way, device) for name, way in ways.items()}, args.repeats)
+    return [dict(way=name, ms=1e3 * statistics.median(times), times_ours=statistics.median(
+        t / o for t, o in zip(times, seconds["eval_linear.Grid"]))) for name, times in seconds.items()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+BENCHES = {"data": bench_data, "save": bench_save, "knn": bench_knn, "logreg": bench_logreg, "linear": bench_linear}
 
 
 def parse(argv: list[str] | None):
@@ -215,11 +352,16 @@ def parse(argv: list[str] | None):
     parser.add_argument("what", choices=tuple(BENCHES), help="what to measure")
     parser.add_argument("--data", default="", help="images, named as train.py's --data")
     parser.add_argument("--preset", default="vits16_short", help="of train.py, for `save`")
+    parser.add_argument("--images", type=int, default=100_000, help="for `knn`; `logreg` takes a fifth of it")
+    parser.add_argument("--queries", type=int, default=5_000, help="images to classify, for `knn`")
+    parser.add_argument("--dim", type=int, default=384, help="width of the features, for `knn`, `logreg`, `linear`")
+    parser.add_argument("--every", type=int, default=1, help="for `logreg`: scikit-learn fits every such value of C only")
+    parser.add_argument("--ours-only", action="store_true", help="for `knn` and `logreg`: compare with nothing")
     parser.add_argument("--repeats", type=int, default=7, help="how often everything is measured; medians are shown")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
-    if args.repeats < 1:
-        raise ValueError("--repeats must be 1 or more")
+    if min(args.repeats, args.images, args.queries, args.dim, args.every) < 1:
+        raise ValueError("--repeats, --images, --queries, --dim and --every must be 1 or more")
     if args.preset not in train.PRESETS:
         raise ValueError(f"unknown preset {args.preset!r}{data.nearest(args.preset, train.PRESETS)}")
     return args

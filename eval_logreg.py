@@ -213,14 +213,14 @@ def fit(features: Principal, labels: Tensor, cs, rows: Tensor | None = None, max
 
 
 def fit_by_sklearn(x: Tensor, labels: Tensor, cs, rows: Tensor | None = None, max_iter: int = 1000, tol: float = 1e-6,
-                   progress: bool = False) -> Fit:
-    """The same by scikit-learn, in float64, one value of C after the other. Its `tol` is the largest entry of the
+                   progress: bool = False, dtype: torch.dtype = torch.float64) -> Fit:
+    """The same by scikit-learn, in `dtype`, one value of C after the other. Its `tol` is the largest entry of the
     gradient."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     rows = torch.arange(len(labels)) if rows is None else rows.cpu()
-    x, y, models = x.cpu()[rows].double().numpy(), labels.cpu()[rows].numpy(), []
+    x, y, models = x.cpu()[rows].to(dtype).numpy(), labels.cpu()[rows].numpy(), []
     if len(np.unique(y)) < 2:
         raise ValueError("all training images are of one class; logistic regression needs two or more")
     for c in tqdm(cs, desc="scikit-learn", unit="C", leave=False, disable=None if progress else True):
