@@ -51,6 +51,7 @@ CPU = torch.device("cpu")
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities"),  # torchvision 0.29
               pytest.mark.filterwarnings("ignore:This DataLoader will create")]
 MODULES = ("bench", "data", "eval_knn", "losses", "model", "train")
+torch.set_num_threads(1)  # tensors are tiny here: several threads wait for each other, for long where cores are busy
 
 
 # ----------------------------------------------------------------------------------------------------------------------
