@@ -27,6 +27,7 @@ import sys
 import tarfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -1921,7 +1922,6 @@ ELSEWHERE = {  # tests of their own
 
 def observe(cfg: train.Config, out: Path) -> tuple:
     """All that a run leaves behind, but for timings and the config itself."""
-    shutil.rmtree(out, ignore_errors=True)
     argv = []
     for name, value in dataclasses.asdict(cfg).items():
         flag = name.replace("_", "-")
@@ -1932,12 +1932,18 @@ def observe(cfg: train.Config, out: Path) -> tuple:
     train_main(*argv, "--out", out)
     weights = torch.load(out / "ckpt.pth", weights_only=True)["teacher"]
     files = sorted(str(p.relative_to(out)) for p in [*out.rglob("*.pth"), *out.glob("resume/*")])
-    return metrics(out), files, {k: (tuple(v.shape), v.double().sum().item()) for k, v in weights.items()}
+    lines = metrics(out)
+    shutil.rmtree(out)
+    return lines, files, {k: (tuple(v.shape), v.double().sum().item()) for k, v in weights.items()}
 
 
-def test_train_every_field_has_an_effect(tmp_path, monkeypatch):
-    # only the names of saves are looked at; writing them takes most of the time
-    monkeypatch.setattr(train.dcp, "save", lambda *a, checkpoint_id, **k: Path(checkpoint_id, ".metadata").touch())
+def save_names_alone() -> None:
+    """For a process that calls observe(): only the names of saves are looked at, and writing them takes long."""
+    multiprocessing.set_start_method("fork", force=True)  # of the workers of loaders
+    train.dcp.save = lambda *a, checkpoint_id, **k: Path(checkpoint_id, ".metadata").touch()
+
+
+def test_train_every_field_has_an_effect(tmp_path):
     assert FIELD_CHANGES.keys() == {f.name for f in dataclasses.fields(train.Config)}
     base = train.Config(**train.PRESETS["digits"] | dict(
         batch_size=8, group_size=4, steps=3, warmup_steps=1, num_workers=0, log_every=1, drop_path_rate=0.3,
@@ -1945,18 +1951,19 @@ def test_train_every_field_has_an_effect(tmp_path, monkeypatch):
         jitter=(0.4, 0.4, 0.2, 0.1), warmup_teacher_temp_steps=2, patch_embed_lr_mult=0.5, save_every=2, keep=3))
     need = {f: dict(ibot_separate_head=True) for f in FIELD_CHANGES if f.startswith("ibot_head")}
     need |= {f: dict(eval_every=1) for f in FIELD_CHANGES if f.startswith("eval_")}
-    references = {}
-    base = dataclasses.replace(base, eval_every=0)
-    for name, value in FIELD_CHANGES.items():
-        if name in ELSEWHERE:
-            continue
-        before = dataclasses.replace(base, **need.get(name, {}))
-        key = tuple(sorted(need.get(name, {}).items()))
-        if key not in references:
-            references[key] = observe(before, tmp_path / "out")
-        assert getattr(before, name) != value or name in NO_EFFECT_BY_DESIGN, name
-        after = observe(dataclasses.replace(before, **{name: value}), tmp_path / "out")
-        assert (after != references[key]) == (name not in NO_EFFECT_BY_DESIGN), name
+    base, runs, pairs = dataclasses.replace(base, eval_every=0), {}, {}
+    with ProcessPoolExecutor(2, FORKS, save_names_alone) as pool:
+        for name, value in FIELD_CHANGES.items():
+            if name not in ELSEWHERE:
+                before = dataclasses.replace(base, **need.get(name, {}))
+                assert getattr(before, name) != value or name in NO_EFFECT_BY_DESIGN, name
+                pairs[name] = before, dataclasses.replace(before, **{name: value})
+        for cfg in itertools.chain.from_iterable(pairs.values()):
+            if cfg not in runs:
+                runs[cfg] = pool.submit(observe, cfg, tmp_path / str(len(runs)))
+        for name, (before, after) in pairs.items():
+            changed = runs[before].result() != runs[after].result()
+            assert changed == (name not in NO_EFFECT_BY_DESIGN), name
 
 
 # ----------------------------------------------------------------------------------------------------------------------
