@@ -2094,12 +2094,13 @@ def test_resume_on_other_numbers_of_processes(centering, tmp_path):
     with stochastic depth (test_data_… show that samples, crops, masks and dropped rows are the same to the bit)."""
     log, flags = tmp_path / "log", [*TINY, "--steps", 12, "--drop-path-rate", 0.3, "--batch-size", 16, "--save-every",
                                     5, "--centering", centering]
-    Launched(log, train.main, *flags, "--out", tmp_path / "one").wait()
+    alone = Launched(tmp_path / "log1", train.main, *flags, "--out", tmp_path / "one")
     flags += ["--out", tmp_path / "many"]
     for before, argv, world in ((partial(stop_at, 3), [], 1), (partial(stop_at, 3), [], 2), (partial(stop_at, 3), [], 1),
                                 (None, ["--accum", 2], 2)):
         text = Launched(log, train.main, *flags, *argv, world=world, before=before).wait()
-    assert re.findall(r"step (\d+) of 12, batch 16 on (\d)", text)[1:] == [("0", "1"), ("3", "2"), ("6", "1"), ("9", "2")]
+    assert re.findall(r"step (\d+) of 12, batch 16 on (\d)", text) == [("0", "1"), ("3", "2"), ("6", "1"), ("9", "2")]
+    alone.wait()
     for one, many in zip(metrics(tmp_path / "one"), metrics(tmp_path / "many"), strict=True):
         assert one == pytest.approx(many, rel=1e-3, abs=1e-6)
     one, many = (torch.load(tmp_path / d / "ckpt.pth", weights_only=True)["teacher"] for d in ("one", "many"))
@@ -2294,50 +2295,57 @@ def test_saves_on_a_full_and_on_a_read_only_disk(small_disk, tmp_path):
     """50 steps while the disk is full, then read-only, then neither: as if nothing had been."""
     out, log = small_disk / "out", tmp_path / "log"
     flags = [*TINY, "--steps", 50, "--save-every", 5, "--keep", 1]
-    job = Launched(log, train.main, *flags, "--out", out, before=slowly_and_retrying)
+    (tmp_path / "slow").touch()
+    job = Launched(log, train.main, *flags, "--out", out, before=partial(slowly_and_retrying, tmp_path / "slow"))
+    undisturbed = Launched(tmp_path / "log2", train.main, *flags, "--out", tmp_path / "out")
     job.until("saved step 5")
-    with open(small_disk / "filler", "wb") as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(1 << 16))
-            file.flush()
-    job.until("could not be saved (No space left on device")
+    with open(small_disk / "filler", "wb", buffering=0) as file:
+        while "could not be saved (No space left on device" not in job.text():  # a save under way may give room back
+            assert job.alive(), job.text()
+            try:
+                file.write(bytes(1 << 16))
+            except OSError:
+                time.sleep(0.01)
     (small_disk / "filler").unlink()
     job.until("saved step", more=True)
-    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    remount = lambda how: subprocess.run(["mount", "-o", f"remount,{how}", small_disk]).returncode  # noqa: E731
+    wait_for(lambda: remount("ro") == 0)  # refused while a file is being written
     job.until("could not be saved (Read-only file system")
-    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    assert remount("rw") == 0
+    (tmp_path / "slow").unlink()
     text = job.wait()
     assert "saved step 50" in text and "metrics.jsonl cannot be written" in text
-    Launched(log, train.main, *flags, "--out", tmp_path / "out").wait()
+    undisturbed.wait()
     assert metrics(out) == metrics(tmp_path / "out")
     assert same(*(saved_tensors(p / "resume/step_000000050", tmp_path) for p in (out, tmp_path / "out")))
     assert [p.name for p in (out / "resume").iterdir()] == ["step_000000050"]
 
 
-def slowly_and_retrying() -> None:
-    slowly()
-    train.Saver.RETRY = 0.1
+def slowly_and_retrying(slow: Path) -> None:
+    """Steps that take a while as long as the file `slow` is there."""
+    step, train.Saver.RETRY = train.train_step, 0.1
+    train.train_step = lambda *a: (time.sleep(0.1 * slow.exists()), step(*a))[1]
 
 
 def test_nonfinite_steps_are_skipped_on_all_processes(tmp_path):
     """A NaN in one process's loss: nobody's student, optimiser or centers change, the samples are listed; the run goes
     on with the next. So many in a row end it, saved before."""
     out, log = tmp_path / "out", tmp_path / "log"
-    flags = [*TINY, "--steps", 50, "--save-every", 20, "--centering", "centering", "--max-nonfinite", 3]
-    Launched(log, train.main, *flags, "--out", out, world=2, before=partial(poison, {30, 31, 45})).wait()
+    flags = [*TINY, "--steps", 18, "--save-every", 7, "--centering", "centering", "--max-nonfinite", 3]
+    Launched(log, train.main, *flags, "--out", out, world=2, before=partial(poison, {10, 11, 15})).wait()
     lines = metrics(out)
-    assert len(lines) == 50 and lines[30]["ibot"] is None and lines[29]["ibot"] and lines[-1]["skipped_steps"] == 3
-    assert [r["skipped_steps"] for r in lines[29:32]] == [0, 1, 2]
-    report = json.loads((out / "nonfinite/step_000000030.json").read_text())
+    assert len(lines) == 18 and lines[10]["ibot"] is None and lines[9]["ibot"] and lines[-1]["skipped_steps"] == 3
+    assert [r["skipped_steps"] for r in lines[9:12]] == [0, 1, 2]
+    report = json.loads((out / "nonfinite/step_000000010.json").read_text())
     assert [p["rank"] for p in report["processes"]] == [0, 1] and report["processes"][1]["terms"]["ibot"] == "nan"
-    assert list(report["processes"][1]["samples"]) == [str(s) for s in range(30 * 8 + 4, 30 * 8 + 8)]
+    assert list(report["processes"][1]["samples"]) == [str(s) for s in range(10 * 8 + 4, 10 * 8 + 8)]
     assert report["processes"][0]["terms"]["ibot"] != "nan"
 
     flags[flags.index("--centering") :] = ["--max-nonfinite", 3]
-    text = Launched(log, train.main, *flags, "--out", tmp_path / "end", before=partial(poison, {22, 24, 25, 26})).wait(1)
-    assert "error: loss or gradients were not finite in 3 steps in a row, the last 26" in text
-    assert "The last good save is that of step 20" in text
-    assert (tmp_path / "end/resume/step_000000020/complete").exists()
+    text = Launched(log, train.main, *flags, "--out", tmp_path / "end", before=partial(poison, {8, 10, 11, 12})).wait(1)
+    assert "error: loss or gradients were not finite in 3 steps in a row, the last 12" in text
+    assert "The last good save is that of step 7" in text
+    assert (tmp_path / "end/resume/step_000000007/complete").exists()
 
 
 def poison(steps: set[int]) -> None:
@@ -2450,9 +2458,9 @@ def test_restart_by_torchrun_never_overwrites(tmp_path, monkeypatch):
 def test_deterministic_runs_have_one_hash(tmp_path):
     """The flag reaches PyTorch, the hash is printed, and two runs agree."""
     flags = [*TINY, "--steps", 3, "--deterministic"]
-    text = [Launched(tmp_path / f"log{i}", train.main, *flags, *more, "--out", tmp_path / str(i), before=must_be_exact
-                     ).wait() for i, more in enumerate(([], [], ["--seed", 1]))]
-    hashes = [re.search("weights ([0-9a-f]{64})", t)[1] for t in text]
+    jobs = [Launched(tmp_path / f"log{i}", train.main, *flags, *more, "--out", tmp_path / str(i), before=must_be_exact)
+            for i, more in enumerate(([], [], ["--seed", 1]))]
+    hashes = [re.search("weights ([0-9a-f]{64})", job.wait())[1] for job in jobs]
     assert hashes[0] == hashes[1] != hashes[2]
 
 
