@@ -1198,6 +1198,7 @@ def test_data_workers_and_processes_change_nothing_in_mid_epoch():
 
 def test_data_augment_compiles_and_both_ways_agree():
     rng = random.Random(0)
+    compiled = torch.compile(data.augment_at_once, backend="aot_eager", fullgraph=True, dynamic=False)
     for kind, dtype, channels in ((0, torch.uint8, 3), (1, torch.uint8, 3), (2, torch.uint16, 3), (1, torch.uint8, 4)):
         jitter = dict(jitter=(0.4, 0.4, 0.0, 0.0), gray_prob=0.0) if channels != 3 else {}
         ops = torch.tensor([data.draw_ops(rng, kind, **jitter) for _ in range(60)])
@@ -1206,7 +1207,6 @@ def test_data_augment_compiles_and_both_ways_agree():
         mean, std = (0.4,) * channels, (0.3,) * channels
         at_once = data.augment_at_once(crops, ops, mean, std)
         assert_close(data.augment_by_groups(crops, ops, mean, std), at_once, 1e-5)
-        compiled = torch.compile(data.augment_at_once, backend="aot_eager", fullgraph=True)
         assert_close(compiled(crops, ops, mean, std), at_once, 1e-5)
 
 
@@ -2474,19 +2474,21 @@ def must_be_exact() -> None:
     train.train_step = checked
 
 
-def train_in_agent(argv: list[str]) -> None:
+def train_in_agent(killed: Path, argv: list[str]) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     sys.argv = ["train.py", *argv]
+    step, calls = train.train_step, itertools.count(1)  # nobody gets far before one is killed
+    train.train_step = lambda *a: (next(calls) == 9 and wait_for(killed.exists), step(*a))[1]
     train.main(argv)
 
 
-def quick_agent(endpoint: str, argv: list[str]) -> None:
+def quick_agent(endpoint: str, killed: Path, argv: list[str]) -> None:
     """What `torchrun --nnodes 4 --nproc-per-node 1 --max-restarts 3` does, its worker forked, not started from nothing."""
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     config = launcher.LaunchConfig(min_nodes=4, max_nodes=4, nproc_per_node=1, run_id="four", rdzv_backend="c10d",
                                    rdzv_endpoint=endpoint, max_restarts=3, start_method="fork")
-    launcher.elastic_launch(config, train_in_agent)(argv)
+    launcher.elastic_launch(config, train_in_agent)(killed, argv)
 
 
 def agent(endpoint: str, argv, log: Path, prefix=(), flags=()) -> subprocess.Popen:
@@ -2520,26 +2522,29 @@ def wait_for(condition, seconds: float = 240) -> None:
 FOUR = (*TINY, "--batch-size", 16, "--steps", 24, "--save-every", 5, "--keep", 100)
 
 
-def check_four(tmp_path: Path, n_starts: int) -> None:
-    """All steps are there, as one process would have done them, after so many starts."""
+def check_four(tmp_path: Path, n_starts: int, one: Launched, steps: int = 24) -> None:
+    """All steps are there, as `one` process does them, after so many starts."""
     out, log = tmp_path / "out", (tmp_path / "log").read_text()
-    starts = [int(s) for s in re.findall(r"step (\d+) of 24, batch 16 on 4", log)]
+    starts = [int(s) for s in re.findall(rf"step (\d+) of {steps}, batch 16 on 4", log)]
     assert starts[0] == 0 and starts[1] >= 5 and len(starts) == n_starts, starts
-    assert [r["step"] for r in metrics(out)] == list(range(24))
-    Launched(tmp_path / "log1", train.main, *FOUR, "--out", tmp_path / "one").wait()
+    assert [r["step"] for r in metrics(out)] == list(range(steps))
+    one.wait()
     for four, one in zip(metrics(out), metrics(tmp_path / "one"), strict=True):
         assert four == pytest.approx(one, rel=0.01, abs=1e-5)
 
 
 def test_four_agents_survive_the_loss_of_a_worker(tmp_path):
     """All restart, by themselves, from the last save."""
-    agents = [Launched(tmp_path / "log", partial(quick_agent, f"127.0.0.1:{port}"), *FOUR, "--out", tmp_path / "out")
-              for port in [free_port()] for _ in range(4)]
-    wait_for((tmp_path / "out/resume/step_000000005/complete").exists, 100)
+    flags, killed = [*FOUR, "--steps", 12, "--out"], tmp_path / "killed"
+    quick = partial(quick_agent, f"127.0.0.1:{free_port()}", killed)
+    agents = [Launched(tmp_path / "log", quick, *flags, tmp_path / "out") for _ in range(4)]
+    wait_for((tmp_path / "out/resume/step_000000005/complete").exists)
     os.kill(int(children(agents[3].processes[0])[0]), signal.SIGKILL)
+    killed.touch()
+    one = Launched(tmp_path / "log1", train.main, *flags, tmp_path / "one")
     for a in agents:
         a.wait()
-    check_four(tmp_path, n_starts=2)
+    check_four(tmp_path, n_starts=2, one=one, steps=12)
 
 
 def four_agents(tmp_path: Path, machine_too: bool, endpoint: str = "", machines=((),) * 4) -> None:
@@ -2561,21 +2566,14 @@ def four_agents(tmp_path: Path, machine_too: bool, endpoint: str = "", machines=
     finally:
         for a in agents:
             kill_machine(a)
-    check_four(tmp_path, n_starts=2 + machine_too)
+    one = Launched(tmp_path / "log1", train.main, *FOUR, "--out", tmp_path / "one")
+    check_four(tmp_path, n_starts=2 + machine_too, one=one)
 
 
 SHIMS = dict(  # what the script calls of Slurm, for one machine with one GPU
     scontrol='[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> "$FOLDER/requeued"', srun='shift; echo $$ > "$FOLDER/step"; exec "$@"',
-    torchrun='exec "$PYTHON" -m torch.distributed.run "$@"', scancel='"$PYTHON" "$FOLDER/usr1.py" "$(cat "$FOLDER/step")"')
-SIGNAL_ALL = """
-import os, pathlib, signal, sys
-def all_of(pid):
-    for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        yield from all_of(child)
-    yield int(pid)
-for pid in list(all_of(sys.argv[1])):
-    os.kill(pid, signal.SIGUSR1)
-"""
+    torchrun='exec "$PYTHON" -m torch.distributed.run "$@"', scancel='all() { for c in $(cat "/proc/$1/task/$1/children"); do all "$c"; done; echo "$1"; }; '
+            'kill -USR1 $(all "$(cat "$FOLDER/step")")')
 
 
 def test_slurm_script_of_the_readme(tmp_path):
@@ -2586,7 +2584,6 @@ def test_slurm_script_of_the_readme(tmp_path):
     argv = [*TINY, "--steps", 60, "--num-workers", 1, "--save-every", 30, "--out", tmp_path / "out"]
     script, n = re.subn(r"train.py --preset .* &", f"train.py {shlex.join(map(str, argv))} &", script)
     (tmp_path / "job.sh").write_text(script.replace(":29500", f":{free_port()}"))
-    (tmp_path / "usr1.py").write_text(SIGNAL_ALL)
     assert n == 1
     for name, text in SHIMS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
