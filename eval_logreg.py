@@ -83,9 +83,9 @@ class Objective:
 
     def __call__(self, w: Tensor, models: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """At weights w (A, K, D + 1), bias last, of the models numbered in `models` (A,): loss (A,), its gradient, like
-        w, and an estimate (A, 1, D + 1) of the diagonal of its second derivative."""
+        w, and an estimate of the diagonal of its second derivative, likewise."""
         (n_models, n_classes, width), n = w.shape, len(self.rows)
-        loss, spread = self.penalty.new_zeros(2, n_models)
+        loss, spread = self.penalty.new_zeros(n_models), self.penalty.new_zeros(n_models, n_classes)
         gradient = torch.zeros_like(w)
         step = max(16, (2**26 if w.is_cuda else 2**20) // (n_models * n_classes))  # logits stay in a CPU's cache
         for rows, labels in zip(self.rows.split(step), self.labels.split(step)):
@@ -97,14 +97,14 @@ class Objective:
             total = p.exp_().sum(2, keepdim=True)
             loss += (total[..., 0].log() - own).sum(0, dtype=loss.dtype)
             p /= total
-            spread += (1 - torch.linalg.vector_norm(p, dim=2).square()).sum(0, dtype=loss.dtype)  # sum of p (1 - p)
+            spread += (p - p.square()).sum(0, dtype=loss.dtype)  # p (1 - p) of each class
             p.scatter_add_(2, right, -p.new_ones(1, 1, 1).expand(len(rows), n_models, 1))
             gradient.view(-1, width).addmm_(p.flatten(1).T, x)
-        penalty = self.penalty[models, None] * self.penalised  # (A, D + 1)
-        loss = loss / n + 0.5 * (w.to(penalty).square().sum(1) * penalty).sum(1)
-        gradient = gradient / n + penalty[:, None].to(w.dtype) * w
-        curvature = (spread[:, None] / (n * n_classes)).clamp(min=1e-12) * self.variance + penalty
-        return loss, gradient, curvature[:, None].to(w.dtype)
+        penalty = self.penalty[models, None, None] * self.penalised  # (A, 1, D + 1)
+        loss = loss / n + 0.5 * (w.to(penalty).square() * penalty).flatten(1).sum(1)
+        gradient = gradient / n + penalty.to(w.dtype) * w
+        curvature = (spread[..., None] / n).clamp(min=1e-12) * self.variance + penalty
+        return loss, gradient, curvature.to(w.dtype)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ import threading
 import time
 import types
 import urllib.error
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -56,6 +57,7 @@ CPU = torch.device("cpu")
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities"),  # torchvision 0.29
               pytest.mark.filterwarnings("ignore:This DataLoader will create")]
 MODULES = ("bench", "data", "eval_knn", "eval_linear", "eval_logreg", "hub", "losses", "model", "train")
+torch.set_num_threads(1)  # tensors are tiny here: several threads wait for each other, for long where cores are busy
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -156,9 +158,10 @@ class Launched:
 
     def until(self, text: str, more: bool = False) -> None:
         """Waits until `text` is printed; with `more`, once more than it is by now."""
-        n = self.text().count(text) if more else 0
+        n, alive = self.text().count(text) if more else 0, True
         while self.text().count(text) <= n:
-            assert self.alive(), self.text()
+            assert alive, self.text()
+            alive = self.alive()  # looked up before the text: the last words may come in between
             time.sleep(0.01)
 
     def join(self, seconds: float = 200) -> None:
@@ -190,9 +193,11 @@ def launched(log: Path, main, argv: list[str], rank: int, world: int, port: int,
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """Below the range that connections get theirs from: none takes this one before it is used."""
+    while True:
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("127.0.0.1", random.SystemRandom().randrange(15000, 30000)))
+            return s.getsockname()[1]
 
 
 TINY = ("--batch-size", 8, "--group-size", 4, "--num-workers", 0, "--warmup-steps", 1, "--log-every", 1,
@@ -1202,6 +1207,7 @@ def test_data_workers_and_processes_change_nothing_in_mid_epoch():
 
 def test_data_augment_compiles_and_both_ways_agree():
     rng = random.Random(0)
+    compiled = torch.compile(data.augment_at_once, backend="aot_eager", fullgraph=True, dynamic=False)
     for kind, dtype, channels in ((0, torch.uint8, 3), (1, torch.uint8, 3), (2, torch.uint16, 3), (1, torch.uint8, 4)):
         jitter = dict(jitter=(0.4, 0.4, 0.0, 0.0), gray_prob=0.0) if channels != 3 else {}
         ops = torch.tensor([data.draw_ops(rng, kind, **jitter) for _ in range(60)])
@@ -1210,7 +1216,6 @@ def test_data_augment_compiles_and_both_ways_agree():
         mean, std = (0.4,) * channels, (0.3,) * channels
         at_once = data.augment_at_once(crops, ops, mean, std)
         assert_close(data.augment_by_groups(crops, ops, mean, std), at_once, 1e-5)
-        compiled = torch.compile(data.augment_at_once, backend="aot_eager", fullgraph=True)
         assert_close(compiled(crops, ops, mean, std), at_once, 1e-5)
 
 
@@ -1930,7 +1935,6 @@ ELSEWHERE = {  # tests of their own
 
 def observe(cfg: train.Config, out: Path) -> tuple:
     """All that a run leaves behind, but for timings and the config itself."""
-    shutil.rmtree(out, ignore_errors=True)
     argv = []
     for name, value in dataclasses.asdict(cfg).items():
         flag = name.replace("_", "-")
@@ -1941,12 +1945,18 @@ def observe(cfg: train.Config, out: Path) -> tuple:
     train_main(*argv, "--out", out)
     weights = torch.load(out / "ckpt.pth", weights_only=True)["teacher"]
     files = sorted(str(p.relative_to(out)) for p in [*out.rglob("*.pth"), *out.glob("resume/*")])
-    return metrics(out), files, {k: (tuple(v.shape), v.double().sum().item()) for k, v in weights.items()}
+    lines = metrics(out)
+    shutil.rmtree(out)
+    return lines, files, {k: (tuple(v.shape), v.double().sum().item()) for k, v in weights.items()}
 
 
-def test_train_every_field_has_an_effect(tmp_path, monkeypatch):
-    # only the names of saves are looked at; writing them takes most of the time
-    monkeypatch.setattr(train.dcp, "save", lambda *a, checkpoint_id, **k: Path(checkpoint_id, ".metadata").touch())
+def save_names_alone() -> None:
+    """For a process that calls observe(): only the names of saves are looked at, and writing them takes long."""
+    multiprocessing.set_start_method("fork", force=True)  # of the workers of loaders
+    train.dcp.save = lambda *a, checkpoint_id, **k: Path(checkpoint_id, ".metadata").touch()
+
+
+def test_train_every_field_has_an_effect(tmp_path):
     assert FIELD_CHANGES.keys() == {f.name for f in dataclasses.fields(train.Config)}
     base = train.Config(**train.PRESETS["digits"] | dict(
         batch_size=8, group_size=4, steps=3, warmup_steps=1, num_workers=0, log_every=1, drop_path_rate=0.3,
@@ -1954,18 +1964,19 @@ def test_train_every_field_has_an_effect(tmp_path, monkeypatch):
         jitter=(0.4, 0.4, 0.2, 0.1), warmup_teacher_temp_steps=2, patch_embed_lr_mult=0.5, save_every=2, keep=3))
     need = {f: dict(ibot_separate_head=True) for f in FIELD_CHANGES if f.startswith("ibot_head")}
     need |= {f: dict(eval_every=1) for f in FIELD_CHANGES if f.startswith("eval_")}
-    references = {}
-    base = dataclasses.replace(base, eval_every=0)
-    for name, value in FIELD_CHANGES.items():
-        if name in ELSEWHERE:
-            continue
-        before = dataclasses.replace(base, **need.get(name, {}))
-        key = tuple(sorted(need.get(name, {}).items()))
-        if key not in references:
-            references[key] = observe(before, tmp_path / "out")
-        assert getattr(before, name) != value or name in NO_EFFECT_BY_DESIGN, name
-        after = observe(dataclasses.replace(before, **{name: value}), tmp_path / "out")
-        assert (after != references[key]) == (name not in NO_EFFECT_BY_DESIGN), name
+    base, runs, pairs = dataclasses.replace(base, eval_every=0), {}, {}
+    with ProcessPoolExecutor(2, FORKS, save_names_alone) as pool:
+        for name, value in FIELD_CHANGES.items():
+            if name not in ELSEWHERE:
+                before = dataclasses.replace(base, **need.get(name, {}))
+                assert getattr(before, name) != value or name in NO_EFFECT_BY_DESIGN, name
+                pairs[name] = before, dataclasses.replace(before, **{name: value})
+        for cfg in itertools.chain.from_iterable(pairs.values()):
+            if cfg not in runs:
+                runs[cfg] = pool.submit(observe, cfg, tmp_path / str(len(runs)))
+        for name, (before, after) in pairs.items():
+            changed = runs[before].result() != runs[after].result()
+            assert changed == (name not in NO_EFFECT_BY_DESIGN), name
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2055,14 +2066,15 @@ def test_resume_after_signals(name, world, straight, tmp_path):
 
 
 def test_resume_second_ctrl_c_ends_at_once(tmp_path):
-    job = Launched(tmp_path / "log", train.main, *LASTING, "--out", tmp_path / "out", before=slow_saves)
-    job.until("step 0 of 14")
-    time.sleep(2)
-    for _ in range(3):  # the second comes at once, as torchrun's echo, and is ignored
+    job = Launched(tmp_path / "log", train.main, *LASTING, "--out", tmp_path / "out", before=endless_saves)
+    job.until("saving")
+    job.signal(signal.SIGINT)
+    job.until("finishing the step")
+    for _ in range(2):  # these come at once, as torchrun's echo, and are ignored
         job.signal(signal.SIGINT)
         time.sleep(0.05)
+    time.sleep(1.5)
     assert job.alive()
-    time.sleep(0.6)
     job.signal(signal.SIGINT)
     assert "stopped at once; the same command continues" in job.wait(130)
     assert not (tmp_path / "out/lock").exists()
@@ -2074,9 +2086,9 @@ def slowly() -> None:
     train.train_step = lambda *a: (time.sleep(0.1), step(*a))[1]
 
 
-def slow_saves() -> None:
-    save = train.dcp.save
-    train.dcp.save = lambda *a, **k: (time.sleep(5), save(*a, **k))
+def endless_saves() -> None:
+    train.dcp.save = lambda *a, **k: (print("saving", flush=True), time.sleep(1000))
+    train.StopSignals.ECHO = 1.0  # so that a machine that stalls for half a second does no harm
 
 
 def stop_at(step: int) -> None:
@@ -2091,12 +2103,13 @@ def test_resume_on_other_numbers_of_processes(centering, tmp_path):
     with stochastic depth (test_data_… show that samples, crops, masks and dropped rows are the same to the bit)."""
     log, flags = tmp_path / "log", [*TINY, "--steps", 12, "--drop-path-rate", 0.3, "--batch-size", 16, "--save-every",
                                     5, "--centering", centering]
-    Launched(log, train.main, *flags, "--out", tmp_path / "one").wait()
+    alone = Launched(tmp_path / "log1", train.main, *flags, "--out", tmp_path / "one")
     flags += ["--out", tmp_path / "many"]
     for before, argv, world in ((partial(stop_at, 3), [], 1), (partial(stop_at, 3), [], 2), (partial(stop_at, 3), [], 1),
                                 (None, ["--accum", 2], 2)):
         text = Launched(log, train.main, *flags, *argv, world=world, before=before).wait()
-    assert re.findall(r"step (\d+) of 12, batch 16 on (\d)", text)[1:] == [("0", "1"), ("3", "2"), ("6", "1"), ("9", "2")]
+    assert re.findall(r"step (\d+) of 12, batch 16 on (\d)", text) == [("0", "1"), ("3", "2"), ("6", "1"), ("9", "2")]
+    alone.wait()
     for one, many in zip(metrics(tmp_path / "one"), metrics(tmp_path / "many"), strict=True):
         assert one == pytest.approx(many, rel=1e-3, abs=1e-6)
     one, many = (torch.load(tmp_path / d / "ckpt.pth", weights_only=True)["teacher"] for d in ("one", "many"))
@@ -2191,8 +2204,14 @@ def test_saves_show_the_step_they_began_at_while_training_goes_on(tmp_path, monk
                 time.sleep(0.01)
         return save(*args, **options)
 
+    def counted(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            wait_for(lambda: began)  # else a thread that starts late would find the last step done
+        return step(*args)
+
     monkeypatch.setattr(train.dcp, "save", slow_save)
-    monkeypatch.setattr(train, "train_step", lambda *a: (calls.append(1), step(*a))[1])
+    monkeypatch.setattr(train, "train_step", counted)
     train_main(*flags, "--out", tmp_path / "slow")
     assert 3 <= began[0] < 6 and began[1] == 6
     for name in ("step_000000003", "step_000000006"):
@@ -2200,28 +2219,34 @@ def test_saves_show_the_step_they_began_at_while_training_goes_on(tmp_path, monk
         assert same(quick, slow)
 
 
-def test_saves_by_minutes(tmp_path):
+def saving() -> bool:
+    """Whether a save of a run in this process is under way."""
+    return any(thread.name.endswith("(write)") for thread in threading.enumerate())
+
+
+def test_saves_by_minutes(tmp_path, monkeypatch):
+    step = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *a: (wait_for(lambda: not saving()), step(*a))[1])
     train_main(*TINY, "--steps", 6, "--save-minutes", 1e-9, "--keep", 9, "--out", tmp_path / "out")
     steps = sorted(int(p.name[5:]) for p in (tmp_path / "out/resume").iterdir())
-    assert steps[-1] == 6 and len(steps) >= 3 and steps[0] > 1  # one may be under way when the next is due
+    assert steps == [2, 4, 6]  # asked for at the end of one step, heard at the end of the next
 
 
 def test_saves_that_fail_are_retried(tmp_path, monkeypatch, capsys):
     """Something in the way of resume/: the run goes on, says so, and saves once it is gone; with no patience it ends,
     naming the last good save."""
     out, step, calls = tmp_path / "out", train.train_step, []
-    monkeypatch.setattr(train.Saver, "RETRY", 0.05)
+    monkeypatch.setattr(train.Saver, "RETRY", 0.0)
 
     def blocked(*args):
         calls.append(1)
+        wait_for(lambda: not saving())
         if len(calls) == 3:
-            wait_for(lambda: (out / "resume/step_000000002").exists())
             os.rename(out / "resume", out / "away")
             (out / "resume").write_text("in the way")
         if len(calls) == 8:
             (out / "resume").unlink()
             os.rename(out / "away", out / "resume")
-        time.sleep(0.1)
         return step(*args)
 
     monkeypatch.setattr(train, "train_step", blocked)
@@ -2279,50 +2304,57 @@ def test_saves_on_a_full_and_on_a_read_only_disk(small_disk, tmp_path):
     """50 steps while the disk is full, then read-only, then neither: as if nothing had been."""
     out, log = small_disk / "out", tmp_path / "log"
     flags = [*TINY, "--steps", 50, "--save-every", 5, "--keep", 1]
-    job = Launched(log, train.main, *flags, "--out", out, before=slowly_and_retrying)
+    (tmp_path / "slow").touch()
+    job = Launched(log, train.main, *flags, "--out", out, before=partial(slowly_and_retrying, tmp_path / "slow"))
+    undisturbed = Launched(tmp_path / "log2", train.main, *flags, "--out", tmp_path / "out")
     job.until("saved step 5")
-    with open(small_disk / "filler", "wb") as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(1 << 16))
-            file.flush()
-    job.until("could not be saved (No space left on device")
+    with open(small_disk / "filler", "wb", buffering=0) as file:
+        while "could not be saved (No space left on device" not in job.text():  # a save under way may give room back
+            assert job.alive(), job.text()
+            try:
+                file.write(bytes(1 << 16))
+            except OSError:
+                time.sleep(0.01)
     (small_disk / "filler").unlink()
     job.until("saved step", more=True)
-    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    remount = lambda how: subprocess.run(["mount", "-o", f"remount,{how}", small_disk]).returncode  # noqa: E731
+    wait_for(lambda: remount("ro") == 0)  # refused while a file is being written
     job.until("could not be saved (Read-only file system")
-    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    assert remount("rw") == 0
+    (tmp_path / "slow").unlink()
     text = job.wait()
     assert "saved step 50" in text and "metrics.jsonl cannot be written" in text
-    Launched(log, train.main, *flags, "--out", tmp_path / "out").wait()
+    undisturbed.wait()
     assert metrics(out) == metrics(tmp_path / "out")
     assert same(*(saved_tensors(p / "resume/step_000000050", tmp_path) for p in (out, tmp_path / "out")))
     assert [p.name for p in (out / "resume").iterdir()] == ["step_000000050"]
 
 
-def slowly_and_retrying() -> None:
-    slowly()
-    train.Saver.RETRY = 0.1
+def slowly_and_retrying(slow: Path) -> None:
+    """Steps that take a while as long as the file `slow` is there."""
+    step, train.Saver.RETRY = train.train_step, 0.1
+    train.train_step = lambda *a: (time.sleep(0.1 * slow.exists()), step(*a))[1]
 
 
 def test_nonfinite_steps_are_skipped_on_all_processes(tmp_path):
     """A NaN in one process's loss: nobody's student, optimiser or centers change, the samples are listed; the run goes
     on with the next. So many in a row end it, saved before."""
     out, log = tmp_path / "out", tmp_path / "log"
-    flags = [*TINY, "--steps", 50, "--save-every", 20, "--centering", "centering", "--max-nonfinite", 3]
-    Launched(log, train.main, *flags, "--out", out, world=2, before=partial(poison, {30, 31, 45})).wait()
+    flags = [*TINY, "--steps", 18, "--save-every", 7, "--centering", "centering", "--max-nonfinite", 3]
+    Launched(log, train.main, *flags, "--out", out, world=2, before=partial(poison, {10, 11, 15})).wait()
     lines = metrics(out)
-    assert len(lines) == 50 and lines[30]["ibot"] is None and lines[29]["ibot"] and lines[-1]["skipped_steps"] == 3
-    assert [r["skipped_steps"] for r in lines[29:32]] == [0, 1, 2]
-    report = json.loads((out / "nonfinite/step_000000030.json").read_text())
+    assert len(lines) == 18 and lines[10]["ibot"] is None and lines[9]["ibot"] and lines[-1]["skipped_steps"] == 3
+    assert [r["skipped_steps"] for r in lines[9:12]] == [0, 1, 2]
+    report = json.loads((out / "nonfinite/step_000000010.json").read_text())
     assert [p["rank"] for p in report["processes"]] == [0, 1] and report["processes"][1]["terms"]["ibot"] == "nan"
-    assert list(report["processes"][1]["samples"]) == [str(s) for s in range(30 * 8 + 4, 30 * 8 + 8)]
+    assert list(report["processes"][1]["samples"]) == [str(s) for s in range(10 * 8 + 4, 10 * 8 + 8)]
     assert report["processes"][0]["terms"]["ibot"] != "nan"
 
     flags[flags.index("--centering") :] = ["--max-nonfinite", 3]
-    text = Launched(log, train.main, *flags, "--out", tmp_path / "end", before=partial(poison, {22, 24, 25, 26})).wait(1)
-    assert "error: loss or gradients were not finite in 3 steps in a row, the last 26" in text
-    assert "The last good save is that of step 20" in text
-    assert (tmp_path / "end/resume/step_000000020/complete").exists()
+    text = Launched(log, train.main, *flags, "--out", tmp_path / "end", before=partial(poison, {8, 10, 11, 12})).wait(1)
+    assert "error: loss or gradients were not finite in 3 steps in a row, the last 12" in text
+    assert "The last good save is that of step 7" in text
+    assert (tmp_path / "end/resume/step_000000007/complete").exists()
 
 
 def poison(steps: set[int]) -> None:
@@ -2387,18 +2419,27 @@ def test_lock_keeps_a_second_run_away(tmp_path, monkeypatch, capsys):
 
 def test_lock_of_other_machines_and_times(tmp_path, monkeypatch):
     """Dead: no such process, or its number used again, or silent on another machine. Alive: touched by another."""
-    monkeypatch.setattr(train.OutputLock, "DEATH", 2.0)
+    naps, sign_of_life = [], [None]
+
+    def sleep(seconds):
+        naps.append(seconds)
+        if len(naps) == sign_of_life[0]:
+            os.utime(tmp_path / "lock", (1, 1))
+
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(sleep=sleep))
     for changes in (dict(pid=2**22 + 1), dict(start="1"), dict(host="elsewhere"), dict(boot="before"), dict(space="x")):
+        naps.clear()
         lock_of(tmp_path, **changes)
         train.OutputLock(tmp_path).release()
+        assert sum(naps) == (0 if changes.keys() & {"pid", "start"} else 60), changes
     (tmp_path / "lock").write_text("")  # made by one that died at that moment
     train.OutputLock(tmp_path).release()
     lock_of(tmp_path)
     with pytest.raises(ValueError, match="is in use by process"):
         train.OutputLock(tmp_path)
     lock_of(tmp_path, host="elsewhere")
-    beating = threading.Timer(1.2, lambda: os.utime(tmp_path / "lock"))
-    beating.start()
+    naps.clear()
+    sign_of_life[0] = 60  # at the last moment
     with pytest.raises(ValueError, match="is in use by process .* on elsewhere"):
         train.OutputLock(tmp_path)
 
@@ -2426,9 +2467,9 @@ def test_restart_by_torchrun_never_overwrites(tmp_path, monkeypatch):
 def test_deterministic_runs_have_one_hash(tmp_path):
     """The flag reaches PyTorch, the hash is printed, and two runs agree."""
     flags = [*TINY, "--steps", 3, "--deterministic"]
-    text = [Launched(tmp_path / f"log{i}", train.main, *flags, *more, "--out", tmp_path / str(i), before=must_be_exact
-                     ).wait() for i, more in enumerate(([], [], ["--seed", 1]))]
-    hashes = [re.search("weights ([0-9a-f]{64})", t)[1] for t in text]
+    jobs = [Launched(tmp_path / f"log{i}", train.main, *flags, *more, "--out", tmp_path / str(i), before=must_be_exact)
+            for i, more in enumerate(([], [], ["--seed", 1]))]
+    hashes = [re.search("weights ([0-9a-f]{64})", job.wait())[1] for job in jobs]
     assert hashes[0] == hashes[1] != hashes[2]
 
 
@@ -2442,19 +2483,21 @@ def must_be_exact() -> None:
     train.train_step = checked
 
 
-def train_in_agent(argv: list[str]) -> None:
+def train_in_agent(killed: Path, argv: list[str]) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     sys.argv = ["train.py", *argv]
+    step, calls = train.train_step, itertools.count(1)  # nobody gets far before one is killed
+    train.train_step = lambda *a: (next(calls) == 9 and wait_for(killed.exists), step(*a))[1]
     train.main(argv)
 
 
-def quick_agent(endpoint: str, argv: list[str]) -> None:
+def quick_agent(endpoint: str, killed: Path, argv: list[str]) -> None:
     """What `torchrun --nnodes 4 --nproc-per-node 1 --max-restarts 3` does, its worker forked, not started from nothing."""
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     config = launcher.LaunchConfig(min_nodes=4, max_nodes=4, nproc_per_node=1, run_id="four", rdzv_backend="c10d",
                                    rdzv_endpoint=endpoint, max_restarts=3, start_method="fork")
-    launcher.elastic_launch(config, train_in_agent)(argv)
+    launcher.elastic_launch(config, train_in_agent)(killed, argv)
 
 
 def agent(endpoint: str, argv, log: Path, prefix=(), flags=()) -> subprocess.Popen:
@@ -2488,26 +2531,29 @@ def wait_for(condition, seconds: float = 240) -> None:
 FOUR = (*TINY, "--batch-size", 16, "--steps", 24, "--save-every", 5, "--keep", 100)
 
 
-def check_four(tmp_path: Path, n_starts: int) -> None:
-    """All steps are there, as one process would have done them, after so many starts."""
+def check_four(tmp_path: Path, n_starts: int, one: Launched, steps: int = 24) -> None:
+    """All steps are there, as `one` process does them, after so many starts."""
     out, log = tmp_path / "out", (tmp_path / "log").read_text()
-    starts = [int(s) for s in re.findall(r"step (\d+) of 24, batch 16 on 4", log)]
+    starts = [int(s) for s in re.findall(rf"step (\d+) of {steps}, batch 16 on 4", log)]
     assert starts[0] == 0 and starts[1] >= 5 and len(starts) == n_starts, starts
-    assert [r["step"] for r in metrics(out)] == list(range(24))
-    Launched(tmp_path / "log1", train.main, *FOUR, "--out", tmp_path / "one").wait()
+    assert [r["step"] for r in metrics(out)] == list(range(steps))
+    one.wait()
     for four, one in zip(metrics(out), metrics(tmp_path / "one"), strict=True):
         assert four == pytest.approx(one, rel=0.01, abs=1e-5)
 
 
 def test_four_agents_survive_the_loss_of_a_worker(tmp_path):
     """All restart, by themselves, from the last save."""
-    agents = [Launched(tmp_path / "log", partial(quick_agent, f"127.0.0.1:{port}"), *FOUR, "--out", tmp_path / "out")
-              for port in [free_port()] for _ in range(4)]
-    wait_for((tmp_path / "out/resume/step_000000005/complete").exists, 100)
+    flags, killed = [*FOUR, "--steps", 12, "--out"], tmp_path / "killed"
+    quick = partial(quick_agent, f"127.0.0.1:{free_port()}", killed)
+    agents = [Launched(tmp_path / "log", quick, *flags, tmp_path / "out") for _ in range(4)]
+    wait_for((tmp_path / "out/resume/step_000000005/complete").exists)
     os.kill(int(children(agents[3].processes[0])[0]), signal.SIGKILL)
+    killed.touch()
+    one = Launched(tmp_path / "log1", train.main, *flags, tmp_path / "one")
     for a in agents:
         a.wait()
-    check_four(tmp_path, n_starts=2)
+    check_four(tmp_path, n_starts=2, one=one, steps=12)
 
 
 def four_agents(tmp_path: Path, machine_too: bool, endpoint: str = "", machines=((),) * 4) -> None:
@@ -2529,21 +2575,14 @@ def four_agents(tmp_path: Path, machine_too: bool, endpoint: str = "", machines=
     finally:
         for a in agents:
             kill_machine(a)
-    check_four(tmp_path, n_starts=2 + machine_too)
+    one = Launched(tmp_path / "log1", train.main, *FOUR, "--out", tmp_path / "one")
+    check_four(tmp_path, n_starts=2 + machine_too, one=one)
 
 
 SHIMS = dict(  # what the script calls of Slurm, for one machine with one GPU
     scontrol='[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> "$FOLDER/requeued"', srun='shift; echo $$ > "$FOLDER/step"; exec "$@"',
-    torchrun='exec "$PYTHON" -m torch.distributed.run "$@"', scancel='"$PYTHON" "$FOLDER/usr1.py" "$(cat "$FOLDER/step")"')
-SIGNAL_ALL = """
-import os, pathlib, signal, sys
-def all_of(pid):
-    for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        yield from all_of(child)
-    yield int(pid)
-for pid in list(all_of(sys.argv[1])):
-    os.kill(pid, signal.SIGUSR1)
-"""
+    torchrun='exec "$PYTHON" -m torch.distributed.run "$@"', scancel='all() { for c in $(cat "/proc/$1/task/$1/children"); do all "$c"; done; echo "$1"; }; '
+            'kill -USR1 $(all "$(cat "$FOLDER/step")")')
 
 
 def test_slurm_script_of_the_readme(tmp_path):
@@ -2554,7 +2593,6 @@ def test_slurm_script_of_the_readme(tmp_path):
     argv = [*TINY, "--steps", 60, "--num-workers", 1, "--save-every", 30, "--out", tmp_path / "out"]
     script, n = re.subn(r"train.py --preset .* &", f"train.py {shlex.join(map(str, argv))} &", script)
     (tmp_path / "job.sh").write_text(script.replace(":29500", f":{free_port()}"))
-    (tmp_path / "usr1.py").write_text(SIGNAL_ALL)
     assert n == 1
     for name, text in SHIMS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
@@ -3582,9 +3620,9 @@ def test_eval_logreg_gradient_and_curvature():
     assert_close(value, loss.detach(), 1e-12)
     assert_close(gradient, w.grad, 1e-12)
     p = torch.softmax(features.x @ w[0, :, :4].T.detach() + w[0, :, 4].detach(), 1)
-    spread = (p * (1 - p)).mean()
+    spread = (p * (1 - p))[:, 1].mean()
     expected = spread * torch.cat([features.variance, torch.ones(1)]) + torch.tensor([1, 1, 1, 1, 0]) / 5.0
-    assert_close(curvature[0, 0], expected.detach(), 1e-7)
+    assert_close(curvature[0, 1], expected.detach(), 1e-7)
     variance = features.x.square().mean(0)
     assert_close(variance, features.variance, 1e-12)
     assert_close(features.x.T @ features.x / 50, torch.diag(variance), 1e-12)
