@@ -232,8 +232,8 @@ def finished(function, device: torch.device):
 
 
 def bench_knn(args, device: torch.device) -> list[dict]:
-    """Rows of {way, s, times_product, GB}: the classification of --queries by the 10, 20, 100 and 200 nearest of --images
-    of --dim, in 1000 classes. times_product: against the bare matrix product, in the same chunks, of the same run."""
+    """Rows of {way, s, times_product, GB}: the classification of --queries by the 10, 20, 100 and 200 nearest of
+    --images of --dim, in 1000 classes. times_product: against the bare matrix product, in the same chunks."""
     n, n_queries, chunk = args.images, args.queries, min(256, args.queries)
     generator = torch.Generator().manual_seed(0)
     bank, queries = (eval_knn.normalize_rows_(torch.empty(m, args.dim).normal_(generator=generator)).to(device)
@@ -288,8 +288,8 @@ def bench_logreg(args, device: torch.device) -> list[dict]:
     generator = torch.Generator().manual_seed(0)
     scales = torch.arange(1, dim + 1) ** -0.5  # a spectrum such as features have
     labels = torch.arange(n) % n_classes
-    x = torch.randn(n_classes, dim, generator=generator)[labels] * 0.6 + torch.randn(n, dim, generator=generator) * 1.5
-    x = 3 * (x * scales) @ torch.linalg.qr(torch.randn(dim, dim, generator=generator)).Q + 1
+    centers, noise = (torch.randn(m, dim, generator=generator) for m in (n_classes, n))
+    x = 3 * ((0.6 * centers[labels] + 1.5 * noise) * scales) @ torch.linalg.qr(torch.randn(dim, dim, generator=generator)).Q + 1
     cs = eval_logreg.CS[:: args.every]
 
     def loss(models, j: int, c: float) -> float:
@@ -355,7 +355,7 @@ def parse(argv: list[str] | None):
     parser.add_argument("--images", type=int, default=100_000, help="for `knn`; `logreg` takes a fifth of it")
     parser.add_argument("--queries", type=int, default=5_000, help="images to classify, for `knn`")
     parser.add_argument("--dim", type=int, default=384, help="width of the features, for `knn`, `logreg`, `linear`")
-    parser.add_argument("--every", type=int, default=1, help="for `logreg`: scikit-learn fits every such value of C only")
+    parser.add_argument("--every", type=int, default=1, help="for `logreg`: scikit-learn fits every such value of C")
     parser.add_argument("--ours-only", action="store_true", help="for `knn` and `logreg`: compare with nothing")
     parser.add_argument("--repeats", type=int, default=7, help="how often everything is measured; medians are shown")
     parser.add_argument("--json", action="store_true", help="print JSON")

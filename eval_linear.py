@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -45,23 +46,26 @@ class Grid:
     """Linear classifiers on the embeddings (B, (L+1)*D) of `embed`: CLS tokens of the last L blocks, mean patch token.
     For each kind, n last blocks with or without the mean patch, there is one for each of R learning rates.
 
-    What a kind takes are adjacent columns of the embedding. The weights of all kinds lie side by side in one matrix
-    (R*C, sum of the kinds' widths), so a kind is one matrix product, and a step of SGD is one update of one tensor.
+    What a kind takes are adjacent columns of the embedding, and a kind is one matrix product: `weights[kind]` (R*C,
+    width), `biases[kind]` (R*C, 1). All are views of one flat tensor, `values`, as are their gradients and velocities.
     """
 
     def __init__(self, dim: int, n_last: int, n_classes: int, rates, kinds=None, device="cpu", seed: int = 0):
         self.kinds = kinds or [(n, pool) for n in sorted({1, n_last}) for pool in (False, True)]
         self.n_last, self.dim, self.n_classes, self.rates = n_last, dim, n_classes, list(rates)
         self.inputs = [slice((n_last - n) * dim, (n_last + pool) * dim) for n, pool in self.kinds]
-        ends = np.cumsum([0] + [s.stop - s.start for s in self.inputs]).tolist()
-        self.places = [slice(*ends[i : i + 2]) for i in range(len(self.kinds))]  # of each kind, in `weight`
         rows = len(self.rates) * n_classes
-        weight = torch.randn(rows, ends[-1] + len(self.kinds), generator=torch.Generator().manual_seed(seed)) * 0.01
-        weight[:, ends[-1] :] = 0  # biases, a column for each kind
-        self.weight = weight.to(device)
-        self.bias = self.weight[:, ends[-1] :]
-        self.velocity, self.gradient = torch.zeros_like(self.weight), torch.empty_like(self.weight)
-        self.row_rates = torch.tensor(self.rates, device=device).repeat_interleave(n_classes)[:, None]
+        shapes = [(rows, s.stop - s.start) for s in self.inputs] + [(rows, 1)] * len(self.kinds)
+        generator = torch.Generator().manual_seed(seed)
+        parts = [torch.randn(shape, generator=generator) * (0.01 if shape[1] > 1 else 0.0) for shape in shapes]
+        self.values = torch.cat([part.flatten() for part in parts]).to(device)
+        self.gradient, self.velocity = torch.empty_like(self.values), torch.zeros_like(self.values)
+        split = lambda flat: [part.view(shape) for part, shape in zip(  # noqa: E731
+            flat.split([math.prod(shape) for shape in shapes]), shapes)]
+        self.parts = list(zip(split(self.values), split(self.gradient), split(self.velocity)))
+        self.weights, self.biases = ([part[0] for part in parts] for parts in (
+            self.parts[: len(self.kinds)], self.parts[len(self.kinds) :]))
+        self.row_rates = torch.tensor(self.rates, device=device).repeat_interleave(n_classes)[:, None]  # (R*C, 1)
 
     def names(self) -> list[str]:
         """The official names, kind by kind; with more digits where rates are too small for these."""
@@ -72,17 +76,17 @@ class Grid:
 
     def logits(self, x: Tensor):
         """For each kind, (B, R, C)."""
-        for i, (columns, place) in enumerate(zip(self.inputs, self.places)):
-            scores = torch.addmm(self.bias[:, i], x[:, columns], self.weight[:, place].T)
+        for columns, weight, bias in zip(self.inputs, self.weights, self.biases):
+            scores = torch.addmm(bias[:, 0], x[:, columns], weight.T)
             yield scores.unflatten(1, (len(self.rates), self.n_classes))
 
     def step(self, x: Tensor, labels: Tensor, batch_size: int, factor: float) -> Tensor:
         """A step of SGD with momentum, at `factor` times the learning rates, on the mean cross-entropy over the
         `batch_size` images of all processes, of which these are x (B, (L+1)*D) and labels (B,). Returns the losses
         (kinds, R), summed over these images, divided by batch_size."""
-        losses, end = [], self.places[-1].stop
+        losses, kinds = [], len(self.kinds)
         right = labels[:, None, None].expand(-1, len(self.rates), 1)
-        for i, (columns, place, p) in enumerate(zip(self.inputs, self.places, self.logits(x))):
+        for columns, p, weight, bias in zip(self.inputs, self.logits(x), self.parts, self.parts[kinds:]):
             p -= p.amax(2, keepdim=True)
             own = p.gather(2, right)[..., 0]
             total = p.exp_().sum(2, keepdim=True)
@@ -90,12 +94,13 @@ class Grid:
             p /= total * batch_size
             p.scatter_add_(2, right, p.new_full((1, 1, 1), -1 / batch_size).expand_as(right))
             p = p.flatten(1)  # (B, R*C), the gradient of the mean loss
-            torch.mm(p.T, x[:, columns], out=self.gradient[:, place])
-            torch.sum(p, 0, out=self.gradient[:, end + i])
+            torch.mm(p.T, x[:, columns], out=weight[1])
+            torch.sum(p, 0, out=bias[1][:, 0])
         if world()[1] > 1:
             dist.all_reduce(self.gradient)
         self.velocity.mul_(0.9).add_(self.gradient)
-        self.weight.addcmul_(self.velocity, self.row_rates, value=-factor)
+        for value, _, velocity in self.parts:
+            value.addcmul_(velocity, self.row_rates, value=-factor)
         return torch.stack(losses)
 
     def predict(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
@@ -106,16 +111,16 @@ class Grid:
             scores = scores if columns is None else scores[..., columns]
             best.append(scores.topk(min(5, scores.shape[-1])).indices.int())
         best = torch.cat(best, 1)
-        return torch.nn.functional.pad(best, (0, 5 - best.shape[2]), value=-1)
+        return F.pad(best, (0, 5 - best.shape[2]), value=-1)
 
     def head(self, j: int) -> dict[str, Tensor]:
         """Classifier j as a released head: weight (C, (1+n)*D) on n CLS tokens and the mean patch token, bias (C,). One
         that does without the patches has zeros there."""
         kind, rate = divmod(j, len(self.rates))
         rows = slice(rate * self.n_classes, (rate + 1) * self.n_classes)
-        (n, _), weight = self.kinds[kind], self.weight[rows, self.places[kind]]
-        weight = torch.nn.functional.pad(weight, (0, (1 + n) * self.dim - weight.shape[1]))
-        return dict(weight=weight.cpu().clone(), bias=self.bias[rows, kind].cpu().clone())
+        n, weight = self.kinds[kind][0], self.weights[kind][rows]
+        weight = F.pad(weight, (0, (1 + n) * self.dim - weight.shape[1]))
+        return dict(weight=weight.cpu().clone(), bias=self.biases[kind][rows, 0].cpu().clone())
 
     @classmethod
     def from_head(cls, path: str, dim: int, n_blocks: int, device) -> "Grid":
@@ -130,7 +135,7 @@ class Grid:
             raise ValueError(f"{path} is the head of another backbone: it takes {weight.shape[1]} features, those of "
                              f"this one are {2 * dim} (1 layer) or {(1 + most) * dim} ({most} layers)")
         grid = cls(dim, layers, len(weight), [0.0], [(layers, True)], device)
-        grid.weight.copy_(torch.cat([weight, bias[:, None]], 1))
+        grid.values.copy_(torch.cat([weight.flatten(), bias]))
         return grid
 
 
@@ -298,7 +303,7 @@ class Probe:
         if self.path.exists() and not self.e.args.no_resume:
             try:
                 state = read_checkpoint(str(self.path))
-                self.grid.weight.copy_(state["weight"])
+                self.grid.values.copy_(state["values"])
                 self.grid.velocity.copy_(state["velocity"])
                 self.done, self.curve = state["done"], state["curve"]
                 self.say(f"goes on after step {self.done} of {self.steps}, from {self.path}")
@@ -307,7 +312,7 @@ class Probe:
 
     def save(self) -> None:
         if world()[0] == 0:
-            state = dict(weight=self.grid.weight, velocity=self.grid.velocity, done=self.done, curve=self.curve)
+            state = dict(values=self.grid.values, velocity=self.grid.velocity, done=self.done, curve=self.curve)
             write_file(self.path, partial(torch.save, state))
 
     def say(self, text: str) -> None:

@@ -3402,8 +3402,8 @@ def set_grid(grid, what: str) -> None:
     for j, name in enumerate(grid.names()):
         kind, rate = divmod(j, 13)
         value = golden[f"linear/{what}/{name}"]  # (5, width + 1)
-        grid.weight[5 * rate : 5 * rate + 5, grid.places[kind]] = value[:, :-1]
-        grid.bias[5 * rate : 5 * rate + 5, kind] = value[:, -1]
+        grid.weights[kind][5 * rate : 5 * rate + 5] = value[:, :-1]
+        grid.biases[kind][5 * rate : 5 * rate + 5] = value[:, -1:]
 
 
 def test_eval_linear_golden():
@@ -3421,9 +3421,9 @@ def test_eval_linear_golden():
         assert_close(rates.repeat(4), golden["linear/rates"][step], 1e-9)
         losses = grid.step(x, golden["linear/labels"][step], 8, factor)
         assert_close(losses.flatten(), golden["linear/losses"][step], 2e-6)
-    weight = grid.weight.clone()
+    trained = grid.values.clone()
     set_grid(grid, "final_state_dict")
-    assert_close(weight, grid.weight, 2e-6)
+    assert_close(trained, grid.values, 2e-6)
 
 
 def test_eval_linear_default_protocol():
@@ -3585,7 +3585,7 @@ def test_eval_logreg_equals_scikit_learn(n_classes, scales):
     cs = [1e-6, 1e-3, 0.1, 1.0, 100.0, 1e5]
     models = eval_logreg.fit(eval_logreg.Principal(x.clone()), labels, cs, tol=1e-12)
     oracle = eval_logreg.fit_by_sklearn(x, labels, cs, max_iter=100_000, tol=1e-9)
-    assert models.converged.all() and models.iterations.max() < 40
+    assert models.converged.all() and models.iterations.max() < 80  # scikit-learn's go into the thousands
     for j, c in enumerate(cs):
         assert_close(models.weight[j], oracle.weight[j], 1e-3 * oracle.weight[j].abs().max().item(), f"C = {c:g}")
         bias = models.bias[j] - models.bias[j].mean(), oracle.bias[j] - oracle.bias[j].mean()  # a shift has no effect
