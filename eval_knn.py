@@ -317,9 +317,10 @@ class Flags(Parser):
 
 class Evaluation:
     """A checkpoint and its labelled images, opened as the command line says; a process group under torchrun. To be used
-    in a `with`. Raises ValueError, with the fix in the message, for whatever does not fit."""
+    in a `with`. `margin`: images are resized to more than the crop, as 256 to 224, unless --resize says otherwise.
+    Raises ValueError, with the fix in the message, for whatever does not fit."""
 
-    def __init__(self, name: str, args: argparse.Namespace):
+    def __init__(self, name: str, args: argparse.Namespace, margin: bool = True):
         self.name, self.args, self.began = name, args, time.time()
         self.device, self.dtype = pick_device(args.device), DTYPES[args.dtype]
         self.path, ckpt = hub.read(args.checkpoint)
@@ -334,7 +335,10 @@ class Evaluation:
         self.crop = args.crop or self.config["eval_crop"]
         if self.crop % self.model.patch_size:
             raise ValueError(f"--crop {self.crop} is no multiple of this model's patch size, {self.model.patch_size}")
-        self.resize = max(args.resize or (self.config["eval_resize"] if not args.crop else self.crop), self.crop)
+        larger = self.config["eval_resize"] / self.config["eval_crop"] if margin else 1
+        self.resize = args.resize or round(self.crop * larger)
+        if self.resize < self.crop:
+            raise ValueError(f"--resize {self.resize} leaves no square of --crop {self.crop}; make it as large")
         if "WORLD_SIZE" in os.environ:
             dist.init_process_group(device_id=self.device if self.device.type == "cuda" else None)
         self.workers = worker_count(args.num_workers, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -373,16 +377,16 @@ class Evaluation:
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def features(self, source, what: str = "cls", embed=None, resize: int = 0) -> tuple[Tensor, Tensor]:
+    def features(self, source, what: str = "cls", embed=None) -> tuple[Tensor, Tensor]:
         """extract_features() of a source by this checkpoint; from --cache, if they are there. `embed` maps images to
         features, and `what` is its name; as it is, the CLS features."""
         def make():
-            return extract_features(embed or self.model, source, resize or self.resize, self.crop, self.device, 256,
+            return extract_features(embed or self.model, source, self.resize, self.crop, self.device, 256,
                                     self.workers, self.dtype, self.config["mean"], self.config["std"])
 
         if not self.args.cache:
             return make()
-        key = json.dumps([what, self.model_hash, data_hash(source), resize or self.resize, self.crop, self.args.dtype,
+        key = json.dumps([what, self.model_hash, data_hash(source), self.resize, self.crop, self.args.dtype,
                           *self.config["mean"], *self.config["std"]])
         path = Path(self.args.cache).expanduser() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.pt"
         table, ok = load_table(path) or (None, None)
@@ -481,13 +485,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict[str, float]:
     args = parse(argv)
     with Evaluation("knn", args) as e:
+        if args.n_per_class and e.val is None:
+            raise ValueError("--n-per-class needs images to classify; give --val")
         train = e.labelled(e.train, e.train_labels)
         val = e.labelled(e.val, e.val_labels) if e.val else (None, None)
         for table in (train[0], val[0]):
             if table is not None:
                 normalize_rows_(table)
-        if args.n_per_class and e.val is None:
-            raise ValueError("--n-per-class needs images to classify; give --val")
         result = knn_accuracy(*train, *val, tuple(args.ks), args.temperature)
         columns = {f"k={k}": f"{result[f'top1_k{k}']:.2f} %" for k in args.ks}
         for n in args.n_per_class:

@@ -123,13 +123,13 @@ class Grid:
         return dict(weight=weight.cpu().clone(), bias=self.biases[kind][rows, 0].cpu().clone())
 
     @classmethod
-    def from_head(cls, path: str, dim: int, n_blocks: int, device) -> "Grid":
-        """The one classifier of a released head, or of one that was trained here. Raises ValueError."""
+    def from_head(cls, path: str, dim: int, most: int, device) -> "Grid":
+        """The one classifier of a released head, or of one that was trained here, on 1 or `most` CLS tokens. Raises
+        ValueError."""
         head = read_checkpoint(path)
         weight, bias = head.get("weight"), head.get("bias")
         if not torch.is_tensor(weight) or not torch.is_tensor(bias) or weight.ndim != 2:
             raise ValueError(f"{path} is no linear head, it holds {', '.join(map(str, list(head)[:3]))}")
-        most = min(4, n_blocks)
         layers = {2 * dim: 1, (1 + most) * dim: most}.get(weight.shape[1])
         if layers is None:
             raise ValueError(f"{path} is the head of another backbone: it takes {weight.shape[1]} features, those of "
@@ -151,8 +151,9 @@ def embed(model, n_last: int, images: Tensor) -> Tensor:
 
 
 class ProbeBatches(torch.utils.data.Dataset):
-    """batches[step] -> this process's crops (b, C, size, size) as uint8 or uint16 and their labels (b,): random resized
-    crops, mirrored. A pure function of the step and the seed; the batch as a whole does not depend on `world`."""
+    """batches[step] -> this process's crops (b, C, size, size) as uint8 or uint16, their labels (b,), and how many
+    images could not be read and were replaced. Random resized crops, mirrored: a pure function of the step and the
+    seed; the batch as a whole does not depend on `world`."""
 
     accum = 1  # for train_loader
 
@@ -162,33 +163,34 @@ class ProbeBatches(torch.utils.data.Dataset):
         self.crop, self.scale, self.flip_prob = crop, scale, flip_prob
         self.share = range(batch_size * rank // world, batch_size * (rank + 1) // world)
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
-        crops, labels = [], []
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, int]:
+        crops, labels, bad = [], [], []
         for s in (step * self.batch_size + i for i in self.share):
-            i, image = read_sample(self.source, s, self.seed, [], self.labels)
+            i, image = read_sample(self.source, s, self.seed, bad, self.labels)
             rng = random.Random(f"{self.seed}/probe/{s}")
             crop = cut_crop(rng, image, self.crop, self.scale).permute(2, 0, 1)
             crops.append(crop.flip(2) if rng.random() < self.flip_prob else crop)
             labels.append(int(self.labels[i]))
         if any(c.dtype == torch.uint16 for c in crops):
             crops = [widen(c) if c.dtype == torch.uint8 else c for c in crops]
-        return torch.stack(crops), torch.tensor(labels)
+        return torch.stack(crops), torch.tensor(labels), len(bad)
 
 
-def from_images(e: Evaluation, grid: Grid, start: int, stop: int):
-    """(embeddings, labels) of this process's share of each step."""
+def from_images(e: Evaluation, probe, start: int, stop: int):
+    """(embeddings, labels) of this process's share of each step. Counts in probe.replaced what could not be read."""
     args, (rank, n_ranks) = e.args, world()
     batches = ProbeBatches(e.train, e.train_labels, args.batch_size, e.crop, args.crop_scale, args.flip_prob, args.seed,
                            rank, n_ranks)
     loader = train_loader(batches, start, stop, e.workers, e.device.type == "cuda")
 
     def prepare(batch):
-        images, labels = (t.to(e.device, non_blocking=True) for t in batch)
-        return normalize(to_float(images), e.config["mean"], e.config["std"]), labels
+        images, labels = (t.to(e.device, non_blocking=True) for t in batch[:2])
+        return normalize(to_float(images), e.config["mean"], e.config["std"]), labels, batch[2]
 
-    for images, labels in Prefetcher(loader, prepare, e.device):
+    for images, labels, bad in Prefetcher(loader, prepare, e.device):
+        probe.replaced += bad
         with torch.autocast(e.device.type, dtype=e.dtype, enabled=e.dtype != torch.float32):
-            x = embed(e.model, grid.n_last, images)
+            x = embed(e.model, probe.grid.n_last, images)
         yield x, labels
 
 
@@ -286,12 +288,18 @@ class Probe:
     """The training of a grid, with what it needs to go on after an interruption."""
 
     def __init__(self, e: Evaluation, n_classes: int):
-        args = e.args
-        self.e, self.n_last = e, min(4, e.model.n_blocks)
+        args, n_last = e.args, min(4, e.model.n_blocks)
+        self.e, self.done, self.curve, self.replaced = e, 0, [], 0
         self.epoch = args.epoch_length or min(1250, max(50, len(e.train) // args.batch_size))
-        self.steps, self.done, self.curve = args.epochs * self.epoch, 0, []
+        self.steps = args.epochs * self.epoch
+        if args.head:
+            self.protocol = dict(head=args.head)
+            self.grid = Grid.from_head(args.head, e.model.embed_dim, n_last, e.device)
+            if self.grid.n_classes != n_classes:
+                raise ValueError(f"{args.head} knows {self.grid.n_classes} classes, {e.train.name} has {n_classes}")
+            return
         rates = [rate * args.batch_size / 256 for rate in args.learning_rates]
-        self.grid = Grid(e.model.embed_dim, self.n_last, n_classes, rates, device=e.device, seed=args.seed)
+        self.grid = Grid(e.model.embed_dim, n_last, n_classes, rates, device=e.device, seed=args.seed)
         self.protocol = dict(
             features="cached: central crops, not augmented; not the official protocol" if args.cached else "augmented",
             batch_size=args.batch_size, steps=self.steps, epoch_length=self.epoch, learning_rates=args.learning_rates,
@@ -321,10 +329,10 @@ class Probe:
 
     def predictions(self, source, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Of all classifiers, (n, J, 5), for all images of a source; and which could be read."""
-        e = self.e
+        e, grid = self.e, self.grid
         columns = columns if columns is None else columns.to(e.device)
-        table, ok = extract_features(lambda x: self.grid.predict(embed(e.model, self.n_last, x), columns).flatten(1),
-                                     source, e.resize, e.crop, e.device, 256, e.workers, e.dtype, e.config["mean"],
+        table, ok = extract_features(lambda x: grid.predict(embed(e.model, grid.n_last, x), columns).flatten(1), source,
+                                     e.resize, e.crop, e.device, 256, e.workers, e.dtype, e.config["mean"],
                                      e.config["std"])
         return table.unflatten(1, (-1, 5)), ok
 
@@ -343,12 +351,13 @@ class Probe:
         """All steps. Metrics of all classifiers on --val after the last, and which is the best."""
         e, cached = self.e, None
         if e.args.cached:
-            options = dict(what=f"last {self.n_last} cls, mean patch", embed=partial(embed, e.model, self.n_last))
+            n = self.grid.n_last
+            options = dict(what=f"last {n} cls, mean patch", embed=partial(embed, e.model, n))
             table, labels = e.labelled(e.train, e.train_labels, **options)
             cached = e.labelled(e.val, e.val_labels, **options)
         self.resume()
         source = (from_table(e, table, labels, self.done, self.steps) if e.args.cached else
-                  from_images(e, self.grid, self.done, self.steps))
+                  from_images(e, self, self.done, self.steps))
         with tqdm(total=self.steps, initial=self.done, desc="linear", leave=False,
                   disable=None if world()[0] == 0 else True) as bar:
             for x, y in source:
@@ -372,14 +381,9 @@ def run(e: Evaluation) -> tuple[dict, dict]:
         raise ValueError(f"{e.val.name} has a class {int(e.val_labels.max())}, {e.train.name} only 0 to "
                          f"{n_classes - 1}")
     probe = Probe(e, n_classes)
-    if args.head:
-        probe.grid = Grid.from_head(args.head, e.model.embed_dim, e.model.n_blocks, e.device)
-        probe.n_last, probe.protocol = probe.grid.n_last, dict(head=args.head)
-        if probe.grid.n_classes != n_classes:
-            raise ValueError(f"{args.head} knows {probe.grid.n_classes} classes, {e.train.name} has {n_classes}")
-        metrics, best = probe.validate()
-    else:
-        metrics, best = probe.train()
+    metrics, best = probe.validate() if args.head else probe.train()
+    if probe.replaced:
+        probe.say(f"{e.train.name}: {probe.replaced} times another image took the place of one that could not be read")
     names = [Path(args.head).name] if args.head else probe.grid.names()
     result = {name: values[best].item() for name, values in metrics.items()} | dict(best_classifier=names[best])
     if not args.head:
@@ -399,7 +403,7 @@ def run(e: Evaluation) -> tuple[dict, dict]:
         say_left_out(source, source.labels, ok)
         measured = accuracies(*kept(predictions, source.labels, ok))
         result["tests"][spec] = {k: v[best].item() for k, v in measured.items()}
-    if world()[0] == 0:
+    if world()[0] == 0 and not args.head:
         probe.path.unlink(missing_ok=True)
     return probe.protocol, result
 
@@ -437,6 +441,8 @@ def main(argv: list[str] | None = None) -> dict:
     with Evaluation("linear", args) as e:
         if e.val is None:
             raise ValueError(f"{e.specs[0]} comes without images to classify; name them by --val")
+        if args.batch_size < world()[1]:
+            raise ValueError(f"--batch-size {args.batch_size} is less than an image for each of {world()[1]} processes")
         args.flip_prob = e.config["flip_prob"] if args.flip_prob < 0 else args.flip_prob
         protocol, result = run(e)
         title = "linear" + " (cached features)" * (args.cached and not args.head) + " top-1"

@@ -279,13 +279,13 @@ def sweep(solve, cs, rows: Tensor, held: tuple[Tensor, Tensor], n_classes: int,
 def run(e: Evaluation) -> dict:
     """The whole protocol on the images of an open evaluation."""
     args = e.args
-    x, labels = e.labelled(e.train, e.train_labels, resize=e.crop)
-    test = e.labelled(e.val, e.val_labels, resize=e.crop)
+    x, labels = e.labelled(e.train, e.train_labels)
+    test = e.labelled(e.val, e.val_labels)
     rows = torch.arange(len(x), device=x.device)  # to fit with when C is chosen; afterwards, all
     held = test
     if args.finetune:
         source = e.open(args.finetune)
-        held = e.labelled(source, common_labels(e.train, source)[1], resize=e.crop)
+        held = e.labelled(source, common_labels(e.train, source)[1])
         x, labels = torch.cat([x, held[0]]), torch.cat([labels, held[1]])
     elif not args.finetune_on_val:
         if len(x) < 10:
@@ -331,7 +331,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
-    with Evaluation("logreg", args) as e:
+    with Evaluation("logreg", args, margin=False) as e:
         if e.val is None:
             raise ValueError(f"{e.specs[0]} comes without images to classify; name them by --val")
         result = run(e)

@@ -273,13 +273,14 @@ def readme_commands() -> list[str]:
 def test_readme_commands_parse():
     """Every training and evaluation command of the README names existing presets and flags."""
     commands = readme_commands()
-    assert sum("train.py" in c for c in commands) >= 5 and any("eval_knn.py" in c for c in commands)
+    assert sum("train.py" in c for c in commands) >= 5 and all(
+        any(f"eval_{name}.py" in c for c in commands) for name in ("knn", "linear", "logreg"))
     for command in commands:
         script, *argv = shlex.split(command[re.search(r"\w+\.py", command).start() :])
         if script == "train.py" and "--help" not in argv:
             train.check(train.parse(argv)[0], 1)
-        if script == "eval_knn.py":
-            eval_knn.parse(argv)
+        if script.startswith("eval_"):
+            dict(eval_knn=eval_knn, eval_linear=eval_linear, eval_logreg=eval_logreg)[script[:-3]].parse(argv)
         if script == "bench.py":
             bench.parse(argv)
         if script == "data.py" and "/data/" not in command:
@@ -3179,6 +3180,16 @@ def test_bench_save(capsys):
         bench.main(["save", "--preset", "digit"])
 
 
+@pytest.mark.parametrize("what,flags,rows", [("knn", ["--images", 2000, "--queries", 20], 4), ("linear", [], 2),
+                                             ("logreg", ["--images", 1000, "--every", 22], 2)])
+def test_bench_of_evaluations(what, flags, rows, capsys):
+    bench.main([what, "--dim", "8", "--repeats", "1", "--json", *map(str, flags)])
+    found = json.loads(capsys.readouterr().out)["rows"]
+    assert len(found) == rows and all(v > 0 for row in found for k, v in row.items() if k in ("s", "ms"))
+    if what == "logreg":  # both have solved the same problem
+        assert "45 of 45" in found[0]["way"] and -0.1 < found[1]["excess"] < 5
+
+
 def test_bench_data(capsys):
     bench.main(["data", "--repeats", "1", "--json"])
     result = json.loads(capsys.readouterr().out)
@@ -3330,7 +3341,7 @@ def test_eval_knn_errors(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_images(tmp_path / "plain", ["a.png", "b.png"])
     ckpt = str(trained / "ckpt.pth")
-    for flags, text in ((["--train", str(tmp_path / "plain")], "has no labels"), (["--crop", "15"], "no multiple"),
+    for flags, text in ((["--train", str(tmp_path / "plain")], "has no labels"), (["--crop", "15"], "no multiple"), (["--resize", "9"], "leaves no square"),
                         (["--tempreature", "1"], "unknown argument '--tempreature', did you mean --temperature?"),
                         (["--train", "digits", "--n-per-class", "0"], "must be positive"),
                         (["--val", "digits:split=TRAIN"], "--val is the same as --train")):
@@ -3554,10 +3565,10 @@ def test_eval_linear_crops_are_shared_out_and_left_out_when_bad(tmp_path, cache)
     def batches(rank=0, world=1, flip=0.5):
         return eval_linear.ProbeBatches(source, source.labels, 12, 8, (0.3, 1.0), flip, 0, rank, world)
 
-    crops, labels = batches()[3]
+    crops, labels, bad = batches()[3]
     assert crops.shape == (12, 3, 8, 8) and set(labels.tolist()) == {0, 1, 2, 3}
     parts = [batches(rank, 2)[3] for rank in range(2)]
-    assert torch.equal(torch.cat([p[0] for p in parts]), crops)
+    assert torch.equal(torch.cat([p[0] for p in parts]), crops) and bad == sum(p[2] for p in parts) > 0
     never, always = (batches(flip=p)[3][0] for p in (0.0, 1.0))
     assert torch.equal(never.flip(3), always) and not torch.equal(crops, never) and not torch.equal(crops, always)
 
