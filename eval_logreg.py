@@ -117,6 +117,13 @@ def scaled(factor: Tensor, x: Tensor) -> Tensor:
     return factor.to(x.dtype)[:, None, None] * x
 
 
+def newton(gradient: Tensor, curvature: Tensor) -> Tensor:
+    """The step that this diagonal curvature calls for, among those that leave the sum over classes as it is: equal
+    changes of all classes' weights have no effect but on the penalty, so at the optimum that sum is zero."""
+    level = (gradient / curvature).sum(1, keepdim=True) / (1 / curvature).sum(1, keepdim=True)
+    return (gradient - level) / curvature
+
+
 def descent(gradient: Tensor, curvature: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     """The direction of L-BFGS (Nocedal & Wright 2006, algorithm 7.4), from the diagonal `curvature` and the latest
     changes of weights and gradients, and the inverse of their product."""
@@ -124,13 +131,18 @@ def descent(gradient: Tensor, curvature: Tensor, pairs: list[tuple[Tensor, Tenso
     for s, y, inverse in reversed(pairs):
         factors.append(inverse * dot(s, q))
         q -= scaled(factors[-1], y)
-    q /= curvature
+    q = newton(q, curvature)
     if pairs:
         s, y, inverse = pairs[-1]
-        q = torch.where((inverse > 0)[:, None, None], scaled(dot(s, y) / dot(y / curvature, y).clamp(min=1e-300), q), q)
+        q = torch.where((inverse > 0)[:, None, None], scaled(dot(s, y) / dot(newton(y, curvature), y).clamp(min=1e-300), q), q)
     for (s, y, inverse), factor in zip(pairs, reversed(factors)):
         q += scaled(factor - inverse * dot(y, q), s)
     return -q
+
+
+def near(w: Tensor, gradient: Tensor, curvature: Tensor, tol: float) -> Tensor:
+    """Whether a Newton step would change w by at most the share `tol` of it, (A,) bool."""
+    return dot(newton(gradient, curvature), gradient) <= tol**2 * dot(curvature * w, w)
 
 
 def minimise(objective, w: Tensor, models: Tensor, max_iter: int, tol: float, history: int = 10,
@@ -138,14 +150,15 @@ def minimise(objective, w: Tensor, models: Tensor, max_iter: int, tol: float, hi
     """L-BFGS for many independent problems at once, with steps halved until the loss decreases; those that are done
     leave the batch. Returns weights (J, K, D), whether each has converged, and the iterations made, (J,).
 
-    Converged: g^2 / curvature, twice the decrease that is still to be expected, is at most `tol` times the loss. A
-    problem is also left when its loss decreases no more, which is where its number format ends.
+    Converged: the distance to the optimum, as gradient and curvature estimate it, is at most `tol` times the length of
+    w, both measured by the curvature. A problem is also left when its loss decreases no more, which is where its number
+    format ends.
     """
     result, eps = w.clone(), 4 * torch.finfo(w.dtype).eps
     converged, iterations = torch.zeros(len(w), dtype=torch.bool, device=w.device), torch.zeros_like(models)
     active, pairs = torch.arange(len(w), device=w.device), []
     loss, gradient, curvature = objective(w, models)
-    done, stuck = dot(gradient / curvature, gradient) <= tol * loss, torch.zeros_like(converged)
+    done, stuck = near(w, gradient, curvature, tol), torch.zeros_like(converged)
     for iteration in range(max_iter + 1):
         converged[active[done]] = True
         stay = ~(done | stuck)
@@ -175,7 +188,7 @@ def minimise(objective, w: Tensor, models: Tensor, max_iter: int, tol: float, hi
         usable = sy > 1e-10 * (dot(s, s) * dot(y, y)).sqrt()
         pairs = [*pairs[-history + 1 :], (s, y, torch.where(usable, 1 / sy, 0.0))]
         w, loss, gradient = new, after, new_gradient
-        done = dot(gradient / curvature, gradient) <= tol * loss
+        done = near(w, gradient, curvature, tol)
         if bar is not None:
             bar.set_postfix_str(f"iteration {iteration + 1}")
     result[active] = w
@@ -184,7 +197,7 @@ def minimise(objective, w: Tensor, models: Tensor, max_iter: int, tol: float, hi
 
 @full_float32()
 @torch.no_grad()
-def fit(features: Principal, labels: Tensor, cs, rows: Tensor | None = None, max_iter: int = 1000, tol: float = 1e-6,
+def fit(features: Principal, labels: Tensor, cs, rows: Tensor | None = None, max_iter: int = 1000, tol: float = 1e-3,
         progress: bool = False) -> Fit:
     """Multinomial logistic regression of labels (n,) for each C of `cs` at once: every pass over the rows serves all
     values of C that have not converged. `rows` chooses training rows; None: all. First in the precision of the
@@ -319,7 +332,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flags.add_argument("--metric", choices=("accuracy", "mean_per_class"), default="accuracy", help="to choose C by")
     flags.add_argument("--cs", type=float, nargs="+", default=list(CS), help="values of C to choose from")
     flags.add_argument("--max-iter", type=int, default=1000, help="iterations of a fit")
-    flags.add_argument("--tol", type=float, default=1e-6, help="decrease still to be expected, as a share of the loss")
+    flags.add_argument("--tol", type=float, default=1e-3, help="error of the weights, as a share of them")
     flags.add_argument("--sklearn", action="store_true", help="fit by scikit-learn, whose tol is of the gradient")
     args = flags.parse_args(argv)
     if min(args.cs) <= 0 or args.max_iter < 1 or not args.tol > 0:

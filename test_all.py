@@ -3181,13 +3181,13 @@ def test_bench_save(capsys):
 
 
 @pytest.mark.parametrize("what,flags,rows", [("knn", ["--images", 2000, "--queries", 20], 4), ("linear", [], 2),
-                                             ("logreg", ["--images", 1000, "--every", 22], 2)])
+                                             ("logreg", ["--images", 1000, "--every", 22], 3)])
 def test_bench_of_evaluations(what, flags, rows, capsys):
     bench.main([what, "--dim", "8", "--repeats", "1", "--json", *map(str, flags)])
     found = json.loads(capsys.readouterr().out)["rows"]
     assert len(found) == rows and all(v > 0 for row in found for k, v in row.items() if k in ("s", "ms"))
     if what == "logreg":  # both have solved the same problem
-        assert "45 of 45" in found[0]["way"] and -0.1 < found[1]["excess"] < 5
+        assert [row["fits"] for row in found] == ["45", "3", "3"] and -0.1 < found[1]["excess"] < 1
 
 
 def test_bench_data(capsys):
@@ -3594,7 +3594,7 @@ def test_eval_logreg_equals_scikit_learn(n_classes, scales):
     x, labels = clusters(400, 6, n_classes, 2.0)
     x = x * torch.logspace(-scales, scales, 6)
     cs = [1e-6, 1e-3, 0.1, 1.0, 100.0, 1e5]
-    models = eval_logreg.fit(eval_logreg.Principal(x.clone()), labels, cs, tol=1e-12)
+    models = eval_logreg.fit(eval_logreg.Principal(x.clone()), labels, cs, tol=1e-6)
     oracle = eval_logreg.fit_by_sklearn(x, labels, cs, max_iter=100_000, tol=1e-9)
     assert models.converged.all() and models.iterations.max() < 80  # scikit-learn's go into the thousands
     for j, c in enumerate(cs):
