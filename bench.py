@@ -234,7 +234,7 @@ def finished(function, device: torch.device):
 def bench_knn(args, device: torch.device) -> list[dict]:
     """Rows of {way, s, times_product, GB}: the classification of --queries by the 10, 20, 100 and 200 nearest of
     --images of --dim, in 1000 classes. times_product: against the bare matrix product, in the same chunks."""
-    n, n_queries, chunk = args.images, args.queries, min(256, args.queries)
+    n, n_queries, chunk = args.images, args.queries, max(1, min(256, args.queries, 2**26 // args.images))
     generator = torch.Generator().manual_seed(0)
     bank, queries = (eval_knn.normalize_rows_(torch.empty(m, args.dim).normal_(generator=generator)).to(device)
                      for m in (n, n_queries))
@@ -281,10 +281,10 @@ def bench_knn(args, device: torch.device) -> list[dict]:
 
 
 def bench_logreg(args, device: torch.device) -> list[dict]:
-    """Rows of {way, fits, s, times_ours, excess}: the whole path of C on 20,000 x 384, 100 classes, and every `every`-th
-    of its values by scikit-learn, as the official protocol sets its solver and by its default tolerance. `excess` is how
-    far the worst loss is above ours, in percent. scikit-learn's time is that of the fits made, times 45 by their number.
-    """
+    """Rows of {way, fits, s, times_ours, excess}: the whole path of C on 20,000 x 384, 100 classes, and every --every-th
+    of its values by scikit-learn, as the official protocol sets its solver and by its default tolerance. `excess` is
+    how far the worst loss is above ours, in percent. scikit-learn's time is that of the fits made, times 45 by their
+    number."""
     n, dim, n_classes = args.images // 5, args.dim, 100
     generator = torch.Generator().manual_seed(0)
     scales = torch.arange(1, dim + 1) ** -0.5  # a spectrum such as features have

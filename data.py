@@ -980,16 +980,17 @@ class Batch(NamedTuple):
 def read_sample(source: Source, s: int, seed: int, bad: list, labels=None) -> tuple[int, Tensor]:
     """The number and the pixels of the image of sample s. If its file cannot be read, which goes into `bad` with the
     reason, or if it is -1 in `labels`, another one drawn by s. Raises Unreadable after 50."""
-    i = source.pick(s, seed)
-    for attempt in range(50):
-        try:
-            if labels is None or labels[i] >= 0:
+    i, failures = source.pick(s, seed), 0
+    for attempt in itertools.count():
+        if labels is None or labels[i] >= 0:
+            try:
                 return i, source.image(i)
-        except Exception as error:  # decoders raise all sorts on damaged files
-            bad.append((source.describe(i), reason(error)))
+            except Exception as error:  # decoders raise all sorts on damaged files
+                bad.append((source.describe(i), reason(error)))
+            failures += 1
+            if failures == 50:
+                raise Unreadable(f"50 images in a row could not be read, the last {bad[-1][0]}: {bad[-1][1]}")
         i = source.replacement(i, random.Random(f"{seed}/replace/{s}/{attempt}"))
-    last = f"could not be read, the last {bad[-1][0]}: {bad[-1][1]}" if bad else "have no label"
-    raise Unreadable(f"50 images in a row {last}")
 
 
 class TrainBatches(torch.utils.data.Dataset):

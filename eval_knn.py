@@ -1,4 +1,4 @@
-"""Weighted k-NN classification with frozen features, the evaluation that needs no training.
+"""Weighted k-NN classification with frozen features; and what the other evaluations share with it.
 
     python eval_knn.py out/ckpt.pth                                    # data and image size come from the checkpoint
     python eval_knn.py ckpt.pth --train /data/train --val /data/val    # other data
@@ -123,9 +123,11 @@ def ranks(scores: Tensor, answers: Tensor) -> Tensor:
 @full_float32()
 def knn_accuracy(bank: Tensor, labels, queries: Tensor | None, query_labels=None, ks=KS,
                  temperature: float = 0.07, chunk: int = 0) -> dict[str, float]:
-    """Percent of right answers, {"top1_k10": …, "top5_k10": …, …}. `queries` None: leave one out on the bank. `chunk`
+    """Percent of right answers, {"top1_k10": …, "top5_k10": …}. `queries` None: leave one out on the bank. `chunk`
     queries are compared at a time; 0: 256, or as many as fit a quarter of a gigabyte."""
     device, leave_one_out, (rank, n_ranks) = bank.device, queries is None, world()
+    if leave_one_out and len(bank) < 2:
+        raise ValueError("a single image has no neighbour to be classified by; give more, or --val")
     labels = torch.as_tensor(labels, device=device).long()
     queries, answers = (bank, labels) if leave_one_out else (queries, torch.as_tensor(query_labels, device=device))
     n_classes = int(max(labels.max(), answers.max())) + 1
@@ -179,7 +181,7 @@ def extract_features(model, source, resize: int, crop: int, device: torch.device
     """What `model` makes of all images of a source, in its order, (n, D) on `device`; and which of the images could be
     read, (n,) bool. The rows of others are zero.
 
-    `model` maps normalised images (B, C, crop, crop) to (B, D), of float32, or else of integers; it runs under autocast
+    `model` maps normalised images (B, C, crop, crop) to (B, D), floating-point or int32; it runs under autocast
     to `dtype`. With a process group each process does every world-th batch and all get the full table, whose bits do
     not depend on the number of processes. Raises ValueError if a feature is not finite or no image can be read.
     """
@@ -201,7 +203,7 @@ def extract_features(model, source, resize: int, crop: int, device: torch.device
         shape = torch.tensor([0, 0] if table is None else [table.shape[1], table.is_floating_point()], device=device)
         dist.all_reduce(shape, dist.ReduceOp.MAX)
         if table is None:
-            table = torch.zeros(len(source), int(shape[0]), dtype=torch.float32 if shape[1] else torch.int64,
+            table = torch.zeros(len(source), int(shape[0]), dtype=torch.float32 if shape[1] else torch.int32,
                                 device=device)
         dist.all_reduce(table)
         dist.all_reduce(state)
@@ -222,17 +224,26 @@ def normalize_rows_(table: Tensor) -> Tensor:
 
 
 def kept(table: Tensor, labels, ok: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows that could be read and have a label, and those labels, int64; a copy only if some are left out."""
+    """The rows that could be read and have a label, and those labels, int64. Rows move up in the table itself, which
+    may fill most of the memory. Raises ValueError if none is left."""
     labels = torch.as_tensor(np.asarray(labels), device=table.device).long()
-    ok = ok & (labels >= 0)
-    return (table, labels) if ok.all() else (table[ok], labels[ok])
+    rows = (ok & (labels >= 0)).nonzero()[:, 0]
+    if not len(rows):
+        raise ValueError("no image that can be read has a label; evaluations need labelled images")
+    if len(rows) == len(table):
+        return table, labels
+    for start in range(0, len(rows), 2**14):
+        part = rows[start : start + 2**14]
+        table[start : start + len(part)] = table[part]
+    return table[: len(rows)], labels[rows]
 
 
-def say_left_out(source, labels, ok: Tensor) -> None:
+def say_left_out(source, labels, ok: Tensor) -> int:
     bad, unlabelled = int((~ok).sum()), int((torch.as_tensor(np.asarray(labels)) < 0)[ok.cpu()].sum())
     for n, what in ((bad, "could not be read and were"), (unlabelled, "have no label and were")):
         if n and world()[0] == 0:
             print(f"{source.name}: {n} images {what} left out", file=sys.stderr)
+    return bad + unlabelled
 
 
 def evaluate(model: nn.Module, train_source, val_source, resize: int, crop: int, device: torch.device,
@@ -253,8 +264,8 @@ def common_labels(train_source, val_source) -> tuple:
     Raises ValueError for a source without labels, or with a class that the first does not have."""
     for source in (train_source, val_source):
         if source is not None and source.labels is None:
-            raise ValueError(f"{source.name} has no labels, evaluations need one sub-folder per class; name labelled "
-                             "images by --train and --val")
+            raise ValueError(f"{source.name} has no labels, evaluations need one sub-folder per class, two at least; "
+                             "name labelled images by --train and --val")
     if val_source is None:
         return train_source.labels, None
     if (train_source.classes is None) != (val_source.classes is None):
@@ -321,7 +332,12 @@ class Evaluation:
     Raises ValueError, with the fix in the message, for whatever does not fit."""
 
     def __init__(self, name: str, args: argparse.Namespace, margin: bool = True):
-        self.name, self.args, self.began = name, args, time.time()
+        self.name, self.args, self.began, self.left_out = name, args, time.time(), {}
+        if args.out:
+            try:
+                Path(args.out).open("a").close()
+            except OSError as error:
+                raise ValueError(f"--out {args.out} cannot be written: {error.strerror}") from None
         self.device, self.dtype = pick_device(args.device), DTYPES[args.dtype]
         self.path, ckpt = hub.read(args.checkpoint)
         self.model = hub.load(self.path, ckpt).to(self.device)
@@ -339,8 +355,13 @@ class Evaluation:
         self.resize = args.resize or round(self.crop * larger)
         if self.resize < self.crop:
             raise ValueError(f"--resize {self.resize} leaves no square of --crop {self.crop}; make it as large")
-        if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(device_id=self.device if self.device.type == "cuda" else None)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if args.cache and Path(args.cache).expanduser().is_file():
+            raise ValueError(f"--cache {args.cache} is a file; name a folder")
+        if "WORLD_SIZE" in os.environ:  # some processes may take much longer than others, as reading goes
+            dist.init_process_group(device_id=self.device if self.device.type == "cuda" else None,
+                                    timeout=datetime.timedelta(hours=2))
         self.workers = worker_count(args.num_workers, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.train, self.val = [self.open(spec) if spec else None for spec in self.specs]
         self.train_labels, self.val_labels = common_labels(self.train, self.val)
@@ -357,7 +378,10 @@ class Evaluation:
         return train, val
 
     def open(self, spec: str):
-        return open_source(spec, self.config["in_chans"])
+        try:
+            return open_source(spec, self.config["in_chans"])
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("--data ")) from None
 
     def __enter__(self):
         return self
@@ -396,18 +420,26 @@ class Evaluation:
         if found:
             return table.to(self.device), ok.to(self.device)
         table, ok = make()
-        if world()[0] == 0:
-            write_file(path, lambda file: torch.save((table.cpu(), ok.cpu()), file))
+        if world()[0] == 0 and ok.all():  # unreadable files may be mended
+            try:
+                write_file(path, lambda file: torch.save((table.cpu(), ok.cpu()), file))
+            except ValueError as error:
+                print(f"note: {error}; the features are used all the same", file=sys.stderr)
         return table, ok
 
     def labelled(self, source, labels, **options) -> tuple[Tensor, Tensor]:
         """Features and labels, without the images that have no label or cannot be read."""
         table, ok = self.features(source, **options)
-        say_left_out(source, labels, ok)
+        self.note_left_out(source, labels, ok)
         return kept(table, labels, ok)
 
+    def note_left_out(self, source, labels, ok: Tensor) -> None:
+        self.left_out[source.name] = say_left_out(source, labels, ok)
+
     def stem(self) -> Path:
-        """Where results go: beside the checkpoint, or, of a released model that was asked for by name, here."""
+        """Where results go: as --out says, else beside the checkpoint, or, of a released model by name, here."""
+        if self.args.out:
+            return Path(self.args.out).with_suffix("")
         return Path(self.path).with_suffix("") if Path(self.args.checkpoint).exists() else Path(self.args.checkpoint)
 
     def report(self, protocol: dict, result: dict, columns: dict[str, str]) -> None:
@@ -419,7 +451,8 @@ class Evaluation:
             evaluation=self.name, protocol=protocol | dict(resize=self.resize, crop=self.crop, dtype=self.args.dtype),
             data={what: dict(spec=spec, images=len(source)) for what, spec, source in
                   zip(("train", "val"), self.specs, (self.train, self.val)) if spec},
-            model=dict(checkpoint=self.args.checkpoint, sha256=self.model_hash, step=self.step), result=result,
+            left_out=self.left_out, result=result,
+            model=dict(checkpoint=self.args.checkpoint, sha256=self.model_hash, step=self.step),
             versions=dict(torch=torch.__version__, torchvision=torchvision.__version__,
                           python=platform.python_version()),
             device=str(self.device), processes=world()[1], seconds=round(time.time() - self.began, 1),
@@ -455,7 +488,8 @@ def load_table(path: Path) -> tuple[Tensor, Tensor] | None:
 
 
 def write_file(path: Path, write) -> None:
-    """Has write(file) fill a file that appears under its name only when it is whole. Raises ValueError."""
+    """Has write(file) fill a file that appears under its name only when it is whole. Raises ValueError, naming why not.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -479,6 +513,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = flags.parse_args(argv)
     if min(args.ks) < 1 or not args.temperature > 0 or min(args.n_per_class, default=1) < 1 or args.tries < 1:
         raise ValueError("--ks, --temperature, --n-per-class and --tries must be positive")
+    args.ks = sorted(set(args.ks))
     return args
 
 
@@ -493,7 +528,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             if table is not None:
                 normalize_rows_(table)
         result = knn_accuracy(*train, *val, tuple(args.ks), args.temperature)
-        columns = {f"k={k}": f"{result[f'top1_k{k}']:.2f} %" for k in args.ks}
+        columns = {f"k={k}" if k < len(train[0]) else f"k={k} (all)": f"{result[f'top1_k{k}']:.2f} %" for k in args.ks}
         for n in args.n_per_class:
             shots = few_shot(*train, *val, n, args.tries, tuple(args.ks), args.temperature)
             result |= {f"{name}_n{n}": value for name, value in shots.items()}
@@ -507,5 +542,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except ValueError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

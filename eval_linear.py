@@ -10,9 +10,9 @@ Protocol (DINOv2): random resized crops, mirrored; the last 1 or 4 CLS tokens, w
 13 learning rates, times batch / 256; SGD with momentum 0.9 on a cosine, batches of 1024, 10 epochs of 1250 steps.
 Smaller sets than ImageNet-1k have shorter epochs: one pass, or 50 steps if that is more. All 52 classifiers are trained
 by one matrix product per input; the one that is best on --val is the result, as officially, and is written to
-CKPT.linear_head.pth in the layout of the released heads (hub.load_classifier reads it). Interrupted, the same command
-goes on from the last epoch. Adds a line with all figures to CKPT.eval_linear.jsonl. Wrong input: exit code 2. Apache
-License 2.0.
+CKPT.linear_head.pth (CKPT.linear_head_cached.pth) in the layout of the released heads, which hub.load_classifier reads.
+Interrupted, the same command goes on from the last epoch. Adds a line with all figures to CKPT.eval_linear.jsonl. Wrong
+input: exit code 2. Apache License 2.0.
 """
 import argparse
 import hashlib
@@ -31,8 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Prefetcher, cut_crop, normalize, read_sample, to_float, train_loader, widen
-from eval_knn import Evaluation, Flags, data_hash, extract_features, kept, say_left_out, world, write_file
+from data import Prefetcher, Unreadable, cut_crop, normalize, read_sample, to_float, train_loader, widen
+from eval_knn import (
+    Evaluation, Flags, data_hash, extract_features, full_float32, kept, world, write_file)
 from model import read_checkpoint
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)  # of a batch of 256
@@ -75,11 +76,13 @@ class Grid:
                 for n, pool in self.kinds for rate in rates]
 
     def logits(self, x: Tensor):
-        """For each kind, (B, R, C)."""
+        """For each kind, (B, R, C), in float32 whatever the backbone computes in."""
         for columns, weight, bias in zip(self.inputs, self.weights, self.biases):
-            scores = torch.addmm(bias[:, 0], x[:, columns], weight.T)
+            with torch.autocast(x.device.type, enabled=False):
+                scores = torch.addmm(bias[:, 0], x[:, columns], weight.T)
             yield scores.unflatten(1, (len(self.rates), self.n_classes))
 
+    @full_float32()
     def step(self, x: Tensor, labels: Tensor, batch_size: int, factor: float) -> Tensor:
         """A step of SGD with momentum, at `factor` times the learning rates, on the mean cross-entropy over the
         `batch_size` images of all processes, of which these are x (B, (L+1)*D) and labels (B,). Returns the losses
@@ -103,6 +106,7 @@ class Grid:
             value.addcmul_(velocity, self.row_rates, value=-factor)
         return torch.stack(losses)
 
+    @full_float32()
     def predict(self, x: Tensor, columns: Tensor | None = None) -> Tensor:
         """The five most likely classes of each classifier, kind by kind, (B, kinds*R, 5) int32; -1 where there are not
         so many. `columns` are the classes to choose from; the answer then is a place in that list."""
@@ -128,7 +132,7 @@ class Grid:
         ValueError."""
         head = read_checkpoint(path)
         weight, bias = head.get("weight"), head.get("bias")
-        if not torch.is_tensor(weight) or not torch.is_tensor(bias) or weight.ndim != 2:
+        if not torch.is_tensor(weight) or not torch.is_tensor(bias) or weight.ndim != 2 or len(weight) != bias.numel():
             raise ValueError(f"{path} is no linear head, it holds {', '.join(map(str, list(head)[:3]))}")
         layers = {2 * dim: 1, (1 + most) * dim: most}.get(weight.shape[1])
         if layers is None:
@@ -218,7 +222,8 @@ def from_table(e: Evaluation, table: Tensor, labels: Tensor, start: int, stop: i
 
 def accuracies(predictions: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """In percent: top1 and top5 (J,); mean_per_class (J,), top-1 averaged over the classes that occur."""
-    hits = predictions == labels[:, None, None]
+    labels = labels.cpu()
+    hits = predictions.cpu() == labels[:, None, None]
     first = hits[:, :, 0].double()  # (n, J)
     classes, number, count = labels.unique(return_inverse=True, return_counts=True)
     per_class = first.new_zeros(len(classes), first.shape[1]).index_add_(0, number, first) / count[:, None]
@@ -229,8 +234,8 @@ def accuracies(predictions: Tensor, labels: Tensor) -> dict[str, Tensor]:
 def real_accuracies(predictions: Tensor, answers: list[list[int]]) -> dict[str, Tensor]:
     """Of images with several right answers, or none, which are left out (ImageNet-ReaL, Beyer et al. 2020, arXiv
     2006.07159): in percent, how often the first, or one of the first five, is among them."""
-    hits = torch.stack([torch.isin(p, torch.tensor(a, dtype=p.dtype, device=p.device))
-                        for p, a in zip(predictions, answers) if len(a)])  # (n, J, 5)
+    hits = torch.stack([torch.isin(p, torch.tensor(a, dtype=p.dtype))
+                        for p, a in zip(predictions.cpu(), answers) if len(a)])  # (n, J, 5)
     return dict(top1=100 * hits[:, :, 0].double().mean(0), top5=100 * hits.any(2).double().mean(0))
 
 
@@ -245,20 +250,25 @@ def read_real(path: str, source) -> list[list[int]]:
         raise ValueError(f"--real is for ImageNet's validation images; {source.describe(names.index(None))} is not "
                          "called ILSVRC2012_val_…")
     numbers = [int(name[1]) - 1 for name in names]
-    if max(numbers) >= len(answers):
-        raise ValueError(f"--real {path} has {len(answers)} entries, too few for {source.name}")
-    return [answers[number] for number in numbers]
+    if not isinstance(answers, list) or max(numbers) >= len(answers):
+        raise ValueError(f"--real {path} holds no list of {max(numbers) + 1} entries or more, as {source.name} needs")
+    answers = [answers[number] for number in numbers]
+    if not any(answers):
+        raise ValueError(f"--real {path} has no answer for any image of {source.name}")
+    return answers
 
 
 def class_columns(source, train, path: str) -> Tensor:
     """Which of the classes that were trained the classes of a test set are: by the file, an array of numbers; else by
     name; and folders called 0, 1, 2, … mean the class of that number. Raises ValueError."""
+    if source.labels is None:
+        raise ValueError(f"{source.name} has no labels; --test needs one sub-folder per class")
     n_train = int(train.labels.max()) + 1 if train.classes is None else len(train.classes)
     n_test = int(source.labels.max()) + 1 if source.classes is None else len(source.classes)
     if path not in ("", "auto"):
         try:
-            columns = np.load(path)
-        except (OSError, ValueError) as error:
+            columns = np.asarray(np.load(path)[:])  # of an archive, that fails
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"--test-classes {path} cannot be read ({error}); write it with numpy.save") from None
         if columns.ndim != 1 or columns.dtype.kind not in "iu" or len(columns) < n_test or not (
                 0 <= columns.min() and columns.max() < n_train):
@@ -269,11 +279,14 @@ def class_columns(source, train, path: str) -> Tensor:
         columns = list(range(n_test))
     elif train.classes is not None and set(source.classes) <= set(train.classes):
         columns = [train.classes.index(name) for name in source.classes]
-    elif all(name.isdecimal() for name in source.classes):
+    elif not all(name.isdecimal() for name in train.classes or ["a name"]) and all(
+            name.isdecimal() for name in source.classes):
         columns = [int(name) for name in source.classes]
     else:
         foreign = min(set(source.classes) - set(train.classes or []))
-        raise ValueError(f"class {foreign!r} of {source.name} was not trained; map its classes by --test-classes")
+        by_name = " by that name" * (train.classes is None)
+        raise ValueError(f"class {foreign!r} of {source.name} was not trained{by_name}; map its classes by "
+                         "--test-classes")
     if max(columns) >= n_train:
         raise ValueError(f"{source.name} has a class {max(columns)}, there are {n_train} that were trained; map its "
                          "classes by --test-classes")
@@ -304,24 +317,38 @@ class Probe:
             features="cached: central crops, not augmented; not the official protocol" if args.cached else "augmented",
             batch_size=args.batch_size, steps=self.steps, epoch_length=self.epoch, learning_rates=args.learning_rates,
             crop_scale=args.crop_scale, flip_prob=args.flip_prob, seed=args.seed, chosen_on="--val", metric=args.metric)
-        key = json.dumps([self.protocol, e.model_hash, data_hash(e.train), e.crop, e.args.dtype])
+        key = json.dumps([self.protocol, e.model_hash, data_hash(e.train), e.specs[1], e.crop, e.resize, args.dtype])
         self.path = Path(f"{e.stem()}.eval_linear.{hashlib.sha256(key.encode()).hexdigest()[:8]}.resume")
 
     def resume(self) -> None:
         if self.path.exists() and not self.e.args.no_resume:
             try:
                 state = read_checkpoint(str(self.path))
-                self.grid.values.copy_(state["values"])
-                self.grid.velocity.copy_(state["velocity"])
-                self.done, self.curve = state["done"], state["curve"]
+                values, velocity, done, curve = (state[k] for k in ("values", "velocity", "done", "curve"))
+                if values.shape == velocity.shape == self.grid.values.shape:
+                    self.grid.values.copy_(values)
+                    self.grid.velocity.copy_(velocity)
+                    self.done, self.curve = done, curve
                 self.say(f"goes on after step {self.done} of {self.steps}, from {self.path}")
             except (ValueError, KeyError, RuntimeError):
                 self.say(f"{self.path} is damaged; the classifiers are trained from the start")
+        done = torch.tensor([self.done, -self.done], device=self.e.device)
+        if world()[1] > 1:
+            dist.all_reduce(done, dist.ReduceOp.MIN)
+        if done[0] != -done[1]:
+            raise ValueError(f"not all processes see {self.path}; use a folder that all machines share, or --no-resume")
 
     def save(self) -> None:
+        self.write(self.path, dict(values=self.grid.values, velocity=self.grid.velocity, done=self.done,
+                                   curve=self.curve))
+
+    def write(self, path: Path, state: dict) -> None:
+        """On rank 0, which goes on if the disk refuses: the others wait for it."""
         if world()[0] == 0:
-            state = dict(values=self.grid.values, velocity=self.grid.velocity, done=self.done, curve=self.curve)
-            write_file(self.path, partial(torch.save, state))
+            try:
+                write_file(path, partial(torch.save, state))
+            except ValueError as error:
+                self.say(f"note: {error}; the evaluation goes on")
 
     def say(self, text: str) -> None:
         if world()[0] == 0:
@@ -343,6 +370,8 @@ class Probe:
             predictions = torch.cat([self.grid.predict(part) for part in table.split(4096)])
         else:
             predictions, ok = self.predictions(self.e.val)
+            if self.done in (0, self.steps):
+                self.e.note_left_out(self.e.val, self.e.val_labels, ok)
             predictions, labels = kept(predictions, self.e.val_labels, ok)
         metrics = accuracies(predictions, labels)
         return metrics, int(metrics["top1" if self.e.args.metric == "accuracy" else "mean_per_class"].argmax())
@@ -380,6 +409,10 @@ def run(e: Evaluation) -> tuple[dict, dict]:
     if int(e.val_labels.max()) >= n_classes:
         raise ValueError(f"{e.val.name} has a class {int(e.val_labels.max())}, {e.train.name} only 0 to "
                          f"{n_classes - 1}")
+    real, tests = read_real(args.real, e.val) if args.real else [], []  # mistakes show before the training
+    for spec, classes in zip(args.test, args.test_classes or ["auto"] * len(args.test), strict=True):
+        source = e.open(spec)
+        tests.append((spec, source, class_columns(source, e.train, classes)))
     probe = Probe(e, n_classes)
     metrics, best = probe.validate() if args.head else probe.train()
     if probe.replaced:
@@ -388,19 +421,16 @@ def run(e: Evaluation) -> tuple[dict, dict]:
     result = {name: values[best].item() for name, values in metrics.items()} | dict(best_classifier=names[best])
     if not args.head:
         result |= dict(classifiers=dict(zip(names, metrics["top1"].tolist())), curve=probe.curve)
-        if world()[0] == 0:
-            head = Path(f"{e.stem()}.linear_head.pth")
-            write_file(head, partial(torch.save, probe.grid.head(best)))
-            result["head"] = str(head)
+        result["head"] = f"{e.stem()}.linear_head{'_cached' * args.cached}.pth"
+        probe.write(Path(result["head"]), probe.grid.head(best))
     if args.real:
         predictions, ok = probe.predictions(e.val)
-        answers = [a if good else [] for a, good in zip(read_real(args.real, e.val), ok.tolist())]
+        answers = [a if good else [] for a, good in zip(real, ok.tolist())]
         result["real"] = {k: v[best].item() for k, v in real_accuracies(predictions, answers).items()}
     result["tests"] = {}
-    for spec, classes in zip(args.test, args.test_classes or ["auto"] * len(args.test), strict=True):
-        source = e.open(spec)
-        predictions, ok = probe.predictions(source, class_columns(source, e.train, classes))
-        say_left_out(source, source.labels, ok)
+    for spec, source, columns in tests:
+        predictions, ok = probe.predictions(source, columns)
+        e.note_left_out(source, source.labels, ok)
         measured = accuracies(*kept(predictions, source.labels, ok))
         result["tests"][spec] = {k: v[best].item() for k, v in measured.items()}
     if world()[0] == 0 and not args.head:
@@ -429,8 +459,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = flags.parse_args(argv)
     if min(args.batch_size, args.epochs, *args.learning_rates) <= 0 or args.epoch_length < 0:
         raise ValueError("--batch-size, --epochs and --learning-rates must be positive, --epoch-length 0 or more")
-    if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1 or args.flip_prob > 1:
-        raise ValueError("--crop-scale must be two shares of the image, as 0.08 1; --flip-prob at most 1")
+    if not 0 < args.crop_scale[0] <= args.crop_scale[1] <= 1 or not (
+            args.flip_prob == -1 or 0 <= args.flip_prob <= 1):
+        raise ValueError("--crop-scale must be two shares of the image, as 0.08 1; --flip-prob one from 0 to 1, or -1")
+    if args.head and args.cached:
+        raise ValueError("--head is evaluated on images; leave --cached out")
     if args.test_classes and len(args.test_classes) != len(args.test):
         raise ValueError(f"{len(args.test_classes)} --test-classes for {len(args.test)} --test; give one for each")
     return args
@@ -449,6 +482,7 @@ def main(argv: list[str] | None = None) -> dict:
         columns = {title: f"{result['top1']:.2f} %", "top-5": f"{result['top5']:.2f} %",
                    "mean per class": f"{result['mean_per_class']:.2f} %", result["best_classifier"]: ""}
         columns |= {"ReaL": f"{result['real']['top1']:.2f} %"} if args.real else {}
+        columns |= {} if args.head else {result["head"]: ""}
         e.report(protocol, result, columns | {spec: f"{r['top1']:.2f} %" for spec, r in result["tests"].items()})
     return result
 
@@ -456,5 +490,7 @@ def main(argv: list[str] | None = None) -> dict:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(print("stopped; the same command goes on from the last epoch", file=sys.stderr) or 130)
+    except (ValueError, Unreadable) as error:
+        sys.exit(print(f"error: {str(error).splitlines()[-1]}", file=sys.stderr) or 2)

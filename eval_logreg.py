@@ -55,14 +55,10 @@ class Principal:
         for part in x.split(chunk):
             part = part.to(wide) - self.mean
             covariance.addmm_(part.T, part)
-        variance, self.axes = torch.linalg.eigh(covariance / n)  # (D,) ascending, (D, D) in columns
-        self.variance = variance.clamp(min=0)
+        variance, axes = torch.linalg.eigh((covariance / n).cpu())  # (D,) ascending, (D, D) in columns
+        self.variance, self.axes = variance.clamp(min=0).to(x.device), axes.to(x.device)
         for part in x.split(chunk):
             part.copy_((part.to(wide) - self.mean) @ self.axes)
-
-    def turn(self, x: Tensor) -> Tensor:
-        """Other features (n, D) in the same axes."""
-        return torch.cat([(part.to(self.axes) - self.mean) @ self.axes for part in x.split(2**14)]).to(x.dtype)
 
     def back(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Weights (J, K, D) and biases (J, K) for the features as they were before."""
@@ -81,12 +77,12 @@ class Objective:
         self.penalty = (2 if n_classes == 2 else 1) / (cs.to(features.variance) * len(rows))  # (J,)
         self.penalised = torch.cat([torch.ones_like(features.variance), features.variance.new_zeros(1)])  # (D + 1,)
 
-    def __call__(self, w: Tensor, models: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, w: Tensor, models: Tensor, curved: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
         """At weights w (A, K, D + 1), bias last, of the models numbered in `models` (A,): loss (A,), its gradient, like
-        w, and an estimate of the diagonal of its second derivative, likewise."""
+        w, and, if `curved`, the diagonal of its second derivative, likewise."""
         (n_models, n_classes, width), n = w.shape, len(self.rows)
-        loss, spread = self.penalty.new_zeros(n_models), self.penalty.new_zeros(n_models, n_classes)
-        gradient = torch.zeros_like(w)
+        loss = self.penalty.new_zeros(n_models)
+        gradient, curvature = torch.zeros_like(w), torch.zeros_like(w) if curved else None
         step = max(16, (2**26 if w.is_cuda else 2**20) // (n_models * n_classes))  # logits stay in a CPU's cache
         for rows, labels in zip(self.rows.split(step), self.labels.split(step)):
             x = torch.cat([self.x[rows].to(w.dtype), w.new_ones(len(rows), 1)], 1)  # (b, D + 1)
@@ -97,14 +93,16 @@ class Objective:
             total = p.exp_().sum(2, keepdim=True)
             loss += (total[..., 0].log() - own).sum(0, dtype=loss.dtype)
             p /= total
-            spread += (p - p.square()).sum(0, dtype=loss.dtype)  # p (1 - p) of each class
+            if curved:
+                curvature.view(-1, width).addmm_((p - p.square()).flatten(1).T, x.square())
             p.scatter_add_(2, right, -p.new_ones(1, 1, 1).expand(len(rows), n_models, 1))
             gradient.view(-1, width).addmm_(p.flatten(1).T, x)
         penalty = self.penalty[models, None, None] * self.penalised  # (A, 1, D + 1)
         loss = loss / n + 0.5 * (w.to(penalty).square() * penalty).flatten(1).sum(1)
         gradient = gradient / n + penalty.to(w.dtype) * w
-        curvature = (spread[..., None] / n).clamp(min=1e-12) * self.variance + penalty
-        return loss, gradient, curvature.to(w.dtype)
+        if curved:
+            curvature = curvature / n + penalty.to(w.dtype) + 1e-12 * self.variance.to(w.dtype)  # never zero
+        return loss, gradient, curvature
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -134,15 +132,11 @@ def descent(gradient: Tensor, curvature: Tensor, pairs: list[tuple[Tensor, Tenso
     q = newton(q, curvature)
     if pairs:
         s, y, inverse = pairs[-1]
-        q = torch.where((inverse > 0)[:, None, None], scaled(dot(s, y) / dot(newton(y, curvature), y).clamp(min=1e-300), q), q)
+        scale = dot(s, y) / dot(newton(y, curvature), y).clamp(min=1e-30)
+        q = scaled(torch.where(inverse > 0, scale, 1.0), q)
     for (s, y, inverse), factor in zip(pairs, reversed(factors)):
         q += scaled(factor - inverse * dot(y, q), s)
     return -q
-
-
-def near(w: Tensor, gradient: Tensor, curvature: Tensor, tol: float) -> Tensor:
-    """Whether a Newton step would change w by at most the share `tol` of it, (A,) bool."""
-    return dot(newton(gradient, curvature), gradient) <= tol**2 * dot(curvature * w, w)
 
 
 def minimise(objective, w: Tensor, models: Tensor, max_iter: int, tol: float, history: int = 10,
@@ -150,45 +144,49 @@ def minimise(objective, w: Tensor, models: Tensor, max_iter: int, tol: float, hi
     """L-BFGS for many independent problems at once, with steps halved until the loss decreases; those that are done
     leave the batch. Returns weights (J, K, D), whether each has converged, and the iterations made, (J,).
 
-    Converged: the distance to the optimum, as gradient and curvature estimate it, is at most `tol` times the length of
-    w, both measured by the curvature. A problem is also left when its loss decreases no more, which is where its number
-    format ends.
+    Converged: the next step is at most `tol` times as long as w. A problem is also left when its loss decreases no
+    more, which is where its number format ends.
     """
     result, eps = w.clone(), 4 * torch.finfo(w.dtype).eps
     converged, iterations = torch.zeros(len(w), dtype=torch.bool, device=w.device), torch.zeros_like(models)
     active, pairs = torch.arange(len(w), device=w.device), []
     loss, gradient, curvature = objective(w, models)
-    done, stuck = near(w, gradient, curvature, tol), torch.zeros_like(converged)
+    stuck, idle = torch.zeros_like(converged), torch.zeros_like(models)
     for iteration in range(max_iter + 1):
+        direction = descent(gradient, curvature, pairs)
+        done = dot(direction, direction) <= tol**2 * dot(w, w)
         converged[active[done]] = True
         stay = ~(done | stuck)
         if not stay.all():
             result[active] = w
-            active, w, loss, gradient, curvature = (t[stay] for t in (active, w, loss, gradient, curvature))
+            active, w, loss, gradient, curvature, direction, idle = (
+                t[stay] for t in (active, w, loss, gradient, curvature, direction, idle))
             pairs = [tuple(t[stay] for t in pair) for pair in pairs]
             if bar is not None:
                 bar.update(len(stay) - len(active))
         if not len(active) or iteration == max_iter:
             break
         iterations[active] += 1
-        direction = descent(gradient, curvature, pairs)
         slope, rate, high = dot(direction, gradient), torch.ones_like(loss), torch.arange(len(w), device=w.device)
         new, after, new_gradient = torch.empty_like(w), torch.empty_like(loss), torch.empty_like(w)
+        renew = iteration < 5 or iteration % 5 == 0  # the curvature, which costs half as much as all the rest
         for _ in range(12):
             new[high] = w[high] + scaled(rate[high], direction[high])
-            after[high], new_gradient[high], curvature[high] = objective(new[high], models[active[high]])
+            after[high], new_gradient[high], curved = objective(new[high], models[active[high]], renew)
+            if renew:
+                curvature[high] = curved
             high = (~(after <= loss + 1e-4 * rate * slope + eps * loss)).nonzero()[:, 0]  # also where it is NaN
             if not len(high):
                 break
             rate[high] *= 0.5
-        stuck = ~(loss - after > eps * loss)
-        new[stuck] = torch.where((after < loss)[stuck, None, None], new[stuck], w[stuck])
+        new[high], after[high] = w[high], loss[high]
+        idle = torch.where(loss - after > eps * loss, 0, idle + 1)
+        stuck = (idle >= 3).index_fill(0, high, True)
         s, y = new - w, new_gradient - gradient
         sy = dot(s, y)
         usable = sy > 1e-10 * (dot(s, s) * dot(y, y)).sqrt()
         pairs = [*pairs[-history + 1 :], (s, y, torch.where(usable, 1 / sy, 0.0))]
         w, loss, gradient = new, after, new_gradient
-        done = near(w, gradient, curvature, tol)
         if bar is not None:
             bar.set_postfix_str(f"iteration {iteration + 1}")
     result[active] = w
@@ -197,7 +195,7 @@ def minimise(objective, w: Tensor, models: Tensor, max_iter: int, tol: float, hi
 
 @full_float32()
 @torch.no_grad()
-def fit(features: Principal, labels: Tensor, cs, rows: Tensor | None = None, max_iter: int = 1000, tol: float = 1e-3,
+def fit(features: Principal, labels: Tensor, cs, rows: Tensor | None = None, max_iter: int = 1000, tol: float = 1e-4,
         progress: bool = False) -> Fit:
     """Multinomial logistic regression of labels (n,) for each C of `cs` at once: every pass over the rows serves all
     values of C that have not converged. `rows` chooses training rows; None: all. First in the precision of the
@@ -216,7 +214,8 @@ def fit(features: Principal, labels: Tensor, cs, rows: Tensor | None = None, max
               disable=None if progress else True) as bar:
         for dtype in dict.fromkeys((features.x.dtype, features.axes.dtype)):
             if len(todo):
-                found, well, made = minimise(objective, result[todo].to(dtype), todo, max_iter, tol, bar=bar)
+                left = max_iter - int(iterations[todo].max())
+                found, well, made = minimise(objective, result[todo].to(dtype), todo, left, tol, bar=bar)
                 result[todo], converged[todo] = found.to(result), well
                 iterations[todo] += made
                 todo = todo[~well & (iterations[todo] < max_iter)]
@@ -292,13 +291,14 @@ def sweep(solve, cs, rows: Tensor, held: tuple[Tensor, Tensor], n_classes: int,
 def run(e: Evaluation) -> dict:
     """The whole protocol on the images of an open evaluation."""
     args = e.args
+    finetune = e.open(args.finetune) if args.finetune else None  # a mistake shows before the features take their time
+    common_labels(e.train, finetune)
     x, labels = e.labelled(e.train, e.train_labels)
     test = e.labelled(e.val, e.val_labels)
     rows = torch.arange(len(x), device=x.device)  # to fit with when C is chosen; afterwards, all
     held = test
     if args.finetune:
-        source = e.open(args.finetune)
-        held = e.labelled(source, common_labels(e.train, source)[1])
+        held = e.labelled(finetune, common_labels(e.train, finetune)[1])
         x, labels = torch.cat([x, held[0]]), torch.cat([labels, held[1]])
     elif not args.finetune_on_val:
         if len(x) < 10:
@@ -332,11 +332,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flags.add_argument("--metric", choices=("accuracy", "mean_per_class"), default="accuracy", help="to choose C by")
     flags.add_argument("--cs", type=float, nargs="+", default=list(CS), help="values of C to choose from")
     flags.add_argument("--max-iter", type=int, default=1000, help="iterations of a fit")
-    flags.add_argument("--tol", type=float, default=1e-3, help="error of the weights, as a share of them")
+    flags.add_argument("--tol", type=float, default=0.0, help="a fit is done when its next step would change the "
+                       "weights by less than this share; 0: 1e-4, or 1e-7 of scikit-learn's own kind")
     flags.add_argument("--sklearn", action="store_true", help="fit by scikit-learn, whose tol is of the gradient")
     args = flags.parse_args(argv)
-    if min(args.cs) <= 0 or args.max_iter < 1 or not args.tol > 0:
-        raise ValueError("--cs, --max-iter and --tol must be positive")
+    if min(args.cs) <= 0 or args.max_iter < 1 or not args.tol >= 0:
+        raise ValueError("--cs and --max-iter must be positive, --tol not negative")
+    args.cs, args.tol = sorted(args.cs), args.tol or (1e-7 if args.sklearn else 1e-4)
     if args.finetune and args.finetune_on_val:
         raise ValueError("--finetune and --finetune-on-val exclude each other; choose one")
     return args
@@ -362,5 +364,7 @@ def main(argv: list[str] | None = None) -> dict:
 if __name__ == "__main__":
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except ValueError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
