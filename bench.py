@@ -282,9 +282,9 @@ def bench_knn(args, device: torch.device) -> list[dict]:
 
 def bench_logreg(args, device: torch.device) -> list[dict]:
     """Rows of {way, fits, s, times_ours, excess}: the whole path of C on 20,000 x 384, 100 classes, and every
-    --every-th of its values by scikit-learn, as the official protocol sets its solver and by its default tolerance. `excess` is
-    how far the worst loss is above ours, in percent. scikit-learn's time is that of the fits made, times 45 by their
-    number."""
+    --every-th of its values by scikit-learn, as the official protocol sets its solver and by its default tolerance.
+    `excess` is how far the worst loss is above ours, in percent. scikit-learn's time is that of the fits made, times 45
+    by their number."""
     n, dim, n_classes = args.images // 5, args.dim, 100
     generator = torch.Generator().manual_seed(0)
     scales = torch.arange(1, dim + 1) ** -0.5  # a spectrum such as features have
