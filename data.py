@@ -1419,6 +1419,82 @@ class EvalImages(torch.utils.data.Dataset):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Single images of any size
+
+
+def image_paths(names: list[str]) -> list[str]:
+    """The files named, and all images below the folders named, in order. Raises ValueError if one does not exist."""
+    paths = []
+    for name in names:
+        if os.path.isdir(name):
+            source = open_folder(Path(name))
+            paths += [source.describe(i) for i in range(len(source))]
+        elif os.path.exists(name):
+            paths.append(name)
+        else:
+            raise ValueError(f"no such image or folder: {name}")
+    return paths
+
+
+def read_image(path: str, channels: int = 3) -> Tensor:
+    """An image file as (channels, H, W), as decode() gives it. Raises ValueError, with the reason, if it cannot be read.
+    """
+    try:
+        return decode(read_file(path), channels)
+    except Exception as error:  # decoders raise all sorts on damaged files
+        raise ValueError(f"{path} cannot be read as an image ({reason(error)})") from None
+
+
+class Fit(NamedTuple):
+    """How an image comes to sides that are multiples of the patch. Pixel (x, y) of a W x H image goes to
+    (left + x * scaled[1] / W, top + y * scaled[0] / H)."""
+    scaled: tuple[int, int]  # height and width that the image is resized to
+    top: int  # where its corner then lies on the canvas; negative: rows are cut away
+    left: int
+    canvas: tuple[int, int]  # height and width of what the network sees
+
+
+def plan_fit(height: int, width: int, patch: int, how: str = "crop", size: tuple[int, ...] = ()) -> Fit:
+    """Brings an image to `size`, () as it is, (short side,) or (height, width), and to multiples of `patch`: "crop" cuts
+    off the rest, "pad" adds to it, both in the middle; "resize" stretches. Raises ValueError if nothing would be left,
+    or if height and width are given and are no multiples."""
+    if len(size) == 2:
+        if off := [s for s in size if s % patch or s < patch]:
+            raise ValueError(f"size {off[0]} is no multiple of the patch size {patch}; the nearest is "
+                             f"{max(round(off[0] / patch), 1) * patch}")
+        pick = {"crop": max, "pad": min}.get(how)
+        scaled = tuple(size)
+        if pick:
+            scale = pick(size[0] / height, size[1] / width)
+            scaled = tuple(max(pick(s, round(n * scale)), 1) for s, n in zip(size, (height, width)))
+        canvas = tuple(size)
+    else:
+        scale = size[0] / min(height, width) if size else 1
+        scaled = tuple(max(round(n * scale), 1) for n in (height, width))
+        if how == "resize":
+            scaled = tuple(max(round(n * scale / patch), 1) * patch for n in (height, width))
+        canvas = tuple((-(-n // patch) if how == "pad" else n // patch) * patch for n in scaled)
+        if not all(canvas):
+            raise ValueError(f"an image of {scaled[0]}x{scaled[1]} pixels is smaller than one patch of {patch}x{patch}; "
+                             "enlarge it by --size, or choose --fit pad or --fit resize")
+    return Fit(scaled, (canvas[0] - scaled[0]) // 2, (canvas[1] - scaled[1]) // 2, canvas)
+
+
+def fit_image(image: Tensor, fit: Fit, mean=MEAN) -> Tensor:
+    """An image (C, H, W), uint8 or uint16, as `fit` says; what is added has the colour `mean`, which becomes zero when
+    the image is normalised."""
+    deep = image.dtype == torch.uint16
+    x = image.float() if deep else image  # torchvision resizes no uint16
+    if tuple(x.shape[-2:]) != fit.scaled:
+        x = TF.resize(x, list(fit.scaled), InterpolationMode.BICUBIC, antialias=True)
+    out = (torch.tensor(mean) * (65535 if deep else 255)).round().to(x.dtype)[:, None, None].repeat(1, *fit.canvas)
+    (h, w), (height, width), top, left = fit.scaled, fit.canvas, fit.top, fit.left
+    out[:, max(top, 0) : top + h, max(left, 0) : left + w] = (
+        x[:, max(-top, 0) : height - top, max(-left, 0) : width - left])
+    return out.round().clamp(0, 65535).to(torch.uint16) if deep else out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Commands
 
 
