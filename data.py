@@ -1423,7 +1423,8 @@ class EvalImages(torch.utils.data.Dataset):
 
 
 def image_paths(names: list[str]) -> list[str]:
-    """The files named, and all images below the folders named, in order. Raises ValueError if one does not exist."""
+    """The files named, and all images below the folders named, in order, each once. Raises ValueError for what does
+    not exist."""
     paths = []
     for name in names:
         if os.path.isdir(name):
@@ -1433,12 +1434,11 @@ def image_paths(names: list[str]) -> list[str]:
             paths.append(name)
         else:
             raise ValueError(f"no such image or folder: {name}")
-    return paths
+    return list(dict.fromkeys(paths))
 
 
 def read_image(path: str, channels: int = 3) -> Tensor:
-    """An image file as (channels, H, W), as decode() gives it. Raises ValueError, with the reason, if it cannot be read.
-    """
+    """An image file as decode() gives it. Raises ValueError, with the reason, if it cannot be read."""
     try:
         return decode(read_file(path), channels)
     except Exception as error:  # decoders raise all sorts on damaged files
@@ -1454,29 +1454,29 @@ class Fit(NamedTuple):
     canvas: tuple[int, int]  # height and width of what the network sees
 
 
+FITS = ("crop", "pad", "resize")
+
+
 def plan_fit(height: int, width: int, patch: int, how: str = "crop", size: tuple[int, ...] = ()) -> Fit:
-    """Brings an image to `size`, () as it is, (short side,) or (height, width), and to multiples of `patch`: "crop" cuts
-    off the rest, "pad" adds to it, both in the middle; "resize" stretches. Raises ValueError if nothing would be left,
+    """Brings an image to `size`: () as it is, (short side,) or (height, width); and to multiples of `patch`. "crop"
+    cuts off the rest, "pad" adds to it, both in the middle; "resize" stretches. Raises ValueError if nothing would be left,
     or if height and width are given and are no multiples."""
     if len(size) == 2:
         if off := [s for s in size if s % patch or s < patch]:
             raise ValueError(f"size {off[0]} is no multiple of the patch size {patch}; the nearest is "
                              f"{max(round(off[0] / patch), 1) * patch}")
-        pick = {"crop": max, "pad": min}.get(how)
-        scaled = tuple(size)
-        if pick:
-            scale = pick(size[0] / height, size[1] / width)
-            scaled = tuple(max(pick(s, round(n * scale)), 1) for s, n in zip(size, (height, width)))
-        canvas = tuple(size)
+        scaled = canvas = tuple(size)
+        if how != "resize":
+            scale = (max if how == "crop" else min)(size[0] / height, size[1] / width)
+            scaled = max(round(height * scale), 1), max(round(width * scale), 1)
     else:
         scale = size[0] / min(height, width) if size else 1
-        scaled = tuple(max(round(n * scale), 1) for n in (height, width))
-        if how == "resize":
-            scaled = tuple(max(round(n * scale / patch), 1) * patch for n in (height, width))
+        unit = patch if how == "resize" else 1
+        scaled = tuple(max(round(n * scale / unit), 1) * unit for n in (height, width))
         canvas = tuple((-(-n // patch) if how == "pad" else n // patch) * patch for n in scaled)
         if not all(canvas):
-            raise ValueError(f"an image of {scaled[0]}x{scaled[1]} pixels is smaller than one patch of {patch}x{patch}; "
-                             "enlarge it by --size, or choose --fit pad or --fit resize")
+            raise ValueError(f"an image of {scaled[0]}x{scaled[1]} pixels is less than one patch of {patch}x{patch}; "
+                             "enlarge it by --size, or choose --fit pad or resize")
     return Fit(scaled, (canvas[0] - scaled[0]) // 2, (canvas[1] - scaled[1]) // 2, canvas)
 
 
@@ -1492,6 +1492,25 @@ def fit_image(image: Tensor, fit: Fit, mean=MEAN) -> Tensor:
     out[:, max(top, 0) : top + h, max(left, 0) : left + w] = (
         x[:, max(-top, 0) : height - top, max(-left, 0) : width - left])
     return out.round().clamp(0, 65535).to(torch.uint16) if deep else out
+
+
+class FittedImages(torch.utils.data.Dataset):
+    """fitted[i] -> the i-th of `paths` as fit_image() makes it, uint8 or uint16 (C, h*patch, w*patch), and "". If it
+    cannot be read, or is too small: None, and why."""
+
+    def __init__(self, paths: list[str], channels: int, patch: int, how: str = "crop", size=(), mean=MEAN):
+        self.paths, self.channels, self.mean, self.fit = paths, channels, mean, (patch, how, size)
+        plan_fit(2 * patch, 2 * patch, *self.fit)  # a wrong size is no image's fault
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> tuple[Tensor | None, str]:
+        try:
+            image = read_image(self.paths[i], self.channels)
+            return fit_image(image, plan_fit(*image.shape[-2:], *self.fit), self.mean), ""
+        except ValueError as error:
+            return None, str(error) if self.paths[i] in str(error) else f"{self.paths[i]}: {error}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

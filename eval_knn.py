@@ -37,10 +37,10 @@ import hub
 from data import (
     MEAN, STD, EvalImages, Parser, collate_images, eval_specs, normalize, make_loader, open_source, to_float,
     worker_count)
+from hub import DTYPES, pick_device, write_file
 from model import FORMAT
 
 KS = (10, 20, 100, 200)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def world() -> tuple[int, int]:
@@ -284,29 +284,6 @@ def common_labels(train_source, val_source) -> tuple:
 # What all evaluations have in common: a checkpoint, two sets of images, a result
 
 
-def pick_device(name: str) -> torch.device:
-    """"auto" is CUDA if there is a GPU, else the CPU; under torchrun each process gets the GPU of its local rank.
-    Raises ValueError if the device asked for is absent."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name!r} is no device; use auto, cpu, cuda or mps") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"--device {name}: PyTorch finds no CUDA GPU here; use --device cpu")
-        if device.index is not None and "LOCAL_RANK" in os.environ:
-            raise ValueError(f"--device {name}: torchrun gives each process a GPU of its own; use --device cuda")
-        device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"{device} does not exist, PyTorch finds {torch.cuda.device_count()} GPU(s) here")
-        torch.set_float32_matmul_precision("high")  # TF32
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"--device {name}: PyTorch finds no Apple GPU here; use --device cpu")
-    return device
-
-
 class Flags(Parser):
     """The command line that all evaluations share."""
 
@@ -342,9 +319,7 @@ class Evaluation:
         self.path, ckpt = hub.read(args.checkpoint)
         self.model = hub.load(self.path, ckpt).to(self.device)
         self.ours, self.step = ckpt.get("format") == FORMAT, ckpt.get("step")
-        defaults = dict(in_chans=self.model.patch_embed.proj.in_channels, mean=MEAN, std=STD, eval_resize=256,
-                        eval_crop=224, flip_prob=0.5)
-        self.config = defaults | (ckpt["config"] if self.ours else {})
+        self.config = hub.image_rules(self.model, ckpt) | (ckpt["config"] if self.ours else {})
         self.specs = self.choose_data()
         if args.num_workers < -1 or args.resize < 0 or args.crop < 0:
             raise ValueError("--num-workers must be -1 or more, --resize and --crop 0 or more")
@@ -394,12 +369,7 @@ class Evaluation:
 
     @cached_property
     def model_hash(self) -> str:
-        """SHA-256 of the backbone's weights, whatever file they came in."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return hub.weights_hash(self.model)
 
     def features(self, source, what: str = "cls", embed=None) -> tuple[Tensor, Tensor]:
         """extract_features() of a source by this checkpoint; from --cache, if they are there. `embed` maps images to
@@ -410,8 +380,10 @@ class Evaluation:
 
         if not self.args.cache:
             return make()
-        key = json.dumps([what, self.model_hash, data_hash(source), self.resize, self.crop, self.args.dtype,
-                          *self.config["mean"], *self.config["std"]])
+        model = self.model
+        key = json.dumps([what, self.model_hash, model.num_heads, model.interpolate_offset, model.interpolate_antialias,
+                          data_hash(source), self.resize, self.crop, self.args.dtype, *self.config["mean"],
+                          *self.config["std"]])
         path = Path(self.args.cache).expanduser() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.pt"
         table, ok = load_table(path) or (None, None)
         found = torch.tensor([table is not None], device=self.device)
@@ -485,20 +457,6 @@ def load_table(path: Path) -> tuple[Tensor, Tensor] | None:
     except Exception:  # a damaged file can fail in any way
         print(f"{path} is damaged; its features are computed anew", file=sys.stderr)
         return None
-
-
-def write_file(path: Path, write) -> None:
-    """Has write(file) fill a file that appears under its name only when it is whole. Raises ValueError, naming why not.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            write(file)
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
-        raise ValueError(f"{path} could not be written ({getattr(error, 'strerror', None) or error})") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

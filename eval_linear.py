@@ -32,8 +32,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Prefetcher, Unreadable, cut_crop, normalize, read_sample, to_float, train_loader, widen
-from eval_knn import (
-    Evaluation, Flags, data_hash, extract_features, full_float32, kept, world, write_file)
+from eval_knn import Evaluation, Flags, data_hash, extract_features, full_float32, kept, world
+from hub import read_head, write_file
 from model import read_checkpoint
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)  # of a batch of 256
@@ -130,14 +130,7 @@ class Grid:
     def from_head(cls, path: str, dim: int, most: int, device) -> "Grid":
         """The one classifier of a released head, or of one that was trained here, on 1 or `most` CLS tokens. Raises
         ValueError."""
-        head = read_checkpoint(path)
-        weight, bias = head.get("weight"), head.get("bias")
-        if not torch.is_tensor(weight) or not torch.is_tensor(bias) or weight.ndim != 2 or len(weight) != bias.numel():
-            raise ValueError(f"{path} is no linear head, it holds {', '.join(map(str, list(head)[:3]))}")
-        layers = {2 * dim: 1, (1 + most) * dim: most}.get(weight.shape[1])
-        if layers is None:
-            raise ValueError(f"{path} is the head of another backbone: it takes {weight.shape[1]} features, those of "
-                             f"this one are {2 * dim} (1 layer) or {(1 + most) * dim} ({most} layers)")
+        weight, bias, layers = read_head(path, dim, most)
         grid = cls(dim, layers, len(weight), [0.0], [(layers, True)], device)
         grid.values.copy_(torch.cat([weight.flatten(), bias]))
         return grid

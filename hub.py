@@ -1,4 +1,4 @@
-"""Released DINOv2 models by name, and their weights from a file, whoever wrote it.
+"""Released DINOv2 models by name, and weights from a file, whoever wrote it.
 
     import hub
     model = hub.load("dinov2_vits14")             # downloaded once; also b, l, g for s, and dinov2_vits14_reg
@@ -11,32 +11,53 @@
     classifier = hub.load_classifier("dinov2_vits14", "dinov2_vits14_linear4_head.pth")
     logits = classifier(images)                   # (B, classes)
 
+    python hub.py info FILE                                             # what a file holds
+    python hub.py convert IN OUT --to official|hf|timm|safetensors      # hf: OUT becomes a folder
+    python hub.py features IMG... --model dinov2_vits14 --out feats.npz # images and folders of them; a file or a folder
+    python hub.py export --model dinov2_vits14 --size 518 OUT.onnx      # or OUT.pt2, which torch.export.load reads
+
+From elsewhere, without a copy of these files: torch.hub.load("/path/to/here", "dinov2_vits14", source="local"), and all
+other official names, see hubconf.py.
+
 The architecture is read off the names and shapes of the weights, and each of them must find its place: nothing is
 left out but projection heads, classifiers and the student. A missing mask_token, which only training uses, becomes
 zeros. What is loaded is in eval mode, in float32, on the CPU. Pickled code is refused. Released files are kept in
 torch.hub's folder, ~/.cache/torch/hub/checkpoints; without a network put them there by hand. `.safetensors` needs the
 package safetensors.
 
-At another image size than that of the weights (518 pixels for released ones) the position table is interpolated as in
-the official code, whatever the layout of the file. With registers, transformers and timm do the same. Without, they
-sample at other places (the official code adds 0.1 to the grid, they do not; timm also uses antialiasing), and there the
-features differ from theirs. Apache License 2.0.
+At another image size than that of the weights (518 pixels for released ones) the position table is interpolated as by
+the library that the layout is of. With registers, official code, transformers and timm do the same. Without, the
+official code samples at (i + 0.1) / size, the others at i / size, timm with antialiasing besides: features of the same
+weights differ. load(file, interpolate_offset=0.1, interpolate_antialias=False) has the official rule for any file.
+Apache License 2.0.
 """
+import difflib
+import functools
+import hashlib
 import http.client
 import json
 import os
 import re
+import shutil
+import sys
+import tempfile
 from pathlib import Path
+from typing import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from data import nearest
-from model import DinoVisionTransformer, load_backbone, read_checkpoint
+from model import ARCHS, FORMAT, DinoVisionTransformer, load_backbone, read_checkpoint
+
+# data.py, which reads images, brings torchvision along, and that takes a second. So only the commands below import it,
+# and when they run; what torch.hub calls needs model.py alone.
 
 URL = "https://dl.fbaipublicfiles.com/dinov2"
 RELEASED = tuple(f"dinov2_vit{size}14{reg}" for size in "sblg" for reg in ("", "_reg"))
+SIZES = dict(s="vit_small", b="vit_base", l="vit_large", g="vit_giant2")
 FOLDER_FILES = ("pytorch_model.bin", "model.safetensors")  # of Hugging Face; the first needs no further package
 
 
@@ -60,14 +81,20 @@ def read(spec: str | Path) -> tuple[str, dict]:
         if str(spec) not in RELEASED:
             raise ValueError(f"no such checkpoint: {spec}; give a file, a folder, or one of "
                              f"dinov2_vit{{s,b,l,g}}14[_reg]{nearest(str(spec), RELEASED)}")
-        path = released_file(str(spec))
+        path = released_file(str(spec), "pretrain")
     return str(path), (read_safetensors if path.suffix == ".safetensors" else read_checkpoint)(str(path))
 
 
-def released_file(name: str) -> Path:
-    """The file of a released backbone in torch.hub's folder, downloaded unless it is there. Raises ValueError."""
+def nearest(name: str, names) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def released_file(name: str, part: str) -> Path:
+    """The file of a released backbone, part "pretrain", or of its "linear_head" or "linear4_head", in torch.hub's
+    folder; downloaded, with a progress bar, unless it is there. Raises ValueError, saying where to put it by hand."""
     base = name.removesuffix("_reg")
-    file = f"{base}{'_reg4' if name != base else ''}_pretrain.pth"
+    file = f"{base}{'_reg4' if name != base else ''}_{part}.pth"
     url, path = f"{URL}/{base}/{file}", Path(torch.hub.get_dir(), "checkpoints", file)
     if path.exists():
         return path
@@ -125,18 +152,36 @@ DROPPED = ("dino_head.", "ibot_head.", "student.", "dino_loss.", "ibot_patch_los
            "head.", "linear_head.", "classifier.")  # of timm, of the official classifiers, of transformers
 FUSED = {".attn.qkv.": (".attn.q.", ".attn.k.", ".attn.v."), ".mlp.w12.": (".mlp.w1.", ".mlp.w2.")}
 NEEDED = {"cls_token": 3, "pos_embed": 3, "patch_embed.proj.weight": 4, "norm.weight": 1}  # and their dimensions
+POSITIONS = {  # how these interpolate the position table of networks without registers, see above
+    "transformers": dict(interpolate_offset=0.0, interpolate_antialias=False),
+    "timm": dict(interpolate_offset=0.0, interpolate_antialias=True)}
 
 
-def load(spec: str | Path, ckpt: dict | None = None) -> DinoVisionTransformer:
-    """The backbone of a file, folder or released name, see above, in eval mode. `ckpt` saves reading it again.
+def load(spec: str | Path, ckpt: dict | None = None, **arguments) -> DinoVisionTransformer:
+    """The backbone of a file, folder or released name, see above, in eval mode. `ckpt` saves reading it again;
+    `arguments` of the constructor go before those that the weights tell.
 
     Raises ValueError if it cannot be read, holds no DINOv2 backbone, or anything in it is missing or too much.
     """
     path, ckpt = read(spec) if ckpt is None else (str(spec), ckpt)
     if "format" in ckpt:  # train.py wrote it, in the official layout and with the arguments of the constructor
-        return load_backbone(path, ckpt)
-    check_heads(path)
-    return load_backbone(path, to_official(path, ckpt))
+        return load_backbone(path, ckpt, arguments)
+    weights, layout = to_official(path, ckpt), layout_of(ckpt)
+    known = {} if "register_tokens" in weights else POSITIONS.get(layout, {})
+    if layout == "transformers":
+        known = known | heads_beside(path, weights)
+    return load_backbone(path, weights, known | arguments)
+
+
+def layout_of(ckpt: dict) -> str:
+    """Who has written such names: "train.py", "official", "transformers" or "timm", which drops the mask_token."""
+    if "format" in ckpt:
+        return "train.py"
+    keys = ckpt.get("teacher", ckpt).keys()
+    if any("embeddings." in key for key in keys):
+        return "transformers"
+    timm = any(key.endswith("reg_token") for key in keys) or not any(key.endswith("mask_token") for key in keys)
+    return "timm" if timm else "official"
 
 
 def to_official(path: str, ckpt: dict) -> dict[str, Tensor]:
@@ -186,21 +231,19 @@ def name_gate(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3."): v for k, v in weights.items()}
 
 
-def check_heads(path: str) -> None:
-    """The weights do not tell the number of heads. All of DINOv2 are 64 wide, which infer_arguments relies on; where
-    transformers left a config.json beside the file, that can be checked. Raises ValueError."""
-    file = Path(path).with_name("config.json")
+def heads_beside(path: str, weights: dict[str, Tensor]) -> dict[str, int]:
+    """The number of heads as config.json beside the file tells it, where transformers left one. The weights do not;
+    without it they are taken to be 64 wide, as in all released models."""
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(Path(path).with_name("config.json").read_text())
         heads, width = config["num_attention_heads"], config["hidden_size"]
     except (OSError, ValueError, KeyError, TypeError):  # none, or somebody else's
-        return
-    if heads * 64 != width:
-        raise ValueError(f"{file} says {heads} heads for a width of {width}; those of DINOv2 are 64 wide")
+        return {}
+    return dict(num_heads=heads) if width == weights["cls_token"].shape[-1] else {}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Linear classifier
+# Linear classifiers
 
 
 class LinearClassifier(nn.Module):
@@ -220,21 +263,557 @@ class LinearClassifier(nn.Module):
         return self.linear_head(torch.cat([cls for _, cls in outs] + [patches], dim=-1))  # of (B, (1+layers)*D)
 
 
-def load_classifier(spec: str | Path, head_path: str | Path) -> LinearClassifier:
-    """A backbone, as load() takes it, under an official linear head: a file of weight (classes, (1+layers)*D) and bias
-    (classes,); its width tells the layers. In eval mode. Raises ValueError if the head is none, or another backbone's.
-    """
-    backbone, head = load(spec), read_checkpoint(str(head_path))
-    shapes = [tuple(head[k].shape) if torch.is_tensor(head.get(k)) else () for k in ("weight", "bias")]
-    if head.keys() != {"weight", "bias"} or len(shapes[0]) != 2 or shapes[1] != shapes[0][:1]:
-        raise ValueError(f"{head_path} holds no linear head, which is weight (classes, features) and bias (classes,) "
+def read_head(path: str | Path, dim: int, n_blocks: int) -> tuple[Tensor, Tensor, int]:
+    """weight (classes, (1+layers)*D), bias (classes,), both float32, and the number of layers of a linear head's file,
+    for a backbone `dim` wide. Raises ValueError if it is no head, or another backbone's."""
+    head = read_checkpoint(str(path))
+    weight, bias = head.get("weight"), head.get("bias")
+    if head.keys() != {"weight", "bias"} or not torch.is_tensor(weight) or not torch.is_tensor(bias) or (
+            weight.ndim != 2 or bias.shape != weight.shape[:1]):
+        raise ValueError(f"{path} holds no linear head, which is weight (classes, features) and bias (classes,) "
                          f"(its entries: {', '.join(map(str, list(head)[:3]))})")
-    (classes, width), dim, most = shapes[0], backbone.embed_dim, min(4, backbone.n_blocks)
-    layers = {2 * dim: 1, (1 + most) * dim: most}.get(width)
+    most = min(4, n_blocks)
+    layers = {2 * dim: 1, (1 + most) * dim: most}.get(weight.shape[1])
     if layers is None:
-        raise ValueError(f"{head_path} is the head of another backbone: it takes {width} features, those of {spec}, "
-                         f"{dim} wide, are {2 * dim} (1 layer) or {(1 + most) * dim} ({most} layers)")
+        raise ValueError(f"{path} is the head of another backbone: it takes {weight.shape[1]} features, those of this "
+                         f"one, {dim} wide, are {2 * dim} (1 layer) or {(1 + most) * dim} ({most} layers)")
+    return weight.float(), bias.float(), layers
+
+
+def load_classifier(spec: str | Path, head_path: str | Path) -> LinearClassifier:
+    """A backbone, as load() takes it, under a linear head, a released one or one of eval_linear.py; its width tells the
+    layers. In eval mode. Raises ValueError if the head is none, or another backbone's."""
+    return put_head(load(spec), head_path)
+
+
+def put_head(backbone: DinoVisionTransformer, head_path: str | Path) -> LinearClassifier:
+    weight, bias, layers = read_head(head_path, backbone.embed_dim, backbone.n_blocks)
     with torch.device("meta"):
-        linear_head = nn.Linear(width, classes)
-    linear_head.load_state_dict({k: v.float() for k, v in head.items()}, assign=True)
+        linear_head = nn.Linear(weight.shape[1], len(weight))
+    linear_head.load_state_dict(dict(weight=weight, bias=bias), assign=True)
     return LinearClassifier(backbone, linear_head, layers).eval()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The official entry points, for hubconf.py
+
+
+def backbone(name: str, *, pretrained: bool = True, weights: str = "LVD142M", **kwargs) -> DinoVisionTransformer:
+    """A DINOv2 backbone: images (B, 3, h*14, w*14), normalised by ImageNet's mean and deviation, -> CLS (B, D).
+
+    pretrained: False gives random weights. weights: "LVD142M", the released ones, downloaded once, or a file.
+    kwargs: of the constructor, such as drop_path_rate=0.1. In train mode, as officially; call .eval() for features.
+    """
+    size, registers = name.removeprefix("dinov2_vit")[0], 4 * name.endswith("_reg")
+    rule = dict(interpolate_antialias=True, interpolate_offset=0.0) if registers else {}
+    arguments = ARCHS[SIZES[size]] | rule | dict(
+        img_size=518, patch_size=14, init_values=1.0, block_chunks=0, num_register_tokens=registers,
+        ffn_layer="swiglufused" if size == "g" else "mlp") | kwargs
+    if not pretrained:
+        return DinoVisionTransformer(**arguments)
+    return load(choose_weights(weights, "LVD142M", name, "pretrain"), **arguments).train()
+
+
+def classifier(name: str, *, layers: int = 4, pretrained: bool = True, weights: str = "IMAGENET1K",
+               **kwargs) -> LinearClassifier:
+    """A DINOv2 backbone under a linear classifier: normalised images (B, 3, h*14, w*14) -> logits (B, 1000).
+
+    layers: 4 or 1, whose CLS tokens are taken. pretrained: False gives random weights, of both. weights: "IMAGENET1K",
+    the released head, downloaded once, or a file. kwargs: of the backbone. In train mode, as officially.
+    """
+    if layers not in (1, 4):
+        raise ValueError(f"the classifiers take CLS tokens of 1 or 4 layers, not {layers}")
+    vit = backbone(name, pretrained=pretrained, **kwargs)
+    if not pretrained:
+        return LinearClassifier(vit, nn.Linear((1 + layers) * vit.embed_dim, 1000), layers)
+    path = choose_weights(weights, "IMAGENET1K", name, f"linear{'4' * (layers == 4)}_head")
+    model = put_head(vit, path)
+    if model.layers != layers:
+        raise ValueError(f"{path} is a head for {model.layers} layers; call this with layers={model.layers}")
+    return model.train()
+
+
+def choose_weights(weights: str, released: str, name: str, part: str) -> str:
+    if weights == released:
+        return str(released_file(name, part))
+    if not os.path.exists(weights):
+        raise ValueError(f"weights={weights!r}: neither {released!r}, the released ones, nor a file that exists")
+    return weights
+
+
+def not_yet(name: str, *args, **kwargs):
+    """Not here yet."""
+    raise NotImplementedError(f"{name} is not here yet: this version has the backbones dinov2_vit{{s,b,l,g}}14[_reg], "
+                              "and their linear classifiers, the same names with _lc")
+
+
+def entry_points() -> dict[str, Callable]:
+    """The 25 official names as functions: backbones and classifiers; depth estimators and dino.txt say that they are
+    not here yet."""
+    chosen = {name: (backbone, name) for name in RELEASED} | {f"{name}_lc": (classifier, name) for name in RELEASED}
+    later = [f"{name}_{head}" for name in RELEASED if not name.endswith("_reg") for head in ("ld", "dd")]
+    chosen |= {name: (not_yet, name) for name in (*later, "dinov2_vitl14_reg4_dinotxt_tet1280d20h24l")}
+    points = {}
+    for name, (make, argument) in chosen.items():
+        points[name] = functools.partial(make, argument)
+        points[name].__doc__, points[name].__name__ = make.__doc__, name  # which torch.hub.help and list show
+    return points
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other layouts, written
+
+
+def renamed(weights: dict[str, Tensor], *pairs: tuple[str, str]) -> dict[str, Tensor]:
+    for pattern, name in pairs:
+        weights = {re.sub(pattern, name, key): value for key, value in weights.items()}
+    return weights
+
+
+def as_timm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Official names -> timm's. It has no mask_token, and with registers the position of CLS is added to CLS itself."""
+    weights = renamed(weights, (r"\.mlp\.w12\.", ".mlp.fc1."), (r"\.mlp\.w3\.", ".mlp.fc2."),
+                      (r"^register_tokens$", "reg_token"))
+    del weights["mask_token"]
+    if "reg_token" in weights:
+        positions = weights["pos_embed"]  # (1, 1+h*w, D)
+        weights |= dict(cls_token=weights["cls_token"] + positions[:, :1], pos_embed=positions[:, 1:].clone())
+    return weights
+
+
+def as_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Official names -> those in the files of transformers, which all its versions read."""
+    split = {}
+    for key, value in weights.items():
+        for part, third in zip(("query", "key", "value"), value.chunk(3)) if ".attn.qkv." in key else [("", value)]:
+            split[key.replace("attn.qkv", f"attention.attention.{part}")] = third.clone() if part else third
+    for i in {key.split(".")[1] for key in weights if key.startswith("blocks.")}:  # its blocks always have LayerScale
+        for n in "12":
+            split.setdefault(f"blocks.{i}.ls{n}.gamma", torch.ones(weights["cls_token"].shape[-1]))
+    return renamed(
+        split, (r"^blocks\.", "encoder.layer."), (r"^norm\.", "layernorm."), (r"\.mlp\.w12\.", ".mlp.weights_in."),
+        (r"\.mlp\.w3\.", ".mlp.weights_out."), (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
+        (r"\.attn\.proj\.", ".attention.output.dense."),
+        (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+        (r"^pos_embed$", "embeddings.position_embeddings"),
+        (r"^(cls_token|mask_token|register_tokens)$", r"embeddings.\1"))
+
+
+def transformers_config(model: DinoVisionTransformer) -> dict:
+    """config.json of Dinov2Model or Dinov2WithRegistersModel."""
+    weights, registers = model.state_dict(), model.num_register_tokens
+    gated = "blocks.0.mlp.w3.weight" in weights
+    if not {"blocks.0.attn.proj.bias", f"blocks.0.mlp.{'w3' if gated else 'fc2'}.bias"} <= weights.keys():
+        raise ValueError("transformers has no DINOv2 without feed-forward layers, or without the biases of these and "
+                         "of attn.proj; convert it to another layout")
+    return dict(
+        architectures=[f"Dinov2{'WithRegisters' * bool(registers)}Model"],
+        model_type=f"dinov2{'_with_registers' * bool(registers)}", hidden_size=model.embed_dim,
+        num_hidden_layers=model.n_blocks, num_attention_heads=model.num_heads, mlp_ratio=4, hidden_act="gelu",
+        layer_norm_eps=1e-6, image_size=model.patch_embed.img_size[0], patch_size=model.patch_size,
+        num_channels=model.patch_embed.in_chans, qkv_bias="blocks.0.attn.qkv.bias" in weights, layerscale_value=1.0,
+        use_swiglu_ffn=gated,
+        **dict(num_register_tokens=registers) if registers else {})
+
+
+def image_config(crop: int, mean, std) -> dict:
+    """preprocessor_config.json of transformers, for evaluation: short side resized, central square cut out."""
+    return dict(image_processor_type="BitImageProcessor", do_convert_rgb=True, do_resize=True, resample=3,
+                size=dict(shortest_edge=round(crop * 256 / 224)), do_center_crop=True,
+                crop_size=dict(height=crop, width=crop), do_rescale=True, rescale_factor=1 / 255, do_normalize=True,
+                image_mean=list(mean), image_std=list(std))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the commands share with the evaluations
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto" is CUDA if there is a GPU, else the CPU; under torchrun each process gets the GPU of its local rank.
+    Raises ValueError if the device asked for is absent."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name!r} is no device; use auto, cpu, cuda or mps") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {name}: PyTorch finds no CUDA GPU here; use --device cpu")
+        if device.index is not None and "LOCAL_RANK" in os.environ:
+            raise ValueError(f"--device {name}: torchrun gives each process a GPU of its own; use --device cuda")
+        device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"{device} does not exist, PyTorch finds {torch.cuda.device_count()} GPU(s) here")
+        torch.set_float32_matmul_precision("high")  # TF32
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"--device {name}: PyTorch finds no Apple GPU here; use --device cpu")
+    return device
+
+
+def image_rules(model: DinoVisionTransformer, ckpt: dict) -> dict:
+    """What images the network expects: in_chans, mean and std, eval_resize and eval_crop in pixels, flip_prob; as a
+    checkpoint of train.py says, else as the released models want them."""
+    from data import MEAN, STD
+    rules = dict(in_chans=model.patch_embed.in_chans, mean=MEAN, std=STD, eval_resize=256, eval_crop=224, flip_prob=0.5)
+    return rules | {k: v for k, v in ckpt["config"].items() if k in rules} if ckpt.get("format") == FORMAT else rules
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 of names, shapes and values of the weights, whatever file they came in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def write_file(path: Path, write) -> None:
+    """Has write(file) fill a file that appears under its name only when it is whole. Raises ValueError, naming why not.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            write(file)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{path} could not be written ({getattr(error, 'strerror', None) or error})") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_weights(weights: dict[str, Tensor], path: Path) -> None:
+    """A .safetensors file, or else one of PyTorch, by the suffix. Raises ValueError if that package is missing."""
+    if path.suffix != ".safetensors":
+        return write_file(path, functools.partial(torch.save, weights))
+    try:
+        from safetensors.torch import save
+    except ImportError:
+        raise ValueError(f"{path} needs the package safetensors: pip install safetensors") from None
+    content = save({key: value.contiguous() for key, value in weights.items()}, dict(format="pt"))
+    write_file(path, lambda file: file.write(content))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+def info(argv: list[str]) -> None:
+    """What a file holds: who wrote it, network, image size, number of weights; of a linear head what it fits."""
+    parser = command("info", info)
+    parser.add_argument("file", help="whatever hub.load takes, or a linear head")
+    args = parser.parse_args(argv)
+    path, ckpt = read(args.file)
+    lines = {"file": f"{path}, {os.path.getsize(path) / 1e6:,.1f} MB"}
+    if ckpt.keys() == {"weight", "bias"} and torch.is_tensor(ckpt["weight"]) and ckpt["weight"].ndim == 2:
+        classes, width = ckpt["weight"].shape
+        fits = [f"{n} CLS of a backbone {width // (n + 1)} wide" for n in (4, 3, 2, 1) if width % (8 * (n + 1)) == 0]
+        lines["linear head"] = f"{classes} classes, {width:,} features: {' or '.join(fits)}, and the mean patch"
+    else:
+        lines |= describe(path, ckpt)
+    print(*(f"{name:<12} {value}" for name, value in lines.items()), sep="\n")
+
+
+def describe(path: str, ckpt: dict) -> dict[str, str]:
+    """A backbone's file in words, {what: value}."""
+    model, source = load(path, ckpt), ckpt.get("teacher", ckpt)
+    kept, (side, _) = model.state_dict(), model.patch_embed.img_size
+    kinds = sorted({str(value.dtype).removeprefix("torch.") for value in source.values()})
+    left = [key for key in source if official_name(key).startswith(DROPPED)]
+    chunks = any(re.search(r"\bblocks\.\d+\.\d+\.", key) for key in source)
+    gated = "blocks.0.mlp.w3.weight" in kept
+    lines = {"layout": layout_of(ckpt) + ", blocks in chunks" * chunks}
+    if "format" in ckpt:
+        lines["trained on"] = f"{ckpt['config']['data']}, {ckpt['step']:,} steps"
+    lines |= {
+        "network": f"{model.embed_dim} wide, {model.n_blocks} blocks, {model.num_heads} heads, "
+                   f"{'SwiGLU' if gated else 'MLP'}, {model.num_register_tokens} registers",
+        "images": f"{model.patch_embed.in_chans} channels, patches of {model.patch_size}x{model.patch_size} pixels, "
+                  f"best at {side}x{side}; positions for others with offset {model.interpolate_offset:g}, "
+                  f"{'with' if model.interpolate_antialias else 'without'} antialiasing",
+        "weights": f"{sum(value.numel() for value in kept.values()):,} in {', '.join(kinds)}",
+        "SHA-256": weights_hash(model)}
+    if alike := [name for name in RELEASED if same_network(name, kept)]:
+        lines["same as"] = f"{alike[0]}, but for the values"
+    if left:
+        lines["left out"] = f"{len(left)} tensors, such as {left[0]}"
+    return lines
+
+
+def same_network(name: str, weights: dict[str, Tensor]) -> bool:
+    """Are these the names and shapes of a released backbone?"""
+    with torch.device("meta"):
+        released = backbone(name, pretrained=False).state_dict()
+    return {k: v.shape for k, v in released.items()} == {k: v.shape for k, v in weights.items()}
+
+
+def convert(argv: list[str]) -> None:
+    """Writes a backbone in another layout: official (a .pth or .safetensors file), timm (likewise), safetensors (the
+    official names), hf (a folder that AutoModel.from_pretrained reads). Weights are float32."""
+    parser = command("convert", convert)
+    parser.add_argument("source", metavar="IN", help="whatever hub.load takes")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the file to write; with --to hf a folder")
+    parser.add_argument("--to", required=True, choices=("official", "hf", "timm", "safetensors"))
+    args = parser.parse_args(argv)
+    path, ckpt = read(args.source)
+    model = load(path, ckpt)
+    if args.out.exists() and args.out.samefile(path):
+        raise ValueError(f"{args.out} is the file to convert; name another one to write")
+    if args.to == "hf":
+        write_transformers(model, args.out, image_rules(model, ckpt))
+    else:
+        if args.to == "safetensors" and args.out.suffix != ".safetensors":
+            raise ValueError(f"{args.out} must end in .safetensors")
+        if args.out.suffix not in (".pth", ".pt", ".bin", ".safetensors"):
+            raise ValueError(f"{args.out} must end in .pth or .safetensors")
+        weights = as_timm(model.state_dict()) if args.to == "timm" else model.state_dict()
+        check_heads(model, args.to)
+        save_weights(weights, args.out)
+    again = load(args.out)
+    rules = [(m.interpolate_offset, m.interpolate_antialias) for m in (model, again)]
+    if rules[0] != rules[1]:
+        side = model.patch_embed.img_size[0]
+        print(f"note: the features are the same at {side}x{side} pixels; at others, those who read this layout "
+              "interpolate positions otherwise", file=sys.stderr)
+    print(f"{args.out}: {sum(v.numel() for v in again.state_dict().values()):,} weights, layout {args.to}")
+
+
+def check_heads(model: DinoVisionTransformer, layout: str) -> None:
+    if model.num_heads != max(model.embed_dim // 64, 1):
+        raise ValueError(f"this network has {model.num_heads} heads for a width of {model.embed_dim}, and files of "
+                         f"layout {layout} cannot say so: all who read them take heads to be 64 wide; use --to hf")
+
+
+def write_transformers(model: DinoVisionTransformer, folder: Path, rules: dict) -> None:
+    """config.json, preprocessor_config.json and model.safetensors, in a folder that appears when all are whole."""
+    if folder.exists():
+        raise ValueError(f"{folder} exists; name a new folder")
+    configs = {"config.json": transformers_config(model),
+               "preprocessor_config.json": image_config(rules["eval_crop"], rules["mean"], rules["std"])}
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        save_weights(as_transformers(model.state_dict()), partial / "model.safetensors")
+        for name, config in configs.items():
+            write_file(partial / name, lambda file, text=json.dumps(config, indent=1): file.write(text.encode()))
+        partial.rename(folder)
+    except OSError as error:
+        raise ValueError(f"{folder} could not be written ({error.strerror})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@torch.inference_mode()
+def features(argv: list[str]) -> None:
+    """Features of images and of folders of them. --out FILE.npz: files (n,), cls (n, D), registers (n, R, D), patches
+    (n, h, w, D), of images that all have h x w patches. --out FOLDER: a file for each, cls (D,), registers (R, D),
+    patches (h, w, D). All after the final norm, in float32. Images in folders that cannot be read are left out."""
+    from data import FITS, FittedImages, image_paths, make_loader, normalize, to_float, worker_count
+    parser = command("features", features)
+    parser.add_argument("images", nargs="+", help="image files, folders")
+    parser.add_argument("--model", required=True, help="whatever hub.load takes")
+    parser.add_argument("--out", required=True, type=Path, help="a file .npz, or a folder")
+    parser.add_argument("--size", type=int, nargs="+", default=None, help="height and width in pixels; or one number, "
+                        "for the short side; 0: as the images are; as it is: the square that the weights are best at")
+    parser.add_argument("--fit", choices=FITS, default="crop", help="how images come to that size and to multiples of "
+                        "the patch: cut, padded (both in the middle) or stretched")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the backbone's arithmetic")
+    parser.add_argument("--batch-size", type=int, default=32, help="images of one size that are computed at a time")
+    parser.add_argument("--num-workers", type=int, default=-1, help="reading processes; -1: by the number of cores")
+    args = parser.parse_args(argv)
+    if args.batch_size < 1 or args.num_workers < -1:
+        raise ValueError("--batch-size must be 1 or more, --num-workers -1 or more")
+    if args.out.suffix != ".npz" and args.out.is_file():
+        raise ValueError(f"--out {args.out} is a file; name one that ends in .npz, or a folder")
+    device, dtype = pick_device(args.device), DTYPES[args.dtype]
+    path, ckpt = read(args.model)
+    model = load(path, ckpt).to(device)
+    rules, paths = image_rules(model, ckpt), image_paths(args.images)
+    dataset = FittedImages(paths, rules["in_chans"], model.patch_size, args.fit, image_size(args.size, model),
+                           rules["mean"])
+    workers = 0 if len(paths) < 64 and args.num_workers < 0 else worker_count(args.num_workers)  # they take seconds
+
+    def results():
+        loader = make_loader(dataset, workers, batch_size=None)
+        for names, images in batches_of_a_size(loader, paths, args.images, args.batch_size):
+            images = normalize(to_float(images.to(device)), rules["mean"], rules["std"])
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                out = model.forward_features(images)
+            grid = [side // model.patch_size for side in images.shape[-2:]]
+            parts = (out["x_norm_clstoken"], out["x_norm_regtokens"], out["x_norm_patchtokens"].unflatten(1, grid))
+            yield from zip(names, *(part.float().cpu().numpy() for part in parts))
+
+    if args.out.suffix == ".npz":
+        n = write_stacked(args.out, results())
+    else:
+        n = write_each(args.out, results(), os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in paths]))
+    print(f"{args.out}: {n:,} image{'s' * (n != 1)}")
+
+
+def image_size(given: list[int] | None, model: DinoVisionTransformer) -> tuple[int, ...]:
+    """--size, see above, as data.plan_fit takes it."""
+    if given is None:
+        return tuple(model.patch_embed.img_size)
+    if len(given) > 2 or min(given) < 0 or (len(given) == 2 and min(given) == 0):
+        raise ValueError("--size takes height and width in pixels, or one number for the short side, or 0")
+    return tuple(given) if given != [0] else ()
+
+
+def batches_of_a_size(loader, paths: list[str], named: list[str], batch_size: int):
+    """([paths], images (b, C, H, W)) of consecutive images of one size. What cannot be read is left out and told; it is
+    an error if it was named itself. Raises ValueError."""
+    names, images, left_out = [], [], 0
+    for path, (image, why) in zip(tqdm(paths, desc="features", unit=" images", disable=None), loader):
+        if image is None and path in named:
+            raise ValueError(why)
+        if image is None:
+            left_out += 1
+            print(f"left out: {why}", file=sys.stderr)
+            continue
+        if images and (len(images) == batch_size or (image.shape, image.dtype) != (images[0].shape, images[0].dtype)):
+            yield names, torch.stack(images)
+            names, images = [], []
+        names.append(path)
+        images.append(image)
+    if left_out == len(paths):
+        raise ValueError(f"none of the {left_out:,} images can be used")
+    if images:
+        yield names, torch.stack(images)
+
+
+def write_stacked(out: Path, results) -> int:
+    """All in one .npz; the patches, which may not fit the memory, wait in a file beside it. Returns how many images."""
+    waiting, paths, cls, registers, shape = out.with_name(f".{out.name}.{os.getpid()}.patches"), [], [], [], None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(waiting, "wb") as file:
+            for path, c, r, patches in results:  # (D,), (R, D), (h, w, D)
+                shape = shape or patches.shape
+                if patches.shape != shape:
+                    raise ValueError(f"{path} has {patches.shape[0]}x{patches.shape[1]} patches, {paths[0]} has "
+                                     f"{shape[0]}x{shape[1]}: they make no common array; give --size HEIGHT WIDTH, or "
+                                     "a folder as --out, for a file each")
+                file.write(patches.tobytes())
+                paths.append(path), cls.append(c), registers.append(r)
+        stacked = np.memmap(waiting, np.float32, "r", shape=(len(paths), *shape))
+        write_file(out, lambda file: np.savez(file, files=np.array(paths), cls=np.stack(cls),
+                                              registers=np.stack(registers), patches=stacked))
+    except OSError as error:
+        raise ValueError(f"--out {out} could not be written ({error.strerror})") from None
+    finally:
+        waiting.unlink(missing_ok=True)
+    return len(paths)
+
+
+def write_each(folder: Path, results, root: str) -> int:
+    """FOLDER/sub/photo.jpg.npz for root/sub/photo.jpg. Returns how many images."""
+    n = 0
+    for path, cls, registers, patches in results:
+        file = folder / f"{os.path.relpath(path, root)}.npz"
+        write_file(file, lambda f, c=cls, r=registers, p=patches: np.savez(f, cls=c, registers=r, patches=p))
+        n += 1
+    return n
+
+
+class FixedSize(nn.Module):
+    """A backbone for images (B, C, height, width) of one size, its position table made once: what is exported. Returns
+    cls (B, D), registers (B, R, D) if there are any, patches (B, h*w, D), after the final norm."""
+
+    def __init__(self, model: DinoVisionTransformer, height: int, width: int):
+        super().__init__()
+        tokens = model.pos_embed.new_empty(1, 1 + height * width // model.patch_size**2, model.embed_dim)
+        self.model = model
+        self.register_buffer("positions", model.interpolate_pos_encoding(tokens, height, width).detach().clone())
+        model.interpolate_pos_encoding = lambda x, height, width: self.positions
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        out = self.model.forward_features(images)
+        parts = dict(cls=out["x_norm_clstoken"], patches=out["x_norm_patchtokens"])
+        return parts | (dict(registers=out["x_norm_regtokens"]) if self.model.num_register_tokens else {})
+
+
+@torch.inference_mode()
+def export(argv: list[str]) -> None:
+    """A backbone as a program of its own, for batches of any number of normalised images (B, C, height, width) of one
+    size: OUT.pt2, for torch.export.load, or OUT.onnx (pip install onnx onnxscript onnxruntime). Outputs: cls (B, D),
+    patches (B, h*w, D) row by row, registers (B, R, D) if there are any. It is run and compared before it is kept."""
+    parser = command("export", export)
+    parser.add_argument("out", metavar="OUT", type=Path, help="a file that ends in .onnx or .pt2")
+    parser.add_argument("--model", required=True, help="whatever hub.load takes")
+    parser.add_argument("--size", type=int, nargs="+", default=None, help="side, or height and width, in pixels; as it "
+                        "is: what the weights are best at")
+    args = parser.parse_args(argv)
+    if args.out.suffix not in (".onnx", ".pt2"):
+        raise ValueError(f"{args.out} must end in .onnx or .pt2")
+    model = load(args.model)
+    size = args.size or list(model.patch_embed.img_size)
+    if len(size) > 2 or any(side < 1 or side % model.patch_size for side in size):
+        raise ValueError(f"--size takes one or two multiples of this model's patch size, {model.patch_size}")
+    module = FixedSize(model, size[0], size[-1]).eval()
+    images = [torch.randn(b, model.patch_embed.in_chans, size[0], size[-1]) for b in (2, 1, 3)]
+    with tempfile.TemporaryDirectory(dir=args.out.parent if args.out.parent.is_dir() else None) as folder:
+        make = export_onnx if args.out.suffix == ".onnx" else export_torch
+        run = make(module, images[0], Path(folder, args.out.name))
+        worst = 0.0
+        for batch in images:
+            for name, expected in module(batch).items():
+                worst = max(worst, float((run(batch)[name] - expected).abs().max() / expected.abs().max()))
+        if not worst < 1e-3:
+            raise ValueError(f"the exported program differs by {worst:.1e} of the largest value: nothing was kept")
+        try:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            for file in sorted(Path(folder).iterdir(), reverse=True):  # beside large .onnx files lie .onnx.data ones
+                shutil.move(file, args.out.with_name(file.name))
+        except OSError as error:
+            raise ValueError(f"{args.out} could not be written ({error.strerror})") from None
+    print(f"{args.out}: within {worst:.1e} of the largest value, on batches of 1, 2 and 3 images {size[0]}x{size[-1]}")
+
+
+def export_torch(module: FixedSize, images: Tensor, path: Path):
+    batch = torch.export.Dim("batch", min=1)
+    torch.export.save(torch.export.export(module, (images,), dynamic_shapes=dict(images={0: batch})), path)
+    return torch.export.load(path).module()
+
+
+def export_onnx(module: FixedSize, images: Tensor, path: Path):
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401, torch.onnx needs it
+    except ImportError:
+        raise ValueError(f"{path.name} needs more packages: pip install onnx onnxscript onnxruntime") from None
+    names = list(module(images))
+    large = sum(p.numel() * p.element_size() for p in module.parameters()) > 2**30  # a protobuf holds two gigabytes
+    torch.onnx.export(module, (images,), path, dynamo=True, external_data=large, verbose=False, input_names=["images"],
+                      output_names=names, dynamic_shapes=dict(images={0: torch.export.Dim("batch", min=1)}))
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda batch: dict(zip(names, map(torch.from_numpy, session.run(names, {"images": batch.numpy()}))))
+
+
+COMMANDS = dict(info=info, convert=convert, features=features, export=export)
+
+
+def command(name: str, function: Callable):
+    from data import Parser
+    return Parser(function.__doc__, usage=f"python hub.py {name} ...")
+
+
+def main(argv: list[str] | None = None) -> None:
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        return print(__doc__)
+    if name not in COMMANDS:
+        raise ValueError(f"unknown command {name!r}{nearest(name, COMMANDS)}; commands: {', '.join(COMMANDS)}")
+    COMMANDS[name](rest)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except ValueError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

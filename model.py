@@ -303,10 +303,10 @@ class DinoVisionTransformer(nn.Module):
         x = self.patch_embed(x)
         if masks is not None:
             x = torch.where(masks[..., None], self.mask_token.to(x.dtype)[None], x)
-        x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        x = torch.cat([self.cls_token.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)
         x = x + self.interpolate_pos_encoding(x, height, width)
         if self.register_tokens is not None:
-            x = torch.cat([x[:, :1], self.register_tokens.to(x.dtype).expand(len(x), -1, -1), x[:, 1:]], dim=1)
+            x = torch.cat([x[:, :1], self.register_tokens.to(x.dtype).expand(x.shape[0], -1, -1), x[:, 1:]], dim=1)
         return x
 
     def forward_features(self, x, masks=None, drop_orders=None):
@@ -438,10 +438,11 @@ def read_checkpoint(path: str) -> dict:
     return ckpt
 
 
-def load_backbone(path: str, ckpt: dict | None = None) -> DinoVisionTransformer:
+def load_backbone(path: str, ckpt: dict | None = None, arguments: dict | None = None) -> DinoVisionTransformer:
     """The backbone in a checkpoint of train.py (its teacher) or in a released DINOv2 backbone file, in eval mode.
 
-    `ckpt` saves reading the file again. Loading is strict. Raises ValueError if the file holds no such backbone.
+    `ckpt` saves reading the file again; `arguments` of the constructor go before those that the file tells. Loading is
+    strict. Raises ValueError if the file holds no such backbone.
     """
     ckpt = read_checkpoint(path) if ckpt is None else ckpt
     weights, heads = ckpt.get("teacher", ckpt), ("dino_head.", "ibot_head.")
@@ -450,7 +451,7 @@ def load_backbone(path: str, ckpt: dict | None = None) -> DinoVisionTransformer:
     weights = {k.removeprefix("backbone."): v for k, v in weights.items() if not k.startswith(heads)}
     kwargs = ckpt["model"] if ckpt.get("format") == FORMAT else infer_arguments(path, weights)
     with torch.device("meta"):
-        model = DinoVisionTransformer(**kwargs)
+        model = DinoVisionTransformer(**kwargs | (arguments or {}))
     load_strictly(model, weights, path)
     return model.eval()
 

@@ -59,7 +59,8 @@ from tqdm import tqdm
 from data import (
     MEAN, STD, Batch, InMemory, Parser, Prefetcher, TrainBatches, Unreadable, augment, augment_at_once, check_groups,
     draw_batch, eval_specs, keep_memory, nearest, open_source, prepare, reason, train_loader, worker_count)
-from eval_knn import evaluate, knn_accuracy, pick_device
+from eval_knn import evaluate, knn_accuracy
+from hub import pick_device
 from losses import (
     balance_columns, balance_rows, center_total, dino_loss, exponentials, ibot_loss, joint_largest, koleo_loss,
     sinkhorn_knopp, softmax_center, update_center)
