@@ -44,10 +44,10 @@ from eval_knn import (
     write_file)
 
 WIDTH, GAP, LINE, TEXT = 1560, 12, 23, 14  # of sheets, in pixels: widest, between images, a line of text, its size
-SHARE = 24  # images on the sheet that goes with a folder of pictures, and queries at most
+MOST = 96  # images on a sheet
 GOOD, BAD = "#009E73", "#D55E00"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")  # Okabe & Ito 2008,
-# told apart by the colour-blind as well
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")  # of Okabe and Ito,
+# 2008: the colour-blind tell them apart as well
 HEAT = np.array([[0, 0, 4], [33, 12, 74], [87, 16, 110], [138, 34, 106], [188, 55, 84], [228, 90, 49], [249, 142, 9],
                  [249, 203, 53], [252, 255, 164]])  # "inferno" at nine places: brightness rises evenly
 
@@ -96,10 +96,12 @@ class Viewer:
             raise ValueError(f"the features of {seen.path} are not finite: the checkpoint has diverged")
         return x.unflatten(0, (seen.fit.canvas[0] // self.patch, -1))  # (h, w, D)
 
-    def each(self, names: list[str]):
+    def each(self, names: list[str], most: int = MOST):
         """The images of files and folders, in order. What cannot be used is left out with a note if it comes from a
-        folder; raises ValueError if it was named itself, or nothing is left."""
+        folder; raises ValueError if it was named itself, nothing is left, or there are more than `most`."""
         paths = [(path, os.path.isdir(name)) for name in names for path in image_paths([name])]
+        if len(paths) > most:
+            raise ValueError(f"{len(paths)} images are too many for one sheet; name {most} at most")
         n_seen, why = 0, ""
         for path, listed in tqdm(paths, unit=" images", disable=None if len(paths) > 1 else True, leave=False):
             try:
@@ -144,12 +146,10 @@ def font(size: int = TEXT) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
-def shorten(text: str, width: float, size: int = TEXT) -> str:
+def shorten(text: str, width: float) -> str:
     """The text, its beginning left out if need be: names of files differ at the end."""
-    if font(size).getlength(text) <= width:
-        return text
-    starts = (i for i in range(1, len(text)) if font(size).getlength("…" + text[i:]) <= width)
-    return "…" + text[next(starts, len(text)) :]
+    shorter = (text, *("…" + text[i:] for i in range(1, len(text) + 1)))
+    return next((s for s in shorter if font().getlength(s) <= width), "")
 
 
 def sheet(rows: list[list[Cell]], labels: list[str] = (), footer: Image.Image | None = None) -> Image.Image:
@@ -221,7 +221,7 @@ def pair_sheet(seen: list[Seen], drawn: list[np.ndarray], footer=None, at: tuple
 
 def mark(image: Image.Image, x: float, y: float, radius: int = 8) -> Image.Image:
     """A copy with a white ring, edged black, around (x, y)."""
-    big = image.resize((image.width * 4, image.height * 4), Image.Resampling.NEAREST)  # drawn at 4 times, for soft edges
+    big = image.resize((image.width * 4, image.height * 4), Image.Resampling.NEAREST)  # 4 times, for soft edges
     draw = ImageDraw.Draw(big)
     for outer, width, colour in ((radius + 1.5, 5, "black"), (radius, 2, "white")):
         box = [4 * (v + sign * outer) for sign in (-1, 1) for v in (x, y)]
@@ -249,17 +249,18 @@ def heat_bar(low: float, high: float, what: str) -> Image.Image:
     return picture
 
 
-def check_out(out: str, folder: bool = False) -> Path:
-    """Where a picture shall go. Raises ValueError, before any work is done, if it cannot."""
+def check_out(out: str, images: list[str], folder: bool = False) -> Path:
+    """Where a picture, or a folder of them, shall go. Raises ValueError, before any work is done, if it cannot, or if
+    one of the `images` would be overwritten."""
     path = Path(out).expanduser()
-    into = folder and (path.is_dir() or not path.suffix)
-    if path.is_dir() and not into:
-        raise ValueError(f"--out {out} is a folder; name a file, as {path / 'picture.png'}")
-    if not into and path.suffix.lower() != ".png":
-        raise ValueError(f"--out {out} is no .png file{' and no folder' * folder}; name one, as {path.stem}.png")
-    place = path if into and path.is_dir() else next(p for p in path.absolute().parents if p.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise ValueError(f"--out {out} cannot be written: {place} is no folder that this user may write to")
+    if not folder and path.suffix.lower() != ".png":
+        raise ValueError(f"--out {out} is no .png file; name one, as {path / 'picture' if path.is_dir() else path}.png")
+    above = path.absolute().parents
+    place = next(p for p in ([path.absolute()] if folder else []) + [*above] if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK) or not folder and path.is_dir():
+        raise ValueError(f"--out {out} cannot be written; name a {'folder' if folder else 'file in a folder'} of yours")
+    if any(path.resolve() == (Path(p).resolve().parent if folder else Path(p).resolve()) for p in image_paths(images)):
+        raise ValueError(f"--out {out} would overwrite the images themselves; name another")
     return path
 
 
@@ -346,16 +347,16 @@ def file_names(paths: list[str]) -> list[str]:
 
 
 def pca(args: argparse.Namespace) -> None:
-    out = check_out(args.out, folder=True)
+    into = Path(args.out).suffix == "" or Path(args.out).expanduser().is_dir()
+    out = check_out(args.out, args.images, into)
     if args.threshold is not None and (args.foreground == "all" or not 0 <= args.threshold <= 1):
         raise ValueError("--threshold lies between 0 and 1, and has no use with --foreground all")
     viewer, paths, parts = Viewer(args), [], []
-    for seen in viewer.each(args.images):
+    for seen in viewer.each(args.images, sys.maxsize):
         paths.append(seen.path)
         parts.append(viewer.patches(seen))
     drawn = pca_colours(parts, args.foreground, args.threshold)
-    into = out.suffix.lower() != ".png" or out.is_dir()
-    shown = spread(len(paths), SHARE if into else 4 * SHARE)
+    shown = spread(len(paths), 24 if into else MOST)
     if into:
         for name, colours in zip(file_names(paths), drawn):
             size = (colours.shape[1] * viewer.patch, colours.shape[0] * viewer.patch)
@@ -388,7 +389,7 @@ def attention_of(model: torch.nn.Module, x: Tensor, block: int = -1) -> Tensor:
 
 
 def attention(args: argparse.Namespace) -> None:
-    out, viewer, rows, labels = check_out(args.out), Viewer(args), [], []
+    out, viewer, rows, labels = check_out(args.out, args.images), Viewer(args), [], []
     for seen in viewer.each(args.images):
         maps = attention_of(viewer.model, viewer.batch(seen), args.block).cpu()  # (1+R, H, N)
         maps = torch.cat([maps.mean(1, keepdim=True), maps], 1)  # (1+R, 1+H, N)
@@ -419,7 +420,7 @@ def patch_at(seen: Seen, x: int, y: int, patch: int) -> tuple[float, float, int,
 
 
 def similarity(args: argparse.Namespace) -> None:
-    out, viewer, every, maps = check_out(args.out), Viewer(args), [], []
+    out, viewer, every, maps = check_out(args.out, args.images), Viewer(args), [], []
     for seen in viewer.each(args.images):
         features = F.normalize(viewer.patches(seen).float(), dim=-1)  # (h, w, D)
         if not every:
@@ -485,12 +486,10 @@ def nearest_images(bank: Tensor, ok: Tensor, queries: Tensor, k: int, own: Tenso
 
 
 def neighbours(args: argparse.Namespace) -> None:
-    out, device = check_out(args.out), pick_device(args.device)
-    if args.k < 1 or not 1 <= args.queries <= SHARE or args.num_workers < -1:
-        raise ValueError(f"--k must be 1 or more, --queries 1 to {SHARE}, --num-workers -1 or more")
+    out, device = check_out(args.out, args.images), pick_device(args.device)
     paths = image_paths(args.images)
-    if len(paths) > SHARE:
-        raise ValueError(f"{len(paths)} images are too many for one sheet; name {SHARE} at most")
+    if not 1 <= args.k <= 24 or not 1 <= (len(paths) or args.queries) <= MOST or args.num_workers < -1:
+        raise ValueError(f"--k must be 1 to 24, --queries or the images 1 to {MOST}, --num-workers -1 or more")
     model, config = load(args.model, device)
     if not (args.data or config["data"]):
         raise ValueError(f"{args.model} does not say which images to search; give --data")
@@ -625,7 +624,7 @@ def draw_panel(draw: ImageDraw.ImageDraw, left: int, title: str, lines: list[Lin
     for line in lines:
         points = [axes.place(*p) for p in line.points]
         stroke(draw, points, line.colour, line.dashed)
-        if len(points) <= 40 and not line.dashed:
+        if not line.dashed and points[-1][0] - points[0][0] >= 15 * s * (len(points) - 1):  # far apart
             for x, y in points:
                 draw.ellipse((x - 3 * s, y - 3 * s, x + 3 * s, y + 3 * s), line.colour)
     draw.line((x0, y0, x0, y1, x1, y1), "black", s)
@@ -681,7 +680,7 @@ def draw_curves(runs: dict[str, dict]) -> Image.Image:
 
 
 def curves(args: argparse.Namespace) -> None:
-    out = check_out(args.out)
+    out = check_out(args.out, [])
     if len(args.runs) > len(COLOURS):
         raise ValueError(f"{len(args.runs)} runs are too many for one picture; name {len(COLOURS)} at most")
     folders = [Path(r if os.path.isdir(r) else Path(r).parent).resolve() for r in args.runs]
@@ -729,7 +728,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if command == "attention":
         add("--block", type=int, default=-1, help="of the network; -1: the last")
     if command == "similarity":
-        add("--at", type=pixel, required=True, metavar="X,Y", help="a pixel of the first image; 0,0 is its top left one")
+        add("--at", type=pixel, required=True, metavar="X,Y", help="a pixel of the first image, 0,0 at its top left")
     if command == "neighbours":
         add("--data", default="", help="the images to search, named as train.py's --data; empty: those of the training")
         add("--k", type=int, default=8, help="neighbours of each")
