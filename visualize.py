@@ -1,0 +1,757 @@
+"""Pictures of what a model has learnt, and of how its training went, as PNG files.
+
+    python visualize.py pca photos/ a.jpg --model out/ckpt.pth     # patch features as colours, the same in all images
+    python visualize.py pca frames/ --model dinov2_vits14 --size 448 --out frames_pca     # a folder: a PNG per image
+    python visualize.py attention a.jpg --model out/ckpt.pth       # of CLS and registers to the patches, head by head
+    python visualize.py similarity a.jpg b.jpg --at 310,200 --model out/ckpt.pth   # of all patches to that of a pixel
+    python visualize.py neighbours --data digits --model out/ckpt.pth              # the nearest images to some others
+    python visualize.py neighbours a.jpg --data /my/photos --model dinov2_vits14   # to this one
+    python visualize.py curves out_a out_b                         # losses and k-NN accuracy of one run or several
+    python visualize.py pca --help                                 # the flags of a command
+
+Images are files, or folders: all images below. A model is whatever hub.load() takes: a checkpoint of train.py, the
+name of a released model, a file of Hugging Face or timm. An image is brought to --size (none: the short side that the
+weights were trained at; 0: as it is), then to multiples of the patch as --fit says. Larger images give finer maps.
+
+pca is the picture of the DINOv2 paper (figure 1): the first principal component of all patch features, cut in two,
+tells foreground from background; the first three of the foreground's own are red, green and blue. All images share one
+scale, so that a colour means the same in each, and frames of a film do not flicker. Wrong input: exit code 2, and
+nothing is written. Apache License 2.0.
+"""
+import argparse
+import functools
+import itertools
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
+
+import hub
+from data import (
+    MEAN, STD, Fit, Parser, Source, eval_specs, fit_image, image_paths, nearest, normalize, open_source, plan_fit,
+    read_image, to_float, worker_count)
+from eval_knn import (
+    FORMAT, common_labels, extract_features, full_float32, neighbours as nearest_rows, normalize_rows_, pick_device,
+    write_file)
+
+WIDTH, GAP, LINE, TEXT = 1560, 12, 23, 14  # of sheets, in pixels: widest, between images, a line of text, its size
+MOST = 96  # images on a sheet
+GOOD, BAD = "#009E73", "#D55E00"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")  # of Okabe and Ito,
+# 2008: the colour-blind tell them apart as well
+HEAT = np.array([[0, 0, 4], [33, 12, 74], [87, 16, 110], [138, 34, 106], [188, 55, 84], [228, 90, 49], [249, 142, 9],
+                 [249, 203, 53], [252, 255, 164]])  # "inferno" at nine places: brightness rises evenly
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images and their features
+
+
+class Seen(NamedTuple):
+    """An image as the network sees it."""
+    path: str
+    image: Tensor  # (C, h*p, w*p), uint8 or uint16
+    fit: Fit
+    size: tuple[int, int]  # height and width of the file, upright
+
+
+class Viewer:
+    """A model and how images are brought to it, as the command line says. Raises ValueError for what does not fit."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.device, self.how, size = pick_device(args.device), args.fit, args.size
+        if size and (len(size) > 2 or min(size) < 0 or len(size) == 2 and min(size) == 0):
+            raise ValueError("--size takes the short side, or height and width, in pixels, or 0: images as they are")
+        self.model, self.config = load(args.model, self.device)
+        self.patch, self.mean, self.std = self.model.patch_size, self.config["mean"], self.config["std"]
+        self.size = (min(self.model.patch_embed.img_size),) if size is None else tuple(s for s in size if s)
+
+    def see(self, path: str) -> Seen:
+        """Raises ValueError, naming the file, if it cannot be read, or is smaller than a patch."""
+        image = read_image(path, self.model.patch_embed.in_chans)
+        try:
+            fit = plan_fit(*image.shape[-2:], self.patch, self.how, self.size)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        return Seen(path, fit_image(image, fit, self.mean), fit, tuple(image.shape[-2:]))
+
+    def batch(self, seen: Seen) -> Tensor:
+        return normalize(to_float(seen.image[None].to(self.device)), self.mean, self.std)  # (1, C, h*p, w*p)
+
+    @torch.inference_mode()
+    def patches(self, seen: Seen) -> Tensor:
+        """Patch features (h, w, D) on the CPU, in float16, so that those of a film fit. Raises ValueError."""
+        x = self.model.forward_features(self.batch(seen))["x_norm_patchtokens"][0]  # (h*w, D)
+        x = x.half().cpu()
+        if not x.isfinite().all():
+            raise ValueError(f"the features of {seen.path} are not finite: the checkpoint has diverged")
+        return x.unflatten(0, (seen.fit.canvas[0] // self.patch, -1))  # (h, w, D)
+
+    def each(self, names: list[str], most: int = MOST):
+        """The images of files and folders, in order. What cannot be used is left out with a note if it comes from a
+        folder; raises ValueError if it was named itself, nothing is left, or there are more than `most`."""
+        paths = [(path, os.path.isdir(name)) for name in names for path in image_paths([name])]
+        if len(paths) > most:
+            raise ValueError(f"{len(paths)} images are too many for one sheet; name {most} at most")
+        n_seen, why = 0, ""
+        for path, listed in tqdm(paths, unit=" images", disable=None if len(paths) > 1 else True, leave=False):
+            try:
+                seen = self.see(path)
+            except ValueError as error:
+                if not listed:
+                    raise
+                why = str(error)
+                tqdm.write(f"left out: {why}", file=sys.stderr)
+                continue
+            n_seen += 1
+            yield seen
+        if not n_seen:
+            raise ValueError(f"none of the {len(paths)} images can be used; the last: {why}")
+
+
+def load(spec: str, device: torch.device) -> tuple[torch.nn.Module, dict]:
+    """A model, and the config of its training; of other models what images it expects."""
+    path, ckpt = hub.read(spec)
+    model = hub.load(path, ckpt).to(device)
+    channels = model.patch_embed.in_chans
+    mean, std = (values if channels == 3 else (sum(values) / 3,) * channels for values in (MEAN, STD))
+    defaults = dict(mean=mean, std=std, in_chans=channels, eval_resize=256, eval_crop=224, data="", eval_train="",
+                    eval_val="")
+    return model, defaults | (ckpt["config"] if ckpt.get("format") == FORMAT else {})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sheets
+
+
+class Cell(NamedTuple):
+    """An image of a sheet, the lines of text above and below it, and the colour of a frame, "" for none."""
+    image: Image.Image | None = None
+    above: str = ""
+    below: str = ""
+    frame: str = ""
+
+
+@functools.cache
+def font(size: int = TEXT) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
+
+
+def shorten(text: str, width: float) -> str:
+    """The text, its beginning left out if need be: names of files differ at the end."""
+    shorter = (text, *("…" + text[i:] for i in range(1, len(text) + 1)))
+    return next((s for s in shorter if font().getlength(s) <= width), "")
+
+
+def sheet(rows: list[list[Cell]], labels: list[str] = (), footer: Image.Image | None = None) -> Image.Image:
+    """Cells in rows and columns on white; `labels` stand left of the rows, `footer` below all."""
+    columns = list(itertools.zip_longest(*rows, fillvalue=Cell()))
+    widths = [max(cell.image.width if cell.image else 0 for cell in column) for column in columns]
+    left = GAP + max((math.ceil(font().getlength(s)) + GAP for s in labels), default=0)
+    lefts = [left + sum(widths[:i]) + GAP * i for i in range(len(widths) + 1)]
+    heights = [max(cell.image.height if cell.image else 0 for cell in row) for row in rows]
+    above, below = ([LINE * any(cell[i] for cell in row) for row in rows] for i in (1, 2))
+    tops = [GAP, *(GAP + y for y in itertools.accumulate(GAP + a + h + b for a, h, b in zip(above, heights, below)))]
+    size = (lefts[-1], tops[-1] + (footer.height + GAP if footer else 0))
+    picture = Image.new("RGB", (max(size[0], footer.width + 2 * GAP if footer else 0), size[1]), "white")
+    draw = ImageDraw.Draw(picture)
+    for i, row in enumerate(rows):
+        y = tops[i] + above[i]
+        if labels:
+            draw.text((GAP, y + heights[i] / 2), labels[i], "black", font(), anchor="lm")
+        for x, width, cell in zip(lefts, widths, row):
+            draw.text((x, y - 7), shorten(cell.above, width), "black", font(), anchor="ls")
+            if cell.image:
+                picture.paste(cell.image, (x, y))
+                draw.text((x, y + cell.image.height + LINE - 4), shorten(cell.below, width), "black", font(),
+                          anchor="ls")
+                if cell.frame:
+                    outside = (x - 4, y - 4, x + cell.image.width + 3, y + cell.image.height + 3)
+                    draw.rectangle(outside, outline=cell.frame, width=4)
+    if footer:
+        picture.paste(footer, (left, tops[-1]))
+    return picture
+
+
+def to_rgb(image: Tensor) -> Image.Image:
+    """An image (C, h, w), uint8 or uint16, as it can be shown; of other numbers of channels than three the first."""
+    shown = image if len(image) == 3 else image[:1].expand(3, -1, -1)
+    return Image.fromarray((to_float(shown[None])[0] * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def zoom(image: Image.Image, side: int) -> Image.Image:
+    """Brought to fit a square of `side`: tiny images by a whole number, at most 16, so that their pixels are seen."""
+    factor = min(side // max(image.size), 16)
+    if factor >= 1:
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    size = [max(round(n * side / max(image.size)), 1) for n in image.size]
+    return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def spread(size: int, n: int) -> list[int]:
+    """n of the numbers below `size`, evenly spread, from the first to the last; all, if they are no more."""
+    return list(range(size)) if size <= n else [round(i * (size - 1) / (n - 1)) for i in range(n)]
+
+
+def pair_sheet(seen: list[Seen], drawn: list[np.ndarray], footer=None, at: tuple[float, float] | None = None):
+    """Images and beside each what was drawn of its patches, (h, w, 3) uint8; several pairs in a row where there are
+    many. `at` (x, y) is marked in the first, in pixels of what the network sees."""
+    pairs = min(1 + (len(seen) - 1) // 4, 4)  # in a row
+    side, rows = min(WIDTH // (2 * pairs) - GAP, 480), []
+    for i, (one, colours) in enumerate(zip(seen, drawn)):
+        image = to_rgb(one.image)
+        shown = zoom(image, side)
+        couple = [shown, Image.fromarray(colours).resize(shown.size, Image.Resampling.NEAREST)]
+        if at and i == 0:
+            couple = [mark(c, *(v * shown.width / image.width for v in at)) for c in couple]
+        if i % pairs == 0:
+            rows.append([])
+        rows[-1] += [Cell(couple[0], Path(one.path).name), Cell(couple[1])]
+    return sheet(rows, footer=footer)
+
+
+def mark(image: Image.Image, x: float, y: float, radius: int = 8) -> Image.Image:
+    """A copy with a white ring, edged black, around (x, y)."""
+    big = image.resize((image.width * 4, image.height * 4), Image.Resampling.NEAREST)  # 4 times, for soft edges
+    draw = ImageDraw.Draw(big)
+    for outer, width, colour in ((radius + 1.5, 5, "black"), (radius, 2, "white")):
+        box = [4 * (v + sign * outer) for sign in (-1, 1) for v in (x, y)]
+        draw.ellipse(box, outline=colour, width=4 * width)
+    return big.resize(image.size, Image.Resampling.BOX)
+
+
+def heat(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """(h, w) -> colours (h, w, 3) uint8, from black at `low` to light yellow at `high`."""
+    x = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
+    places = np.linspace(0, 1, len(HEAT))
+    return np.stack([np.interp(x, places, channel) for channel in HEAT.T], -1).round().astype(np.uint8)
+
+
+def heat_bar(low: float, high: float, what: str) -> Image.Image:
+    """The colours of heat() with their values."""
+    bar = Image.fromarray(heat(np.linspace(low, high, 240)[None], low, high)).resize((240, 14))
+    texts = [f"{low:.2f}", f"{high:.2f}   {what}"]
+    starts = [0, math.ceil(font().getlength(texts[0])) + 8]
+    picture = Image.new("RGB", (starts[1] + 248 + math.ceil(font().getlength(texts[1])), 20), "white")
+    picture.paste(bar, (starts[1], 3))
+    draw = ImageDraw.Draw(picture)
+    for x, text in zip((0, starts[1] + 248), texts):
+        draw.text((x, 15), text, "black", font(), anchor="ls")
+    return picture
+
+
+def check_out(out: str, images: list[str], folder: bool = False) -> Path:
+    """Where a picture, or a folder of them, shall go. Raises ValueError, before any work is done, if it cannot, or if
+    one of the `images` would be overwritten."""
+    path = Path(out).expanduser()
+    if not folder and path.suffix.lower() != ".png":
+        raise ValueError(f"--out {out} is no .png file; name one, as {path / 'picture' if path.is_dir() else path}.png")
+    above = path.absolute().parents
+    place = next(p for p in ([path.absolute()] if folder else []) + [*above] if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK) or not folder and path.is_dir():
+        raise ValueError(f"--out {out} cannot be written; name a {'folder' if folder else 'file in a folder'} of yours")
+    if any(path.resolve() == (Path(p).resolve().parent if folder else Path(p).resolve()) for p in image_paths(images)):
+        raise ValueError(f"--out {out} would overwrite the images themselves; name another")
+    return path
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    write_file(path, lambda file: picture.save(file, "PNG"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pca
+
+
+def principal(parts: list[Tensor], k: int = 3) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and the k directions (D, k) in which the rows of all `parts`, (n, D) each, differ most, by the
+    covariance in float64; exact for any number of rows. The largest entry of a direction is positive. Directions in
+    which rows do not differ are zero. Raises ValueError if they are all alike, or have fewer dimensions than k."""
+    n, dim = sum(len(p) for p in parts), parts[0].shape[-1]
+    if dim < k:
+        raise ValueError(f"the features have {dim} dimension(s), too few for {k} colours")
+    mean = sum(p.double().sum(0) for p in parts) / max(n, 1)
+    covariance = sum((x := p.double() - mean).T @ x for p in parts) / max(n, 1)  # (D, D)
+    values, vectors = torch.linalg.eigh(covariance)  # ascending
+    values, vectors = values.flip(0), vectors.flip(1)[:, :k]
+    if values.sum() <= 1e-7 * mean.square().sum():  # which is what rounding to float16 does
+        raise ValueError("all patches have the same features, there is nothing to tell them apart by; give a larger "
+                         "--size, or another model")
+    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+    return mean, vectors * (values[:k] > 1e-9 * values.sum())
+
+
+def otsu(values: np.ndarray) -> float:
+    """The threshold that parts values in [0, 1] into two classes of least variance (Otsu 1979), in steps of 1/256; the
+    middle, where it may lie anywhere in a gap."""
+    counts, edges = np.histogram(values, 256, (0, 1))
+    n, total = counts.cumsum()[:-1], (counts * (edges[:-1] + 1 / 512)).cumsum()
+    between = (total[-1] * n / len(values) - total[:-1]) ** 2 / np.maximum(n * (len(values) - n), 1)
+    return edges[1:-1][between >= between.max() * (1 - 1e-9)].mean()
+
+
+def foreground_of(parts: list[Tensor], which: str = "auto", threshold: float | None = None) -> list[Tensor]:
+    """Which patches of each of `parts` (h, w, D) are foreground, (h, w) bool: by the first principal component, on the
+    side of the threshold (None: Otsu's) named "high" or "low"; "auto": the side with the smaller share of its patches
+    at the borders of images. "all": everything."""
+    if which == "all":
+        return [torch.ones(p.shape[:2], dtype=torch.bool) for p in parts]
+    mean, direction = principal([p.flatten(0, 1) for p in parts], min(1, parts[0].shape[-1]))
+    values = [((p.double() - mean) @ direction)[..., 0] for p in parts]  # (h, w)
+    low, high = min(v.min() for v in values), max(v.max() for v in values)
+    values = [(v - low) / (high - low) for v in values]
+    if threshold is None:
+        threshold = otsu(torch.cat([v.flatten() for v in values]).numpy())
+    sides = {"high": [v > threshold for v in values], "low": [v <= threshold for v in values]}
+    if which == "auto":
+        total, inner = ({name: sum(int(cut(s).sum()) for s in side) for name, side in sides.items()}
+                        for cut in (lambda s: s, lambda s: s[1:-1, 1:-1]))
+        which = max(sides, key=lambda name: inner[name] / max(total[name], 1))
+    return sides[which]
+
+
+def pca_colours(parts: list[Tensor], which: str = "auto", threshold: float | None = None) -> list[np.ndarray]:
+    """Features (h, w, D) of images -> their colours (h, w, 3) uint8: three principal components of the foreground of
+    all, from the 1st to the 99th percentile; background is black. Raises ValueError if too little is foreground."""
+    masks = foreground_of(parts, which, threshold)
+    if (n := sum(int(m.sum()) for m in masks)) < 4:
+        raise ValueError(f"{n} patches are foreground, too few for three components; choose another --foreground or "
+                         "--threshold, or a larger --size")
+    mean, directions = principal([p[m] for p, m in zip(parts, masks)])
+    values = [((p[m].double() - mean) @ directions).numpy() for p, m in zip(parts, masks)]  # (n, 3)
+    low, high = np.percentile(np.concatenate(values), (1, 99), axis=0)
+    drawn = []
+    for mask, x in zip(masks, values):
+        drawn.append(np.zeros((*mask.shape, 3), np.uint8))
+        drawn[-1][mask.numpy()] = (np.clip((x - low) / np.maximum(high - low, 1e-12), 0, 1) * 255).round()
+    return drawn
+
+
+def file_names(paths: list[str]) -> list[str]:
+    """A name for the picture of each image: its own; if two are alike, with the folders before it, or a number."""
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    longer = [os.path.relpath(path, root).replace(os.sep, "_") for path in paths]
+    for names in ([Path(path).stem for path in paths], [Path(name).stem for name in longer]):
+        if len({*names, "sheet"}) > len(names):
+            return names
+    return [f"{i:06d}_{Path(path).stem}" for i, path in enumerate(paths)]
+
+
+def pca(args: argparse.Namespace) -> None:
+    into = Path(args.out).suffix == "" or Path(args.out).expanduser().is_dir()
+    out = check_out(args.out, args.images, into)
+    if args.threshold is not None and (args.foreground == "all" or not 0 <= args.threshold <= 1):
+        raise ValueError("--threshold lies between 0 and 1, and has no use with --foreground all")
+    viewer, paths, parts = Viewer(args), [], []
+    for seen in viewer.each(args.images, sys.maxsize):
+        paths.append(seen.path)
+        parts.append(viewer.patches(seen))
+    drawn = pca_colours(parts, args.foreground, args.threshold)
+    shown = spread(len(paths), 24 if into else MOST)
+    if into:
+        for name, colours in zip(file_names(paths), drawn):
+            size = (colours.shape[1] * viewer.patch, colours.shape[0] * viewer.patch)
+            save(Image.fromarray(colours).resize(size, Image.Resampling.NEAREST), out / f"{name}.png")
+    elif len(shown) < len(paths):
+        print(f"note: {out} shows {len(shown)} of {len(paths)} images; --out FOLDER writes them all", file=sys.stderr)
+    picture = pair_sheet([viewer.see(paths[i]) for i in shown], [drawn[i] for i in shown])
+    save(picture, out / "sheet.png" if into else out)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# attention, similarity
+
+
+@torch.inference_mode()
+def attention_of(model: torch.nn.Module, x: Tensor, block: int = -1) -> Tensor:
+    """Attention (1+R, H, N) of CLS and the registers to all tokens of an image (1, C, h*p, w*p), in a block. Only these
+    rows of the N x N matrix are computed. Raises ValueError for a block that does not exist."""
+    if not -model.n_blocks <= block < model.n_blocks:
+        raise ValueError(f"--block {block} does not exist; the model has 0 to {model.n_blocks - 1}, or -1 for the last")
+    attn, kept = model.block_list()[block].attn, []
+    hook = attn.qkv.register_forward_hook(lambda module, args, out: kept.append(out))
+    try:
+        model(x)
+    finally:
+        hook.remove()
+    q, k, _ = kept[0][0].float().unflatten(-1, (3, attn.num_heads, -1)).permute(1, 2, 0, 3)  # each (H, N, D/H)
+    q = q[:, : 1 + model.num_register_tokens]  # (H, 1+R, D/H)
+    return (q @ k.transpose(1, 2) * attn.scale).softmax(-1).transpose(0, 1)  # (1+R, H, N)
+
+
+def attention(args: argparse.Namespace) -> None:
+    out, viewer, rows, labels = check_out(args.out, args.images), Viewer(args), [], []
+    for seen in viewer.each(args.images):
+        maps = attention_of(viewer.model, viewer.batch(seen), args.block).cpu()  # (1+R, H, N)
+        maps = torch.cat([maps.mean(1, keepdim=True), maps], 1)  # (1+R, 1+H, N)
+        grid = (seen.fit.canvas[0] // viewer.patch, -1)
+        maps = maps[..., len(maps) :].unflatten(-1, grid).numpy()  # (1+R, 1+H, h, w)
+        across = min(maps.shape[1], 9)  # maps in a row; further heads begin another
+        shown = zoom(to_rgb(seen.image), min((WIDTH - 100) // (across + 1) - GAP, 320))
+        for token, heads in enumerate(maps):
+            cells = [Cell(Image.fromarray(heat(m, 0, m.max())).resize(shown.size, Image.Resampling.NEAREST),
+                          f"head {i - 1}" if i else "mean", f"max {100 * m.max():.2g} %") for i, m in enumerate(heads)]
+            for start in range(0, len(cells), across):
+                first = token == start == 0
+                rows.append([Cell(shown, Path(seen.path).name) if first else Cell(), *cells[start : start + across]])
+                labels.append("" if start else f"register {token}" if token else "CLS")
+    save(sheet(rows, labels), out)
+
+
+def patch_at(seen: Seen, x: int, y: int, patch: int) -> tuple[float, float, int, int]:
+    """Where the middle of pixel (x, y) of the file is in what the network sees, and row and column of the patch there.
+    Raises ValueError if there is no such pixel, or it was cut away."""
+    (height, width), fit = seen.size, seen.fit
+    if not (0 <= x < width and 0 <= y < height):
+        raise ValueError(f"--at {x},{y} lies outside {seen.path}, which is {width} pixels wide and {height} high")
+    across, down = fit.left + (x + 0.5) * fit.scaled[1] / width, fit.top + (y + 0.5) * fit.scaled[0] / height
+    if not (0 <= across < fit.canvas[1] and 0 <= down < fit.canvas[0]):
+        raise ValueError(f"--at {x},{y} was cut away from {seen.path}; choose --fit pad or --fit resize")
+    return across, down, int(down // patch), int(across // patch)
+
+
+def similarity(args: argparse.Namespace) -> None:
+    out, viewer, every, maps = check_out(args.out, args.images), Viewer(args), [], []
+    for seen in viewer.each(args.images):
+        features = F.normalize(viewer.patches(seen).float(), dim=-1)  # (h, w, D)
+        if not every:
+            x, y, row, column = patch_at(seen, *args.at, viewer.patch)
+            wanted = features[row, column]
+        every.append(seen)
+        maps.append((features @ wanted).numpy())
+    low = min(m.min() for m in maps)
+    footer = heat_bar(low, 1, "cosine similarity to the patch in the ring")
+    save(pair_sheet(every, [heat(m, low, 1) for m in maps], footer, (x, y)), out)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# neighbours
+
+
+class Queries(Source):
+    """Images in memory, as a source."""
+
+    def __init__(self, images: list[Tensor], names: list[str], labels=None, classes=None):
+        self.images, self.names, self.labels, self.classes = images, names, labels, classes
+        self.name, self.channels = "the queries", len(images[0])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, i: int) -> Tensor:
+        return self.images[i]
+
+    def describe(self, i: int) -> str:
+        return self.names[i]
+
+
+def draw_queries(source: Source, n: int, seed: int) -> tuple[Queries, Tensor]:
+    """n random images of a source that can be read, and their numbers (n,). Raises ValueError if there is none."""
+    images, rows = [], []
+    for i in torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist():
+        try:
+            images.append(source.image(i))
+        except Exception:  # decoders raise all sorts on damaged files
+            continue
+        rows.append(i)
+        if len(rows) == n:
+            break
+    if not rows:
+        raise ValueError(f"no image of {source.name} can be read")
+    labels = None if source.labels is None else np.asarray(source.labels)[rows]
+    return Queries(images, [source.describe(i) for i in rows], labels, source.classes), torch.tensor(rows)
+
+
+def nearest_images(bank: Tensor, ok: Tensor, queries: Tensor, k: int, own: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cosines (Q, k) and rows (Q, k) of the k rows of `bank` (n, D) most similar to queries (Q, D), in order. Left out
+    are rows that are not `ok` (n,), and for each query its row `own` (Q,). Fewer than k, if there are no more."""
+    with full_float32():
+        cosines = normalize_rows_(queries) @ normalize_rows_(bank).T  # (Q, n)
+    cosines[:, ~ok] = -torch.inf
+    if own is not None:
+        cosines.scatter_(1, own[:, None].to(bank.device), -torch.inf)
+    k = min(k, int(ok.sum()) - (own is not None))
+    if k < 1:
+        raise ValueError("a single image has no neighbour; give more as --data")
+    return nearest_rows(cosines, k)
+
+
+def neighbours(args: argparse.Namespace) -> None:
+    out, device = check_out(args.out, args.images), pick_device(args.device)
+    paths = image_paths(args.images)
+    if not 1 <= args.k <= 24 or not 1 <= (len(paths) or args.queries) <= MOST or args.num_workers < -1:
+        raise ValueError(f"--k must be 1 to 24, --queries or the images 1 to {MOST}, --num-workers -1 or more")
+    model, config = load(args.model, device)
+    if not (args.data or config["data"]):
+        raise ValueError(f"{args.model} does not say which images to search; give --data")
+    named = (args.data,) if args.data else (config[k] for k in ("data", "eval_train", "eval_val"))
+    train, val = eval_specs(*named)
+    source = open_source(train, config["in_chans"])
+    own = None
+    if paths:
+        queries = Queries([read_image(p, config["in_chans"]) for p in paths], [Path(p).name for p in paths])
+    else:
+        other = open_source(val, config["in_chans"]) if val else source
+        queries, rows = draw_queries(other, args.queries, args.seed)
+        own = None if val else rows
+    features = functools.partial(extract_features, model, resize=config["eval_resize"], crop=config["eval_crop"],
+                                 device=device, mean=config["mean"], std=config["std"])
+    bank, ok = features(source, num_workers=worker_count(args.num_workers))
+    cosines, rows = nearest_images(bank, ok, features(queries)[0], args.k, own)
+    save(neighbour_sheet(source, queries, cosines.tolist(), rows.tolist()), out)
+
+
+def neighbour_sheet(source: Source, queries: Queries, cosines: list, rows: list) -> Image.Image:
+    """A row per query: itself, then its neighbours; framed by whether they are of its class, where that is known."""
+    side = min(WIDTH // (len(rows[0]) + 1) - GAP, 160)
+    labels, answers = source.labels, None
+    if labels is not None and queries.labels is not None:
+        labels, answers = common_labels(source, queries)
+    say = lambda label: str(source.classes[label] if source.classes else label) if label >= 0 else ""  # noqa: E731
+    table = []
+    for q, (values, columns) in enumerate(zip(cosines, rows)):
+        answer = -1 if answers is None else int(answers[q])
+        shown = say(answer) if answers is not None else ""
+        table.append([Cell(zoom(to_rgb(queries.image(q)), side), "query", shown or Path(queries.describe(q)).name)])
+        for cosine, i in zip(values, columns):
+            label = -1 if labels is None else int(labels[i])
+            frame = (GOOD if label == answer else BAD) if min(label, answer) >= 0 else ""
+            table[-1].append(Cell(zoom(to_rgb(source.image(i)), side), f"{cosine:.3f}", say(label), frame))
+    return sheet(table)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# curves
+
+
+PARTS = ("dino_local", "dino_global", "ibot", "koleo")  # of the loss
+
+
+class Line(NamedTuple):
+    name: str
+    points: list[tuple[float, float]]
+    colour: str
+    dashed: bool = False
+
+
+def read_run(name: str) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) in order of the losses in a run's metrics.jsonl, of "knn" and of "knn_raw_pixels" (top-1 at k = 20,
+    in percent). A last line that is not whole is left out. Raises ValueError if there is no such file, or nothing in
+    it."""
+    path = Path(name, "metrics.jsonl") if os.path.isdir(name) else Path(name)
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise ValueError(f"{path} cannot be read; name the --out folder of a run, or its metrics.jsonl") from None
+    curves = {}
+    for i, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            step = record["step"]
+        except (ValueError, KeyError, TypeError):
+            if i == len(lines):  # it is being written
+                break
+            raise ValueError(f"{path}, line {i} is no record of a training") from None
+        for key in ("loss", *PARTS):
+            if key in record:
+                curves.setdefault(key, {})[step] = record[key]
+        for key in ("knn", "knn_raw_pixels"):
+            if "top1_k20" in record.get(key, {}):
+                curves.setdefault(key, {})[step] = record[key]["top1_k20"]
+    if not curves:
+        raise ValueError(f"{path} holds no step yet; try again when the run has logged one")
+    return {key: sorted((s, v) for s, v in curve.items() if math.isfinite(v)) for key, curve in curves.items()}
+
+
+def ticks(low: float, high: float, n: int = 5) -> list[float]:
+    """Round numbers from low to high, 1, 2 or 5 times a power of ten apart, n or a few less."""
+    step = 10 ** math.floor(math.log10((high - low) / n))
+    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= n)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
+
+
+class Axes:
+    """A rectangle (left, top, right, bottom) of a picture and what it shows: steps 0 to `last`, all values of `lines`.
+    """
+
+    def __init__(self, box: tuple[int, int, int, int], lines: list[Line], last: int):
+        self.box, self.last, values = box, max(last, 1), [y for line in lines for _, y in line.points]
+        low, high = min(values), max(values)
+        margin = 0.05 * (high - low) or 0.05 * abs(high) or 1
+        self.low, self.high = low - margin, high + margin
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        left, top, right, bottom = self.box
+        return (left + x / self.last * (right - left),
+                bottom - (y - self.low) / (self.high - self.low) * (bottom - top))
+
+
+FINE = 3  # curves are drawn at three times their size and reduced, for soft edges
+PANEL, LEFT, RIGHT, TOP, BOTTOM = (760, 520), 74, 36, 44, 58  # a panel and its margins, in pixels of the picture
+ACROSS = PANEL[0] - LEFT - RIGHT
+
+
+def draw_panel(draw: ImageDraw.ImageDraw, left: int, title: str, lines: list[Line], last: int, legend: int) -> None:
+    """One diagram, `left` pixels from the left, with room for `legend` lines of the legend above it."""
+    s, top, text, small = FINE, TOP + 22 * legend, font(15 * FINE), font(14 * FINE)
+    box = (left + LEFT, top, left + PANEL[0] - RIGHT, top + PANEL[1] - TOP - BOTTOM)
+    x0, y0, x1, y1 = box = tuple(s * v for v in box)
+    axes = Axes(box, lines, last)
+    draw.text((x0, s * 12), title, "black", text)
+    for row, entries in enumerate(wrap_legend(lines)):
+        for x, line in entries:
+            x, y = x0 + s * x, s * (TOP + 22 * row + 6)
+            stroke(draw, [(x, y), (x + s * 26, y)], line.colour, line.dashed)
+            draw.text((x + s * 34, y), shorten(line.name, ACROSS - 34), "black", small, anchor="lm")
+    for value in ticks(axes.low, axes.high, 6):
+        y = axes.place(0, value)[1]
+        draw.line((x0, y, x1, y), "#DDDDDD", s)
+        draw.text((x0 - 8 * s, y), f"{value:,g}", "black", small, anchor="rm")
+    for value in ticks(0, axes.last, 6):
+        x = axes.place(value, 0)[0]
+        draw.line((x, y0, x, y1), "#DDDDDD", s)
+        draw.text((x, y1 + 8 * s), f"{value:,g}", "black", small, anchor="mt")
+    for line in lines:
+        points = [axes.place(*p) for p in line.points]
+        stroke(draw, points, line.colour, line.dashed)
+        if not line.dashed and points[-1][0] - points[0][0] >= 15 * s * (len(points) - 1):  # far apart
+            for x, y in points:
+                draw.ellipse((x - 3 * s, y - 3 * s, x + 3 * s, y + 3 * s), line.colour)
+    draw.line((x0, y0, x0, y1, x1, y1), "black", s)
+    draw.text(((x0 + x1) / 2, y1 + 32 * s), "step", "black", text, anchor="mt")
+
+
+def stroke(draw: ImageDraw.ImageDraw, points: list[tuple[float, float]], colour: str, dashed: bool = False) -> None:
+    """A line through the points; a dashed one is level, from the first to the last."""
+    if not dashed:
+        return draw.line(points, colour, 2 * FINE, "curve") if len(points) > 1 else None
+    (x, y), end = points[0], points[-1][0]
+    while x < end:
+        draw.line((x, y, min(x + 6 * FINE, end), y), colour, 2 * FINE)
+        x += 10 * FINE
+
+
+def wrap_legend(lines: list[Line]) -> list[list[tuple[int, Line]]]:
+    """The lines in rows as wide as a diagram, each with its place from the left."""
+    rows, x = [[]], 0
+    for line in lines:
+        width = 34 + math.ceil(font().getlength(line.name))
+        if x and x + width > ACROSS:
+            rows, x = [*rows, []], 0
+        rows[-1].append((x, line))
+        x += width + 22
+    return rows
+
+
+def panels_of(runs: dict[str, dict]) -> dict[str, list[Line]]:
+    """Title -> lines. Of one run all parts of the loss, of several the sums; k-NN if there is any."""
+    losses, accuracies = [], []
+    for colour, (name, curves) in zip(COLOURS, runs.items()):
+        shown = {name: curves.get("loss")} if len(runs) > 1 else {"total": curves.get("loss")} | {
+            part: curves.get(part) for part in PARTS}
+        losses += [Line(key, v, c) for key, v, c in zip(shown, shown.values(), [colour, *COLOURS[1:]]) if v]
+        if knn := curves.get("knn"):
+            accuracies.append(Line(name, knn, colour))
+        if raw := curves.get("knn_raw_pixels"):
+            last = max(v[-1][0] for v in curves.values() if v)
+            accuracies.append(Line(f"{name}, raw pixels", [(0, raw[0][1]), (last, raw[0][1])], colour, True))
+    return {title: lines for title, lines in (("loss", losses), ("k-NN accuracy, %", accuracies)) if lines}
+
+
+def draw_curves(runs: dict[str, dict]) -> Image.Image:
+    panels = panels_of(runs)
+    legend = max(len(wrap_legend(lines)) for lines in panels.values())
+    last = max(line.points[-1][0] for lines in panels.values() for line in lines)
+    size = (PANEL[0] * len(panels), PANEL[1] + 22 * legend)
+    picture = Image.new("RGB", tuple(FINE * n for n in size), "white")
+    for i, (title, lines) in enumerate(panels.items()):
+        draw_panel(ImageDraw.Draw(picture), i * PANEL[0], title, lines, last, legend)
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def curves(args: argparse.Namespace) -> None:
+    out = check_out(args.out, [])
+    if len(args.runs) > len(COLOURS):
+        raise ValueError(f"{len(args.runs)} runs are too many for one picture; name {len(COLOURS)} at most")
+    folders = [Path(r if os.path.isdir(r) else Path(r).parent).resolve() for r in args.runs]
+    names = [f.name if [g.name for g in folders].count(f.name) == 1 else r for f, r in zip(folders, args.runs)]
+    if twice := [r for r, n in zip(args.runs, names) if names.count(n) > 1]:
+        raise ValueError(f"{twice[0]} is named twice")
+    save(draw_curves({name: read_run(run) for name, run in zip(names, args.runs)}), out)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+COMMANDS = dict(pca=pca, attention=attention, similarity=similarity, neighbours=neighbours, curves=curves)
+
+
+def pixel(text: str) -> tuple[int, int]:
+    x, y = text.split(",")
+    return int(x), int(y)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = argv[0] if argv else "--help"
+    if command in ("-h", "--help"):
+        Parser(__doc__, "python visualize.py COMMAND ...").parse_args(["--help"])
+    if command not in COMMANDS:
+        raise ValueError(f"unknown command {command!r}{nearest(command, COMMANDS)}; there are {', '.join(COMMANDS)}")
+    parser = Parser(__doc__)
+    parser.prog = f"python visualize.py {command}"
+    add = parser.add_argument
+    if command == "curves":
+        add("runs", nargs="+", metavar="RUN", help="the --out folder of a run, or its metrics.jsonl")
+    else:
+        add("images", nargs="*" if command == "neighbours" else "+", metavar="IMG", help="a file, or a folder")
+        add("--model", required=True, help="a checkpoint, or the name of a released model such as dinov2_vits14")
+        add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    if command in ("pca", "attention", "similarity"):
+        add("--size", type=int, nargs="+", help="short side, or height and width, in pixels; 0: as the image is; none: "
+            "as the weights were trained")
+        add("--fit", choices=("crop", "pad", "resize"), default="crop", help="how it comes to multiples of the patch")
+    if command == "pca":
+        add("--foreground", choices=("auto", "high", "low", "all"), default="auto", help="which side of the threshold; "
+            "auto: the one that touches the borders less; all: there is no background")
+        add("--threshold", type=float, help="of the first component, scaled to 0..1; none: Otsu's")
+    if command == "attention":
+        add("--block", type=int, default=-1, help="of the network; -1: the last")
+    if command == "similarity":
+        add("--at", type=pixel, required=True, metavar="X,Y", help="a pixel of the first image, 0,0 at its top left")
+    if command == "neighbours":
+        add("--data", default="", help="the images to search, named as train.py's --data; empty: those of the training")
+        add("--k", type=int, default=8, help="neighbours of each")
+        add("--queries", type=int, default=8, help="without IMG: how many images to draw")
+        add("--seed", type=int, default=0, help="without IMG: which")
+        add("--num-workers", type=int, default=-1, help="reading processes; -1: by the number of cores")
+    add("--out", default=f"visualize-{command}.png", help="the picture" + (
+        "; a folder: a picture of each image, and sheet.png" if command == "pca" else ""))
+    args = parser.parse_args(argv[1:])
+    args.command = command
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    COMMANDS[args.command](args)
+    print(args.out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
