@@ -458,7 +458,9 @@ def image_rules(model: DinoVisionTransformer, ckpt: dict) -> dict:
     """What images the network expects: in_chans, mean and std, eval_resize and eval_crop in pixels, flip_prob; as a
     checkpoint of train.py says, else as the released models want them."""
     from data import MEAN, STD
-    rules = dict(in_chans=model.patch_embed.in_chans, mean=MEAN, std=STD, eval_resize=256, eval_crop=224, flip_prob=0.5)
+    channels = model.patch_embed.in_chans
+    mean, std = (v if channels == 3 else (sum(v) / 3,) * channels for v in (MEAN, STD))  # ImageNet's, in grey
+    rules = dict(in_chans=channels, mean=mean, std=std, eval_resize=256, eval_crop=224, flip_prob=0.5)
     return rules | {k: v for k, v in ckpt["config"].items() if k in rules} if ckpt.get("format") == FORMAT else rules
 
 

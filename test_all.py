@@ -56,7 +56,8 @@ HERE = Path(__file__).parent
 CPU = torch.device("cpu")
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities"),  # torchvision 0.29
               pytest.mark.filterwarnings("ignore:This DataLoader will create")]
-MODULES = ("bench", "data", "eval_knn", "eval_linear", "eval_logreg", "hub", "hubconf", "losses", "model", "train")
+MODULES = ("bench", "data", "eval_knn", "eval_linear", "eval_logreg", "hub", "hubconf", "losses", "model", "train",
+           "visualize")
 torch.set_num_threads(1)  # tensors are tiny here: several threads wait for each other, for long where cores are busy
 
 
@@ -223,7 +224,8 @@ def write_images(folder: Path, names, size=(40, 32)) -> None:
 
 IMPORTS = {"model": set(), "losses": set(), "data": set(), "hub": {"model", "data"}, "hubconf": set(), "eval_knn": {"hub", "model", "data"},
            "eval_linear": {"eval_knn", "hub", "model", "data"}, "eval_logreg": {"eval_knn"},
-           "train": {"model", "losses", "data", "eval_knn", "hub"}, "bench": {"data", "train", "eval_knn", "eval_linear", "eval_logreg"}}
+           "train": {"model", "losses", "data", "eval_knn", "hub"}, "visualize": {"hub", "data", "eval_knn"},
+           "bench": {"data", "train", "eval_knn", "eval_linear", "eval_logreg"}}
 OPTIONAL = {"hub": {"safetensors", "onnxruntime", "onnxscript"}}
 
 

@@ -39,9 +39,8 @@ import hub
 from data import (
     MEAN, STD, Fit, Parser, Source, eval_specs, fit_image, image_paths, nearest, normalize, open_source, plan_fit,
     read_image, to_float, worker_count)
-from eval_knn import (
-    FORMAT, common_labels, extract_features, full_float32, neighbours as nearest_rows, normalize_rows_, pick_device,
-    write_file)
+from eval_knn import common_labels, extract_features, full_float32, neighbours as nearest_rows, normalize_rows_
+from hub import pick_device, write_file
 
 WIDTH, GAP, LINE, TEXT = 1560, 12, 23, 14  # of sheets, in pixels: widest, between images, a line of text, its size
 MOST = 96  # images on a sheet
@@ -122,11 +121,8 @@ def load(spec: str, device: torch.device) -> tuple[torch.nn.Module, dict]:
     """A model, and the config of its training; of other models what images it expects."""
     path, ckpt = hub.read(spec)
     model = hub.load(path, ckpt).to(device)
-    channels = model.patch_embed.in_chans
-    mean, std = (values if channels == 3 else (sum(values) / 3,) * channels for values in (MEAN, STD))
-    defaults = dict(mean=mean, std=std, in_chans=channels, eval_resize=256, eval_crop=224, data="", eval_train="",
-                    eval_val="")
-    return model, defaults | (ckpt["config"] if ckpt.get("format") == FORMAT else {})
+    config = ckpt["config"] if hub.layout_of(ckpt) == "train.py" else dict(data="", eval_train="", eval_val="")
+    return model, config | hub.image_rules(model, ckpt)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
