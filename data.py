@@ -1459,8 +1459,8 @@ FITS = ("crop", "pad", "resize")
 
 def plan_fit(height: int, width: int, patch: int, how: str = "crop", size: tuple[int, ...] = ()) -> Fit:
     """Brings an image to `size`: () as it is, (short side,) or (height, width); and to multiples of `patch`. "crop"
-    cuts off the rest, "pad" adds to it, both in the middle; "resize" stretches. Raises ValueError if nothing would be left,
-    or if height and width are given and are no multiples."""
+    cuts off the rest, "pad" adds to it, both in the middle; "resize" stretches. Raises ValueError if nothing would be
+    left, or if height and width are given and are no multiples."""
     if len(size) == 2:
         if off := [s for s in size if s % patch or s < patch]:
             raise ValueError(f"size {off[0]} is no multiple of the patch size {patch}; the nearest is "

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import gzip
 import io
+import importlib.util
 import itertools
 import json
 import math
@@ -2921,8 +2922,12 @@ HUB_LAYOUTS = {
 @pytest.mark.parametrize("registers,ffn", [(0, "mlp"), (4, "mlp"), (4, "swiglu")])
 @pytest.mark.parametrize("layout", HUB_LAYOUTS)
 def test_hub_layouts(layout, registers, ffn, tmp_path):
-    """The same weights in every layout give the same model, with the released models' position rule."""
+    """The same weights in every layout give the same model, with the position rule of whose layout it is."""
     vit, images = hub_vit(registers, ffn), randn(1, (2, 3, 42, 70))[0]
+    if not registers and (foreign := [k for k in hub.POSITIONS if k in layout]):
+        official = vit(images)
+        vit.interpolate_offset, vit.interpolate_antialias = hub.POSITIONS[foreign[0]].values()
+        assert (vit(images) - official).abs().max() > 1e-3
     torch.save(HUB_LAYOUTS[layout](vit.state_dict()), tmp_path / "pytorch_model.bin")
     loaded = hub.load(tmp_path)
     assert not loaded.training and {p.dtype for p in loaded.parameters()} == {torch.float32}
@@ -2943,21 +2948,23 @@ def test_hub_checkpoints_of_train(trained):
         assert torch.equal(ours(images), theirs(images))
 
 
+HUB_SIZES = (1, 3, 518, 518), (2, 3, 224, 224), (1, 3, 252, 182), (1, 3, 28, 28)
 TRANSFORMERS = dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14)
 
 
 @pytest.mark.parametrize("kind,swiglu", [("Dinov2", False), ("Dinov2", True), ("Dinov2WithRegisters", False),
                                          ("Dinov2WithRegisters", True)])
 def test_hub_equals_transformers(kind, swiglu, tmp_path):
-    """At the size of the weights and, with registers, at others. Its folder, and its model's own names."""
+    """At 518 pixels, the size of the weights, at 224 and at a size that is not square. Its folder, and its model's own
+    names."""
     transformers = pytest.importorskip("transformers")
-    config = getattr(transformers, f"{kind}Config")(**TRANSFORMERS, use_swiglu_ffn=swiglu)
+    config = getattr(transformers, f"{kind}Config")(**TRANSFORMERS | dict(image_size=518), use_swiglu_ffn=swiglu)
     theirs = randomize(getattr(transformers, f"{kind}Model")(config))
     theirs.save_pretrained(tmp_path)
     torch.save(theirs.state_dict(), tmp_path / "own_names.pth")
     for spec in (tmp_path, tmp_path / "own_names.pth"):
         ours = hub.load(spec)
-        for images in randn(1, (2, 3, 56, 56), *[(2, 3, 84, 42), (1, 3, 28, 28)] * (kind != "Dinov2")):
+        for images in randn(1, *HUB_SIZES):
             out, expected = ours.forward_features(images), theirs(images).last_hidden_state.detach()
             assert expected.std() > 0.5
             assert_close(out["x_norm_clstoken"], expected[:, 0], 1e-5, "CLS")
@@ -2983,17 +2990,17 @@ def test_hub_equals_timm(kind, registers, tmp_path):
     timm = pytest.importorskip("timm")
     if kind == "registered":
         name = f"vit_small_patch14_{'reg4_' * bool(registers)}dinov2"
-        theirs = timm.create_model(name, pretrained=False, img_size=56, dynamic_img_size=True)
+        theirs = timm.create_model(name, pretrained=False, dynamic_img_size=True)
     else:  # the gate and the value of SwiGLU lie in a matrix of 688 rows, as in ours
         gated = dict(mlp_ratio=5.375, mlp_layer=timm.layers.SwiGLUPacked, act_layer=torch.nn.SiLU)
         theirs = timm.models.VisionTransformer(
-            img_size=56, patch_size=14, embed_dim=128, depth=3, num_heads=2, init_values=1.0, num_classes=0,
+            img_size=518, patch_size=14, embed_dim=128, depth=3, num_heads=2, init_values=1.0, num_classes=0,
             reg_tokens=registers, no_embed_class=registers > 0, dynamic_img_size=True,
             **gated if kind == "swiglu" else {})
     torch.save(randomize(theirs).state_dict(), tmp_path / "timm.pth")
     ours = hub.load(tmp_path / "timm.pth")
     assert ours.num_register_tokens == registers and ("w12" in str(ours)) == (kind == "swiglu")
-    for images in randn(1, (2, 3, 56, 56), *[(2, 3, 84, 42), (1, 3, 28, 28)] * (registers > 0)):
+    for images in randn(1, *HUB_SIZES):
         expected = theirs.forward_features(images).detach()
         assert expected.std() > 0.5
         assert_close(ours(images), expected[:, 0], 1e-5, "CLS")
@@ -3074,10 +3081,16 @@ def test_hub_names_what_does_not_fit(tmp_path):
     ):
         with pytest.raises(ValueError, match=text):
             hub.load("x.pth", ckpt)
-    (tmp_path / "config.json").write_text(json.dumps(dict(num_attention_heads=4, hidden_size=128)))
-    torch.save(as_transformers(whole), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="config.json says 4 heads for a width of 128; those of DINOv2 are 64 wide"):
-        hub.load(tmp_path)
+
+
+def test_hub_heads_of_transformers_are_in_its_config(tmp_path):
+    wide = hub_vit().state_dict()
+    torch.save(as_transformers(wide), tmp_path / "pytorch_model.bin")
+    for text, heads in (('{"num_attention_heads": 4, "hidden_size": 128}', 4), ('{"hidden_size": 128}', 2), ("[", 2),
+                        ('{"num_attention_heads": 4, "hidden_size": 64}', 2)):
+        (tmp_path / "config.json").write_text(text)
+        assert hub.load(tmp_path).num_heads == heads, text
+    assert hub.load(tmp_path, num_heads=8).num_heads == 8
 
 
 def test_hub_refuses_code_and_what_is_no_checkpoint(tmp_path):
@@ -3170,6 +3183,253 @@ def test_hub_classifier_errors(tmp_path):
             hub.load_classifier(tmp_path / "vit.pth", tmp_path / "head.pth")
     with pytest.raises(ValueError, match="1 or 4 layers, not 2"):
         hub.LinearClassifier(hub_vit(), torch.nn.Linear(3, 3), 2)
+
+
+def test_hub_entry_points(tmp_path, monkeypatch):
+    """All 25 official names; the networks have the released keys and shapes, kwargs and layers are heard."""
+    points = hub.entry_points()
+    assert len(points) == 25 and all(points[n].__name__ == n and points[n].__doc__ for n in points)
+    for name in hub.RELEASED:
+        with torch.device("meta"):
+            vit, linear = points[name](pretrained=False), points[f"{name}_lc"](pretrained=False, layers=1)
+        assert {k: list(v.shape) for k, v in vit.state_dict().items()} == golden.json("shapes")[name]
+        assert linear.linear_head.weight.shape == (1000, 2 * vit.embed_dim) and vit.training and linear.training
+        rule = (vit.interpolate_offset, vit.interpolate_antialias)
+        assert rule == ((0.0, True) if name.endswith("_reg") else (0.1, False))
+    assert points["dinov2_vits14"](pretrained=False, drop_path_rate=0.5).blocks[-1].drop_path == 0.5
+    for name in ("dinov2_vits14_ld", "dinov2_vitg14_dd", "dinov2_vitl14_reg4_dinotxt_tet1280d20h24l"):
+        with pytest.raises(NotImplementedError, match=f"{name} is not here yet"):
+            points[name](pretrained=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(hub, "URL", "file:///nowhere")
+    for kwargs, file in ((dict(), "dinov2_vits14_reg4_pretrain"), (dict(weights="LVD142M"), "dinov2_vits14_reg4_pre")):
+        with pytest.raises(ValueError, match=f"file:///nowhere/dinov2_vits14/{file}.* put it at {tmp_path}"):
+            points["dinov2_vits14_reg"](**kwargs)
+    for kwargs, text in ((dict(weights="XRay"), "neither 'LVD142M', the released ones, nor a file"),
+                         (dict(weights=os.devnull), "no PyTorch|not a PyTorch")):
+        with pytest.raises(ValueError, match=text):
+            points["dinov2_vits14"](**kwargs)
+
+
+def test_hub_entry_points_load(tmp_path, monkeypatch):
+    """With small networks in the place of ViT-S: backbone and both heads from the cache or from named files."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setitem(model.ARCHS, "vit_small", dict(embed_dim=64, depth=4, num_heads=1))
+    cache, points = tmp_path / "hub/checkpoints", hub.entry_points()
+    cache.mkdir(parents=True)
+    vit = randomize(points["dinov2_vits14"](pretrained=False))
+    torch.save(vit.state_dict(), cache / "dinov2_vits14_pretrain.pth")
+    for layers, name in ((1, "linear"), (4, "linear4")):
+        head = dict(zip(("weight", "bias"), randn(layers, (1000, (1 + layers) * 64), (1000,))))
+        torch.save(head, cache / f"dinov2_vits14_{name}_head.pth")
+    images = randn(1, (2, 3, 28, 42))[0]
+    ours = points["dinov2_vits14"]()
+    assert ours.training and torch.equal(ours(images), vit(images)) and next(ours.parameters()).requires_grad
+    for layers, name in ((1, "linear"), (4, "linear4")):
+        file = cache / f"dinov2_vits14_{name}_head.pth"
+        expected = hub.load_classifier("dinov2_vits14", file)(images)
+        assert torch.equal(points["dinov2_vits14_lc"](layers=layers)(images), expected)
+        assert torch.equal(points["dinov2_vits14_lc"](layers=layers, weights=str(file))(images), expected)
+    with pytest.raises(ValueError, match="a head for 4 layers; call this with layers=4"):
+        points["dinov2_vits14_lc"](layers=1, weights=str(file))
+    with pytest.raises(ValueError, match="1 or 4 layers, not 2"):
+        points["dinov2_vits14_lc"](layers=2)
+    with pytest.raises(ValueError, match="from another architecture"):
+        points["dinov2_vits14"](img_size=224)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_hub_by_torch_hub_beside_modules_of_the_same_names(order, tmp_path):
+    """From a foreign folder, whose own modules of our names are imported before or after."""
+    for name in ("model", "data", "losses", "train", "hub"):
+        (tmp_path / f"{name}.py").write_text(f"mine = {name!r}")
+    mine = "import model, data, losses, train, hub\nassert hub.mine == 'hub' and model.mine == 'model'\n"
+    load = (f"import torch, copy, pickle\nvit, linear = (torch.hub.load({str(HERE)!r}, n, source='local', "
+            "pretrained=False) for n in ('dinov2_vits14', 'dinov2_vits14_reg_lc'))\n"
+            "assert vit(torch.zeros(1, 3, 28, 28)).shape == (1, 384) and type(linear.backbone) is type(vit)\n"
+            "pickle.loads(pickle.dumps(copy.deepcopy(vit)))\n")
+    check = "import sys\nassert 'torchvision' not in sys.modules and model.mine == 'model'\n" + mine
+    code = mine + load + check if order == "before" else load + mine + check
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("to", ["official", "safetensors", "timm", "hf"])
+@pytest.mark.parametrize("registers,ffn", [(0, "mlp"), (4, "swiglu")])
+def test_hub_convert_there_and_back(to, registers, ffn, tmp_path, capsys):
+    """The features at the size of the weights stay the same, and all weights that the layout has."""
+    if to in ("safetensors", "hf"):
+        pytest.importorskip("safetensors")
+    vit, images = hub_vit(registers, ffn), randn(1, (2, 3, 56, 56))[0]
+    out = tmp_path / {"official": "b.pth", "safetensors": "b.safetensors", "timm": "b.pth", "hf": "b"}[to]
+    torch.save(dict(teacher=prefixed("backbone.", vit.state_dict())), tmp_path / "a.pth")
+    hub.main(["convert", str(tmp_path / "a.pth"), str(out), "--to", to])
+    told = capsys.readouterr()
+    assert f"layout {to}" in told.out and ("at others" in told.err) == (not registers and to in ("timm", "hf"))
+    assert hub.layout_of(hub.read(out)[1]) == dict(timm="timm", hf="transformers").get(to, "official")
+    again = hub.load(out)
+    assert_close(again(images), vit(images), 1e-5 if to == "timm" and registers else 0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["a.pth", out.name])
+    hub.main(["convert", str(out), str(tmp_path / "c.pth"), "--to", "official"])
+    assert_close(hub.load(tmp_path / "c.pth")(images), vit(images), 1e-5 if to == "timm" and registers else 0)
+
+
+def test_hub_convert_is_read_by_transformers_and_timm(trained, tmp_path):
+    transformers, timm = pytest.importorskip("transformers"), pytest.importorskip("timm")
+    vit, images = randomize(hub.load(trained / "ckpt.pth")), randn(1, (2, 3, 12, 12))[0]
+    ckpt = torch.load(trained / "ckpt.pth", weights_only=True)
+    torch.save(ckpt | dict(teacher=prefixed("backbone.", vit.state_dict())), tmp_path / "a.pth")
+    hub.main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "hf"), "--to", "hf"])
+    theirs = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()
+    assert_close(theirs(images).last_hidden_state[:, 0].detach(), vit(images), 1e-5)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
+    assert processor.crop_size["height"] == 12
+    assert_close(hub.load(tmp_path / "hf")(images), vit(images), 0)  # 2 heads, 32 wide
+    with pytest.raises(ValueError, match="2 heads for a width of .* use --to hf"):
+        hub.main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "b.pth"), "--to", "official"])
+    for registers in (0, 4):
+        big = timm.create_model(f"vit_small_patch14_{'reg4_' * bool(registers)}dinov2", pretrained=False)
+        torch.save(hub.backbone(f"dinov2_vits14{'_reg' * bool(registers)}", pretrained=False).state_dict(),
+                   tmp_path / "s.pth")
+        hub.main(["convert", str(tmp_path / "s.pth"), str(tmp_path / "t.pth"), "--to", "timm"])
+        big.load_state_dict(torch.load(tmp_path / "t.pth", weights_only=True))
+        x = randn(1, (1, 3, 518, 518))[0]
+        assert_close(big.eval()(x).detach(), hub.load(tmp_path / "s.pth")(x).detach(), 1e-5)
+
+
+def test_hub_info(trained, tmp_path, capsys):
+    torch.save(hub_vit(4, "swiglu").state_dict(), tmp_path / "a.pth")
+    torch.save(dict(weight=torch.ones(7, 1920), bias=torch.ones(7)), tmp_path / "head.pth")
+    with torch.device("meta"):
+        shapes = hub.backbone("dinov2_vits14", pretrained=False).state_dict()
+    chunked = {re.sub(r"blocks\.(\d+)", r"blocks.0.\1", f"backbone.{k}"): torch.zeros(v.shape).half()
+               for k, v in shapes.items()}
+    torch.save(dict(teacher=chunked), tmp_path / "s.pth")
+    for path, texts in (
+        (trained / "ckpt.pth", ("layout       train.py", "digits, ", "2 heads, MLP", "left out")),
+        (tmp_path / "a.pth", ("official", "128 wide, 3 blocks, 2 heads, SwiGLU, 4 registers", "with antialiasing")),
+        (tmp_path / "head.pth", ("7 classes, 1,920 features: 4 CLS of a backbone 384 wide",)),
+        (tmp_path / "s.pth", ("official, blocks in chunks", "22,056,576 in float16", "same as      dinov2_vits14,")),
+    ):
+        hub.main(["info", str(path)])
+        told = capsys.readouterr().out
+        assert all(text in told for text in texts), told
+
+
+def test_data_fit_brings_images_to_multiples_of_the_patch():
+    """Where a pixel goes is what Fit says; padding has the mean colour; sizes that are given are kept."""
+    image = torch.zeros(3, 40, 90, dtype=torch.uint8)
+    image[:, 20:24, 60:64] = 255  # a square whose middle is (62, 22)
+    for how, size, canvas in (("crop", (), (28, 84)), ("pad", (), (42, 98)), ("resize", (), (42, 84)),
+                              ("crop", (80,), (70, 168)), ("pad", (80,), (84, 182)), ("resize", (80,), (84, 182)),
+                              ("crop", (56, 70), (56, 70)), ("pad", (56, 70), (56, 70)), ("resize", (56, 70), (56, 70))):
+        fit = data.plan_fit(40, 90, 14, how, size)
+        out = data.fit_image(image, fit)
+        assert out.shape[1:] == fit.canvas == canvas and out.dtype == torch.uint8
+        x, y = fit.left + 62 * fit.scaled[1] / 90, fit.top + 22 * fit.scaled[0] / 40
+        if 0 <= x < canvas[1]:
+            bright = (out[0].float() * (torch.arange(canvas[1]) - x).abs().lt(20)).clamp(min=130) - 130
+            ys, xs = torch.meshgrid(*(torch.arange(n) + 0.5 for n in canvas), indexing="ij")
+            assert abs((bright * xs).sum() / bright.sum() - x) < 1 and abs((bright * ys).sum() / bright.sum() - y) < 1
+        if how == "pad":
+            assert out[:, 0, 0].tolist() == [124, 116, 104]
+    deep = data.fit_image(image.to(torch.uint16) * 257, data.plan_fit(40, 90, 14, "pad"))
+    assert deep.dtype == torch.uint16 and deep[0, 0, 0] == round(0.485 * 65535)
+    for hw, args, text in (((10, 90), (), "10x90 pixels is less than one patch of 14x14"),
+                           ((40, 90), ("crop", (50, 70)), "size 50 is no multiple of the patch size 14; the nearest is 56")):
+        with pytest.raises(ValueError, match=text):
+            data.plan_fit(*hw, 14, *args)
+    assert data.plan_fit(10, 90, 14, "pad").canvas == (14, 98)
+
+
+def test_hub_features(tmp_path, cache, capsys):
+    """Of images and folders, in one file or one each: equal to the model's, whatever the batch."""
+    vit, photos, paths = hub_vit(4), tmp_path / "photos", {}
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    write_images(photos, ["b.png", "sub/a.png", "sub/c.png"], size=(60, 90))
+    write_images(tmp_path, ["own.png"], size=(90, 60))
+    (photos / "bad.png").write_bytes(b"no image")
+    for k in ("b.png", "sub/a.png", "sub/c.png"):
+        paths[k] = photos / k
+    model_flags = ["--model", str(tmp_path / "vit.pth"), "--batch-size", "2", "--num-workers", "0"]
+    hub.main(["features", str(photos), str(tmp_path / "own.png"), *model_flags, "--out", str(tmp_path / "f.npz")])
+    assert "4 images" in (told := capsys.readouterr()).out and "bad.png cannot be read" in told.err
+    stacked = np.load(tmp_path / "f.npz")
+    assert [Path(f).name for f in stacked["files"]] == ["b.png", "a.png", "c.png", "own.png"]
+    assert stacked["cls"].shape == (4, 128) and stacked["patches"].shape == (4, 4, 4, 128)
+    hub.main(["features", str(photos), str(tmp_path / "own.png"), *model_flags, "--out", str(tmp_path / "each"),
+              "--size", "0", "--fit", "pad"])
+    for i, (path, name) in enumerate(((tmp_path / "own.png", "own.png"), (photos / "sub/c.png", "photos/sub/c.png"))):
+        one = np.load(tmp_path / f"each/{name}.npz")
+        image = data.read_image(str(path))
+        for fit, given in ((data.plan_fit(*image.shape[1:], 14, "pad"), one),
+                           (data.plan_fit(*image.shape[1:], 14, "crop", (56, 56)), {k: stacked[k][3 - i] for k in one})):
+            out = vit.forward_features(data.normalize(data.to_float(data.fit_image(image, fit)[None])))
+            for key, whole in (("cls", "clstoken"), ("registers", "regtokens"), ("patches", "patchtokens")):
+                expected = out[f"x_norm_{whole}"][0].detach()
+                assert_close(torch.from_numpy(given[key]).view(expected.shape), expected, 1e-5, key)
+    for argv, text in (
+        ([str(photos), str(tmp_path / "own.png"), "--size", "0"], "own.png has 6x4 patches, .* give --size HEIGHT WIDTH"),
+        ([str(photos / "bad.png")], "bad.png cannot be read as an image"),
+        ([str(tmp_path / "none.png")], "no such image or folder: .*none.png"),
+        ([str(tmp_path / "own.png"), "--size", "10", "--fit", "crop"], "15x10 pixels is less than one patch"),
+        ([str(tmp_path / "own.png"), "--size", "50", "56"], "size 50 is no multiple"),
+        ([str(tmp_path / "own.png"), "--size", "1", "2", "3"], "--size takes height and width"),
+        ([str(tmp_path / "own.png"), "--fit", "stretch"], "invalid choice: 'stretch'"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            hub.main(["features", *argv, *model_flags, "--out", str(tmp_path / "g.npz")])
+    assert not list(tmp_path.glob("*g.npz*")) and sorted(p.name for p in (tmp_path / "each").rglob("*.npz")) == [
+        "a.png.npz", "b.png.npz", "c.png.npz", "own.png.npz"]
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_hub_export(suffix, tmp_path, capsys):
+    """A program for images of one size, not square, and batches of any; its outputs are the model's."""
+    vit, out = hub_vit(4), tmp_path / f"vit{suffix}"
+    torch.save(vit.state_dict(), tmp_path / "vit.pth")
+    argv = ["export", str(out), "--model", str(tmp_path / "vit.pth"), "--size", "42", "70"]
+    if suffix == ".onnx":
+        if importlib.util.find_spec("onnxscript") is None:
+            with pytest.raises(ValueError, match="pip install onnx onnxscript onnxruntime"):
+                hub.main(argv)
+        onnxruntime = pytest.importorskip("onnxruntime")
+    hub.main(argv)
+    assert "on batches of 1, 2 and 3 images 42x70" in capsys.readouterr().out
+    images = randn(1, (5, 3, 42, 70))[0]
+    if suffix == ".pt2":
+        given = torch.export.load(out).module()(images)
+    else:
+        session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+        names = [o.name for o in session.get_outputs()]
+        given = dict(zip(names, map(torch.from_numpy, session.run(names, {"images": images.numpy()}))))
+    expected = vit.forward_features(images)
+    for key, whole in (("cls", "clstoken"), ("registers", "regtokens"), ("patches", "patchtokens")):
+        assert_close(given[key].detach(), expected[f"x_norm_{whole}"].detach(), 1e-5, key)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["vit.pth", out.name])
+
+
+def test_hub_command_errors(tmp_path):
+    torch.save(hub_vit().state_dict(), tmp_path / "vit.pth")
+    vit = str(tmp_path / "vit.pth")
+    for argv, text in (
+        (["inform", vit], "unknown command 'inform', did you mean info?"),
+        (["info", "none.pth"], "no such checkpoint: none.pth"),
+        (["convert", vit, vit, "--to", "official"], "is the file to convert"),
+        (["convert", vit, str(tmp_path / "b.txt"), "--to", "timm"], "must end in .pth or .safetensors"),
+        (["convert", vit, str(tmp_path / "b.pth"), "--to", "safetensors"], "must end in .safetensors"),
+        (["convert", vit, str(tmp_path), "--to", "hf"], "exists; name a new folder"),
+        (["convert", vit, "/proc/b.pth", "--to", "official"], "/proc/b.pth could not be written"),
+        (["export", "b.pt", "--model", vit], "must end in .onnx or .pt2"),
+        (["export", "b.pt2", "--model", vit, "--size", "50"], "multiples of this model's patch size, 14"),
+        (["features", "a.png", "--model", vit, "--out", vit], "is a file; name one that ends in .npz, or a folder"),
+        (["features", "a.png", "--out", "f.npz"], "required: --model"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            hub.main(argv)
+    assert [p.name for p in tmp_path.iterdir()] == ["vit.pth"]
+    result = subprocess.run([sys.executable, HERE / "hub.py", "info", "none"], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("error: no such checkpoint") and not result.stdout
 
 
 # ----------------------------------------------------------------------------------------------------------------------

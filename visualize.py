@@ -37,8 +37,8 @@ from tqdm import tqdm
 
 import hub
 from data import (
-    MEAN, STD, Fit, Parser, Source, eval_specs, fit_image, image_paths, nearest, normalize, open_source, plan_fit,
-    read_image, to_float, worker_count)
+    Fit, Parser, Source, eval_specs, fit_image, image_paths, nearest, normalize, open_source, plan_fit, read_image,
+    to_float, worker_count)
 from eval_knn import common_labels, extract_features, full_float32, neighbours as nearest_rows, normalize_rows_
 from hub import pick_device, write_file
 
