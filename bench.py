@@ -10,6 +10,7 @@
     python bench.py knn --ours-only --images 1281167 --dim 1024 --queries 512  # memory at the size of ImageNet-1k
     python bench.py logreg --every 4            # 45 values of C at once against every 4th one by scikit-learn
     python bench.py linear                      # a step of the grid of 52 classifiers against 52 modules and autograd
+    python bench.py hub --name dinov2_vitg14    # loading a file of that size against reading its bytes; imports
     python bench.py data --json                 # the table as JSON
 
 Everything is measured in turn, several times over, in one process, `data` on one core: compare the ratios, which hold
@@ -22,6 +23,7 @@ import platform
 import random
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -40,6 +42,7 @@ import data
 import eval_knn
 import eval_linear
 import eval_logreg
+import hub
 import train
 
 
@@ -351,10 +354,30 @@ def bench_linear(args, device: torch.device) -> list[dict]:
         t / o for t, o in zip(times, seconds["eval_linear.Grid"]))) for name, times in seconds.items()]
 
 
+def bench_hub(args, device: torch.device) -> list[dict]:
+    """Rows of {way, s, times_first}: hub.load of a file as large as that of the released --name, of random weights,
+    against reading its bytes; and a Python that imports torch and hub against one that imports torch."""
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in hub.backbone(args.name, pretrained=False).state_dict().items()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "weights.pth")
+        torch.save({key: torch.rand(shape) for key, shape in shapes.items()}, path)
+        loads = measure({"read the bytes": path.read_bytes, "hub.load": lambda: hub.load(path)}, args.repeats)
+
+    def imports(names: str):
+        return lambda: subprocess.run([sys.executable, "-c", f"import {names}"], cwd=Path(__file__).parent, check=True)
+
+    starts = measure({"import torch": imports("torch"), "import torch, hub": imports("torch, hub")}, args.repeats)
+    return [dict(way=name, s=statistics.median(times), times_first=statistics.median(
+        t / o for t, o in zip(times, next(iter(ways.values()))))) for ways in (loads, starts)
+        for name, times in ways.items()]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-BENCHES = {"data": bench_data, "save": bench_save, "knn": bench_knn, "logreg": bench_logreg, "linear": bench_linear}
+BENCHES = {"data": bench_data, "save": bench_save, "knn": bench_knn, "logreg": bench_logreg, "linear": bench_linear,
+           "hub": bench_hub}
 
 
 def parse(argv: list[str] | None):
@@ -366,6 +389,7 @@ def parse(argv: list[str] | None):
     parser.add_argument("--queries", type=int, default=5_000, help="images to classify, for `knn`")
     parser.add_argument("--dim", type=int, default=384, help="width of the features, for `knn`, `logreg`, `linear`")
     parser.add_argument("--every", type=int, default=1, help="for `logreg`: scikit-learn fits every such value of C")
+    parser.add_argument("--name", default="dinov2_vitg14", help="of a released model, for `hub`")
     parser.add_argument("--ours-only", action="store_true", help="for `knn` and `logreg`: compare with nothing")
     parser.add_argument("--repeats", type=int, default=7, help="how often everything is measured; medians are shown")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -374,6 +398,8 @@ def parse(argv: list[str] | None):
         raise ValueError("--repeats, --images, --queries, --dim and --every must be 1 or more")
     if args.preset not in train.PRESETS:
         raise ValueError(f"unknown preset {args.preset!r}{data.nearest(args.preset, train.PRESETS)}")
+    if args.name not in hub.RELEASED:
+        raise ValueError(f"unknown model {args.name!r}{data.nearest(args.name, hub.RELEASED)}")
     return args
 
 

@@ -226,7 +226,7 @@ def write_images(folder: Path, names, size=(40, 32)) -> None:
 IMPORTS = {"model": set(), "losses": set(), "data": set(), "hub": {"model", "data"}, "hubconf": set(), "eval_knn": {"hub", "model", "data"},
            "eval_linear": {"eval_knn", "hub", "model", "data"}, "eval_logreg": {"eval_knn"},
            "train": {"model", "losses", "data", "eval_knn", "hub"}, "visualize": {"hub", "data", "eval_knn"},
-           "bench": {"data", "train", "eval_knn", "eval_linear", "eval_logreg"}}
+           "bench": {"data", "hub", "train", "eval_knn", "eval_linear", "eval_logreg"}}
 OPTIONAL = {"hub": {"safetensors", "onnxruntime", "onnxscript"}}
 
 
@@ -3372,7 +3372,7 @@ def test_hub_features(tmp_path, cache, capsys):
         ([str(photos), str(tmp_path / "own.png"), "--size", "0"], "own.png has 6x4 patches, .* give --size HEIGHT WIDTH"),
         ([str(photos / "bad.png")], "bad.png cannot be read as an image"),
         ([str(tmp_path / "none.png")], "no such image or folder: .*none.png"),
-        ([str(tmp_path / "own.png"), "--size", "10", "--fit", "crop"], "15x10 pixels is less than one patch"),
+        ([str(tmp_path / "own.png"), "--size", "10", "--fit", "crop"], "10x10 pixels is less than one patch"),
         ([str(tmp_path / "own.png"), "--size", "50", "56"], "size 50 is no multiple"),
         ([str(tmp_path / "own.png"), "--size", "1", "2", "3"], "--size takes height and width"),
         ([str(tmp_path / "own.png"), "--fit", "stretch"], "invalid choice: 'stretch'"),
@@ -3445,6 +3445,7 @@ def test_bench_save(capsys):
 
 
 @pytest.mark.parametrize("what,flags,rows", [("knn", ["--images", 2000, "--queries", 20], 4), ("linear", [], 2),
+                                             ("hub", ["--name", "dinov2_vits14"], 4),
                                              ("logreg", ["--images", 1000, "--every", 22], 3)])
 def test_bench_of_evaluations(what, flags, rows, capsys):
     bench.main([what, "--dim", "8", "--repeats", "1", "--json", *map(str, flags)])
