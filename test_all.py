@@ -52,6 +52,7 @@ import hub
 import losses
 import model
 import train
+import visualize
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -289,6 +290,25 @@ def test_readme_commands_parse():
         if script == "data.py" and "/data/" not in command:
             argv += ["--num-workers", "0", "--images", "9"]
             data.main(argv) if argv[0] == "stats" else pytest.raises(SystemExit, data.main, argv)
+
+
+def test_readme_hub_and_picture_commands_run(trained, tmp_path, monkeypatch, cache):
+    """All that need neither a download nor an optional package that is absent, literally, in a folder with a run in
+    out/ and two photographs."""
+    shutil.copytree(trained, tmp_path / "out")
+    write_images(tmp_path / "photos", ["china.png", "flower.png"], size=(32, 40))
+    monkeypatch.chdir(tmp_path)
+    written = {"curves.png", "visualize-neighbours.png", "pca.png", "visualize-similarity.png", "features.npz",
+               "out_hf/config.json", "out/vit.pt2"}
+    for command in readme_commands():
+        argv = shlex.split(command.replace("/my/photos", "photos").replace("320,250", "30,20"))[1:]
+        if argv[0] not in ("hub.py", "visualize.py") or "--help" in argv or "dinov2" in command:
+            continue
+        if "hf" in argv and importlib.util.find_spec("safetensors") is None:
+            written.remove("out_hf/config.json")
+            continue
+        dict(hub=hub, visualize=visualize)[argv[0][:-3]].main(argv[1:])
+    assert all((tmp_path / name).stat().st_size > 100 for name in written)
 
 
 def test_readme_snippet_runs(trained):
