@@ -3781,7 +3781,7 @@ def with_registers(tmp_path_factory) -> Path:
 
 
 def test_visual_principal_equals_svd():
-    """Directions are those of the SVD of all rows together, however they are parted, with the largest entry positive."""
+    """Directions are those of the SVD of all rows, however they are parted, with the largest entry positive."""
     x = randn(0, (300, 7))[0] * torch.tensor([5.0, 4, 3, 2, 1, 1, 1]) @ randn(1, (7, 7))[0] + 3
     mean, directions = visualize.principal([x[:11], x[11:250], x[250:]])
     expected = np.linalg.svd(x.double().numpy() - x.double().numpy().mean(0), full_matrices=False)[2][:3].T  # (7, 3)
@@ -3987,8 +3987,9 @@ def test_visual_read_run(trained, desk):
     assert curves["knn_raw_pixels"] == [(0, 97.5)]
     assert visualize.read_run(str(trained / "metrics.jsonl")) == curves
 
-    records = [dict(step=5, loss=3.0), dict(step=0, loss=4.0), dict(step=5, loss=2.0), dict(step=6, loss=math.nan)]
-    partly = write_run(desk / "partly", *records, end='{"step": 7, "los')
+    records = [dict(step=5, loss=3.0), dict(step=0, loss=4.0), dict(step=5, loss=2.0), dict(step=6, loss=math.nan),
+               dict(step=7, loss=None)]  # what train.py writes for a number that is not finite
+    partly = write_run(desk / "partly", *records, end='{"step": 8, "los')
     assert visualize.read_run(str(partly)) == dict(loss=[(0, 4.0), (5, 2.0)])
     damaged = write_run(desk / "damaged", records[0], end='{"step": 6, "lo\n{"step": 7, "loss": 1.0}\n')
     with pytest.raises(ValueError, match="metrics.jsonl, line 2 is no record"):
@@ -3996,7 +3997,7 @@ def test_visual_read_run(trained, desk):
     with pytest.raises(ValueError, match="holds no finite number yet"):
         visualize.read_run(str(write_run(desk / "empty", end='{"st')))
     with pytest.raises(ValueError, match="holds no finite"):
-        visualize.read_run(str(write_run(desk / "nan", dict(step=0, loss=math.nan), dict(step=1, loss=math.inf))))
+        visualize.read_run(str(write_run(desk / "nan", dict(step=0, loss=math.nan), dict(step=1, loss=None))))
 
 
 def test_visual_curves_go_through_their_points():

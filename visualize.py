@@ -37,8 +37,8 @@ from tqdm import tqdm
 
 import hub
 from data import (
-    MEAN, STD, Fit, Parser, Source, eval_specs, fit_image, image_paths, nearest, normalize, open_source, plan_fit,
-    read_image, to_float, worker_count)
+    Fit, Parser, Source, eval_specs, fit_image, image_paths, nearest, normalize, open_source, plan_fit, read_image,
+    to_float, worker_count)
 from eval_knn import common_labels, extract_features, full_float32, neighbours as nearest_rows, normalize_rows_
 from hub import pick_device, write_file
 
@@ -563,7 +563,8 @@ def read_run(name: str) -> dict[str, list[tuple[int, float]]]:
         for key in ("knn", "knn_raw_pixels"):
             if "top1_k20" in record.get(key, {}):
                 curves.setdefault(key, {})[step] = record[key]["top1_k20"]
-    curves = {key: sorted((s, v) for s, v in curve.items() if math.isfinite(v)) for key, curve in curves.items()}
+    curves = {key: sorted((s, v) for s, v in curve.items() if v is not None and math.isfinite(v))  # None: was not finite
+              for key, curve in curves.items()}
     if not any(curves.values()):
         raise ValueError(f"{path} holds no finite number yet; try again when the run has logged one")
     return curves
