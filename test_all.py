@@ -3934,7 +3934,7 @@ def test_visual_similarity_is_one_at_the_pixel(how, trained, desk, monkeypatch):
     times = 480 // (4 * grid[1])
     height, width = (4 * n * times for n in grid)
     assert size_of("s.png") == (12 + 2 * (width + 12), 12 + 2 * (12 + 23 + height) + 20 + 12)  # a bar of 20 pixels
-    cell = pixels_of("s.png")[12 + 35 + height + 23 :, 12 + width + 12 :][:height, :width]  # the second image has no ring
+    cell = pixels_of("s.png")[12 + 35 + height + 23 :, 12 + width + 12 :][:height, :width]  # without ring
     assert np.array_equal(cell, real(second, low, 1).repeat(4 * times, 0).repeat(4 * times, 1))
 
 
@@ -4003,7 +4003,8 @@ def test_visual_read_run(trained, desk):
 def test_visual_curves_go_through_their_points():
     """Lines have their colour where their values are, and the picture is white elsewhere; raw pixels are dashed."""
     rgb = [tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in visualize.COLOURS]
-    runs = {"a": dict(loss=[(0, 0.0), (50, 10.0), (100, 0.0)], knn=[(0, 40.0), (100, 80.0)], knn_raw_pixels=[(0, 60.0)]),
+    runs = {"a": dict(loss=[(0, 0.0), (50, 10.0), (100, 0.0)],
+                      knn=[(0, 40.0), (100, 80.0)], knn_raw_pixels=[(0, 60.0)]),
             "b": dict(loss=[(0, 10.0), (100, 10.0)])}
     picture = visualize.draw_curves(runs)
     assert picture.size == (1520, 542)
