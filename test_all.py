@@ -19,6 +19,7 @@ import os
 import pickle
 import random
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -4020,3 +4021,428 @@ def test_eval_logreg_other_ways_to_choose_and_missing_classes(trained, tmp_path,
         main("--finetune", "digits", "--finetune-on-val")
     with pytest.raises(ValueError, match="without images to classify"):
         main("--train", tmp_path / "few/train")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# visualize.py
+
+
+def draw(*argv) -> None:
+    visualize.main([str(a) for a in argv])
+
+
+def size_of(path) -> tuple[int, int]:
+    """Width and height of a PNG that can be decoded."""
+    with Image.open(path) as image:
+        assert image.format == "PNG" and image.mode == "RGB"
+        image.load()
+        return image.size
+
+
+def pixels_of(path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch, cache) -> Path:
+    """An empty folder to work in, which is the current one."""
+    (tmp_path / "desk").mkdir()
+    monkeypatch.chdir(tmp_path / "desk")
+    return tmp_path / "desk"
+
+
+@pytest.fixture(scope="session")
+def with_registers(tmp_path_factory) -> Path:
+    """An untrained network with 4 registers, patches of 14 pixels, 2 heads and 3 blocks."""
+    path = tmp_path_factory.mktemp("visual") / "reg4.pth"
+    torch.save(hub_vit(registers=4).state_dict(), path)
+    return path
+
+
+def test_visual_principal_equals_svd():
+    """Directions are those of the SVD of all rows, however they are parted, with the largest entry positive."""
+    x = randn(0, (300, 7))[0] * torch.tensor([5.0, 4, 3, 2, 1, 1, 1]) @ randn(1, (7, 7))[0] + 3
+    mean, directions = visualize.principal([x[:11], x[11:250], x[250:]])
+    expected = np.linalg.svd(x.double().numpy() - x.double().numpy().mean(0), full_matrices=False)[2][:3].T  # (7, 3)
+    assert_close(mean, x.double().mean(0), 1e-12)
+    assert_close(directions.abs(), np.abs(expected), 1e-9)
+    assert_close((directions * torch.tensor(expected)).sum(0).abs(), torch.ones(3), 1e-9)
+    assert (directions.gather(0, directions.abs().argmax(0)[None]) > 0).all()
+    for sign in (1, -1):  # the rows of a mirrored set have the same directions
+        assert_close(visualize.principal([sign * x])[1], directions, 1e-9)
+
+    flat = randn(2, (50, 2))[0] @ randn(3, (2, 7))[0]  # two dimensions only
+    directions = visualize.principal([flat])[1]
+    assert_close(directions.norm(dim=0), torch.tensor([1.0, 1, 0]), 1e-9)
+    with pytest.raises(ValueError, match="all patches have the same features"):
+        visualize.principal([torch.full((9, 7), 0.3).half()])
+    with pytest.raises(ValueError, match="2 dimension.*too few for 3 colours"):
+        visualize.principal([x[:, :2]])
+
+
+def test_visual_otsu_parts_two_heaps():
+    """The threshold is that of least variance within both classes, by trying all, and in the middle of a gap."""
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.normal(0.25, 0.08, 700), rng.normal(0.75, 0.05, 200)]).clip(0, 1)
+    centres = (np.floor(values * 256).clip(max=255) + 0.5) / 256
+    within = {}
+    for t in np.arange(1, 256) / 256:
+        low, high = centres[centres < t], centres[centres > t]
+        within[t] = len(low) * low.var() + len(high) * high.var() if len(low) and len(high) else np.inf
+    best = [t for t, v in within.items() if v <= min(within.values()) * (1 + 1e-9)]
+    assert visualize.otsu(values) == pytest.approx(np.mean(best), abs=1e-9) and 0.4 < np.mean(best) < 0.65
+    assert visualize.otsu(np.array([0.1] * 30 + [0.9] * 5)) == pytest.approx(0.5, abs=1 / 128)
+
+
+def test_visual_foreground_is_the_object():
+    """Of two kinds of patches those that touch the borders less are foreground; sides and thresholds can be named."""
+    kinds, noise = randn(4, (2, 16), (2, 6, 8, 16))
+    inside = torch.zeros(2, 6, 8, dtype=torch.bool)
+    inside[0, 1:4, 2:7] = inside[1, 3:6, 3:5] = True
+    for flip in (False, True):  # whichever kind has the higher component
+        parts = list(kinds[(inside ^ flip).long()] + 0.05 * noise)
+        assert torch.equal(torch.stack(visualize.foreground_of(parts)), inside)
+        sides = {which: torch.stack(visualize.foreground_of(parts, which)) for which in ("high", "low", "all")}
+        assert sides["all"].all() and torch.equal(sides["high"], ~sides["low"])
+        assert any(torch.equal(sides[which], inside) for which in ("high", "low"))
+        assert [sum(int(m.sum()) for m in visualize.foreground_of(parts, "high", t)) for t in (0.0, 1.0)] == [95, 0]
+        for drawn, mask in zip(visualize.pca_colours(parts), inside.numpy()):
+            assert drawn.dtype == np.uint8 and (drawn[~mask] == 0).all() and (drawn[mask].max(-1) > 0).mean() > 0.9
+    with pytest.raises(ValueError, match="^0 patches are foreground"):
+        visualize.pca_colours(parts, "high", 1.0)
+
+
+@pytest.mark.parametrize("foreground", ["auto", "all"])
+def test_visual_pca_has_one_scale_and_no_order(foreground):
+    """The picture of an image is the same in any order of the images; equal patches have one colour in all of them."""
+    parts = [x.half() for x in randn(5, (4, 6, 32), (5, 3, 32), (7, 7, 32))]
+    parts[1][2, :] = parts[0][1, 2:5]
+    drawn = visualize.pca_colours(parts, foreground)
+    for order in itertools.permutations(range(3)):
+        for i, again in zip(order, visualize.pca_colours([parts[i] for i in order], foreground)):
+            assert np.array_equal(again, drawn[i])
+    assert np.array_equal(drawn[1][2], drawn[0][1, 2:5]) and drawn[0][1, 2:5].any()
+    assert not np.array_equal(visualize.pca_colours(parts[:1], foreground)[0], drawn[0])  # the others count
+    if foreground == "all":
+        everything = np.concatenate([d.reshape(-1, 3) for d in drawn])
+        assert (everything.min(0) == 0).all() and (everything.max(0) == 255).all()
+
+
+@pytest.mark.parametrize("block", [-1, 1, 0])
+def test_visual_attention_equals_full_softmax(block):
+    """The rows are those of the whole attention matrix, and weigh the values to what the block's attention gives."""
+    network, seen = hub_vit(registers=4), {}
+    attn = network.block_list()[block].attn
+    attn.register_forward_hook(lambda module, args, out: seen.update(x=args[0], out=out))
+    with torch.inference_mode():
+        maps = visualize.attention_of(network, randn(6, (1, 3, 56, 84))[0], block)
+        n_tokens, dim = 1 + 4 + 4 * 6, 128
+        assert maps.shape == (5, 2, n_tokens)
+        assert_close(maps.sum(-1), torch.ones(5, 2), 1e-5)
+        q, k, v = (seen["x"][0] @ attn.qkv.weight.T + attn.qkv.bias).split(dim, -1)
+        outputs = []
+        for head in range(2):
+            part = slice(64 * head, 64 * head + 64)
+            full = (q[:, part] @ k[:, part].T / 8).exp()
+            full = full / full.sum(1, keepdim=True)  # (N, N)
+            assert_close(maps[:, head], full[:5], 1e-5, f"head {head}")
+            outputs.append(maps[0, head] @ v[:, part])
+        assert_close(torch.cat(outputs) @ attn.proj.weight.T + attn.proj.bias, seen["out"][0, 0], 1e-4)
+    assert maps[0].std() > 1e-4 and len(attn.qkv._forward_hooks) == 0
+
+
+FITTED = [(how, size, shape) for how in ("crop", "pad", "resize") for size in (["0"], ["56"], ["56", "84"])
+          for shape in ((61, 93), (120, 50))]
+
+
+@pytest.mark.parametrize("how, size, shape", FITTED)
+def test_visual_a_pixel_is_found_in_its_patch(how, size, shape, with_registers, desk):
+    """A spot on an image lies, in what the network sees, where patch_at() says, whatever the fit and the shape."""
+    args = visualize.parse(["similarity", "a.png", "--model", str(with_registers), "--device", "cpu", "--at", "0,0",
+                            "--fit", how, "--size", *size])
+    viewer = visualize.Viewer(args)
+    for x, y in ((shape[1] // 2, shape[0] // 2), (shape[1] // 2 - 14, shape[0] // 2 + 9)):
+        pixels = np.zeros((*shape, 3), np.uint8)
+        pixels[y - 2 : y + 3, x - 2 : x + 3] = 255
+        Image.fromarray(pixels).save("a.png")
+        seen = viewer.see("a.png")
+        across, down, row, column = visualize.patch_at(seen, x, y, 14)
+        white = np.where(seen.image[0].numpy() > 190, 1.0, 0.0)  # the colour of what is added is 124
+        ys, xs = (np.arange(n) + 0.5 for n in white.shape)
+        middle = white.sum(1) @ ys / white.sum(), white.sum(0) @ xs / white.sum()
+        assert middle == pytest.approx((down, across), abs=0.8)
+        assert (row, column) == (int(down) // 14, int(across) // 14)
+        assert white[14 * row : 14 * row + 14, 14 * column : 14 * column + 14].any()
+
+
+def test_visual_pixels_that_are_not_there(with_registers, desk):
+    """The corner pixels of an image are in, those beyond are not, and what --fit crop cuts away is told."""
+    write_images(desk, ["a.png"], (61, 93))  # crop to 56x84 cuts 2 and 3 rows, 4 and 5 columns
+    seen = {how: visualize.Viewer(visualize.parse([
+        "similarity", "a.png", "--model", str(with_registers), "--device", "cpu", "--at", "0,0", "--size", "0", "--fit",
+        how])).see("a.png") for how in ("crop", "pad", "resize")}
+    find = lambda how, x, y: visualize.patch_at(seen[how], x, y, 14)[2:]  # noqa: E731
+    for how, last in (("pad", (4, 6)), ("resize", (3, 6))):
+        assert find(how, 0, 0) == (0, 0) and find(how, 92, 60) == last
+    kept = []
+    for x in range(93):
+        try:
+            kept.append((x, *find("crop", x, 30)))
+        except ValueError as error:
+            assert str(error) == f"--at {x},30 was cut away from a.png; choose --fit pad or --fit resize"
+    first = kept[0][0]
+    assert first in (4, 5) and kept == [(first + i, kept[0][1], i // 14) for i in range(84)]
+    for x, y in ((93, 0), (0, 61), (-1, 0), (0, -1), (60, 92)):
+        with pytest.raises(ValueError, match=rf"--at {x},{y} lies outside a.png, which is 93 pixels wide and 61 high"):
+            find("pad", x, y)
+
+
+@pytest.mark.parametrize("how", ["crop", "pad", "resize"])
+def test_visual_similarity_is_one_at_the_pixel(how, trained, desk, monkeypatch):
+    """Cosines to the patch of the pixel: 1 there and less elsewhere, in the image itself and in others."""
+    write_images(desk, ["a.png", "b.png"], (30, 50))
+    maps, real = [], visualize.heat
+    monkeypatch.setattr(visualize, "heat", lambda v, low, high: maps.append((v, low, high)) or real(v, low, high))
+    draw("similarity", "a.png", "b.png", "--model", trained / "ckpt.pth", "--device", "cpu", "--at", "31,17",
+         "--size", 0, "--fit", how, "--out", "s.png")
+    grid, at = {"crop": ((7, 12), (4, 7)), "pad": ((8, 13), (4, 8)), "resize": ((8, 12), (4, 7))}[how]
+    (first, low, high), (second, *_) = [m for m in maps if m[0].shape == grid]
+    assert high == 1 and low == min(first.min(), second.min())
+    assert np.unravel_index(first.argmax(), grid) == at and first[at] == pytest.approx(1, abs=1e-6)
+    assert np.sort(first, None)[-2] < 1 - 1e-4 and second.max() < 1 - 1e-4
+    times = 480 // (4 * grid[1])
+    height, width = (4 * n * times for n in grid)
+    assert size_of("s.png") == (12 + 2 * (width + 12), 12 + 2 * (12 + 23 + height) + 20 + 12)  # a bar of 20 pixels
+    cell = pixels_of("s.png")[12 + 35 + height + 23 :, 12 + width + 12 :][:height, :width]  # without ring
+    assert np.array_equal(cell, real(second, low, 1).repeat(4 * times, 0).repeat(4 * times, 1))
+
+
+def test_visual_nearest_images_equal_brute_force():
+    """All neighbours in order by cosine, without unreadable rows and without the image itself."""
+    bank, queries = randn(7, (60, 12), (9, 12))
+    ok, own = torch.ones(60, dtype=torch.bool), torch.arange(9) * 6
+    ok[[3, 17, 40]] = False
+    cosines = torch.nn.functional.cosine_similarity(queries[:, None], bank[None], dim=-1)
+    for excluded in (None, own):
+        values, rows = visualize.nearest_images(bank.clone(), ok, queries.clone(), 5, excluded)
+        for q in range(9):
+            allowed = [i for i in range(60) if ok[i] and (excluded is None or i != own[q])]
+            expected = sorted(allowed, key=lambda i: -cosines[q, i])[:5]
+            assert rows[q].tolist() == expected
+            assert_close(values[q], cosines[q, expected], 1e-6)
+    values, rows = visualize.nearest_images(bank.clone(), ok, bank[own].clone(), 5, None)
+    assert torch.equal(rows[:, 0], own)  # an image is nearest to itself,
+    rows = visualize.nearest_images(bank.clone(), ok, bank[own].clone(), 99, own)[1]
+    assert rows.shape == (9, 56) and not (rows == own[:, None]).any()  # or left out
+    with pytest.raises(ValueError, match="a single image has no neighbour"):
+        visualize.nearest_images(bank[:1].clone(), ok[:1], bank[:1].clone(), 1, torch.tensor([0]))
+
+
+def test_visual_ticks_are_round():
+    """Known ones; and for any range at least one, at most n + 1, all within."""
+    for low, high, expected in (
+            (0, 10, [0, 2, 4, 6, 8, 10]), (0.13, 0.42, [0.2, 0.3, 0.4]), (-1, 1, [-1, -0.5, 0, 0.5, 1]),
+            (97.1, 97.9, [97.2, 97.4, 97.6, 97.8]), (0, 125000, [0, 50000, 100000])):
+        assert visualize.ticks(low, high) == expected
+    rng = np.random.default_rng(0)
+    for low, width, n in zip(rng.normal(0, 50, 200), 10 ** rng.uniform(-3, 6, 200), rng.integers(3, 9, 200)):
+        found = visualize.ticks(low, low + width, int(n))
+        assert 1 <= len(found) <= n + 1 and all(low - 1e-6 * width <= t <= low + width + 1e-6 * width for t in found)
+
+
+def write_run(folder: Path, *records, end: str = "") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + end)
+    return folder
+
+
+def test_visual_read_run(trained, desk):
+    """What a run has logged; of a step logged twice the later; without numbers that are none and half a last line."""
+    curves = visualize.read_run(str(trained))
+    lines = [r for r in metrics(trained) if "loss" in r]
+    for key in ("loss", "dino_local", "dino_global", "ibot", "koleo"):
+        assert curves[key] == [(r["step"], r[key]) for r in lines]
+    assert curves["knn"] == [(r["step"], r["knn"]["top1_k20"]) for r in metrics(trained) if "knn" in r]
+    assert curves["knn_raw_pixels"] == [(0, 97.5)]
+    assert visualize.read_run(str(trained / "metrics.jsonl")) == curves
+
+    records = [dict(step=5, loss=3.0), dict(step=0, loss=4.0), dict(step=5, loss=2.0), dict(step=6, loss=math.nan),
+               dict(step=7, loss=None)]  # what train.py writes for a number that is not finite
+    partly = write_run(desk / "partly", *records, end='{"step": 8, "los')
+    assert visualize.read_run(str(partly)) == dict(loss=[(0, 4.0), (5, 2.0)])
+    damaged = write_run(desk / "damaged", records[0], end='{"step": 6, "lo\n{"step": 7, "loss": 1.0}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl, line 2 is no record"):
+        visualize.read_run(str(damaged))
+    with pytest.raises(ValueError, match="holds no finite number yet"):
+        visualize.read_run(str(write_run(desk / "empty", end='{"st')))
+    with pytest.raises(ValueError, match="holds no finite"):
+        visualize.read_run(str(write_run(desk / "nan", dict(step=0, loss=math.nan), dict(step=1, loss=None))))
+
+
+def test_visual_curves_go_through_their_points():
+    """Lines have their colour where their values are, and the picture is white elsewhere; raw pixels are dashed."""
+    rgb = [tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in visualize.COLOURS]
+    runs = {"a": dict(loss=[(0, 0.0), (50, 10.0), (100, 0.0)],
+                      knn=[(0, 40.0), (100, 80.0)], knn_raw_pixels=[(0, 60.0)]),
+            "b": dict(loss=[(0, 10.0), (100, 10.0)])}
+    picture = visualize.draw_curves(runs)
+    assert picture.size == (1520, 542)
+    found = np.asarray(picture).astype(int)
+    left, right, top, bottom = 74, 724, 66, 484  # of the first diagram
+    place = lambda step, share: (left + step / 100 * (right - left),  # noqa: E731
+                                 bottom - (0.05 + share) / 1.1 * (bottom - top))  # 5 % above and below
+
+    def distance(x, y, colour, reach=1):
+        x, y = int(x), int(y)
+        near = found[y - reach : y + reach + 1, x - reach : x + reach + 1]
+        return np.abs(near - np.array(colour)).max(-1).min()
+    for step in (10, 25, 40, 60, 77, 90):
+        x, y = place(step, 1 - abs(step - 50) / 50)
+        assert distance(x, y, rgb[0]) < 60, step
+        assert min(distance(x, y + dy, rgb[0]) for dy in (-25, 25)) > 100, step
+        assert distance(*place(step, 1.0), rgb[1]) < 30, step
+    along = [distance(760 + place(s, 0.5)[0], place(s, 0.5)[1], rgb[0], 0) for s in np.arange(60, 90, 0.2)]
+    assert 0.2 < np.mean([d < 80 for d in along]) < 0.8  # dashes
+    for step in (15, 35, 70):
+        assert distance(760 + place(step, step / 100)[0], place(step, step / 100)[1], rgb[0]) < 60, step
+    assert visualize.draw_curves({"a": dict(loss=[(0, 1.0)])}).size == (760, 542)  # a single step
+
+
+def test_visual_pca_command(trained, desk, capsys):
+    """A sheet, or a folder with a picture of each image, the same in any order; bad images of a folder are left out."""
+    write_images(desk, ["in/a.png", "in/b.png", "in/sub/c.png"], (24, 40))
+    (desk / "in/bad.png").write_bytes(b"no image")
+    flags = ["--model", trained / "ckpt.pth", "--device", "cpu", "--size", 0, "--foreground", "all"]
+    draw("pca", "in", *flags, "--out", "sheet.png")
+    printed = capsys.readouterr()
+    assert printed.out == "sheet.png\n" and "left out: " in printed.err and "bad.png" in printed.err
+    assert size_of("sheet.png") == (12 + 2 * (480 + 12), 12 + 3 * (12 + 23 + 288) + 0)  # 40x24, 12 times
+    draw("pca", "in/a.png", "in/b.png", "in/sub/c.png", *flags, "--out", "one")
+    draw("pca", "in/sub/c.png", "in/b.png", "in/a.png", *flags, "--out", "other")
+    assert sorted(p.name for p in Path("one").iterdir()) == ["a.png", "b.png", "c.png", "sheet.png"]
+    assert size_of("one/sheet.png") == size_of("sheet.png")
+    for name in "abc":
+        assert size_of(f"one/{name}.png") == (40, 24)
+        assert np.array_equal(pixels_of(f"one/{name}.png"), pixels_of(f"other/{name}.png")), name
+    cells = pixels_of("one/a.png")
+    assert np.array_equal(cells, cells[::4, ::4].repeat(4, 0).repeat(4, 1))
+    assert len(np.unique(cells.reshape(-1, 3), axis=0)) > 20
+    assert visualize.file_names(["x/a.png", "y/a.png", "y/b.jpg"]) == ["x_a", "y_a", "y_b"]
+    assert visualize.file_names(["x/a.png", "x/a.jpg"]) == ["000000_a", "000001_a"]
+    assert "sheet" not in visualize.file_names(["x/sheet.png", "x/a.png"])
+
+
+def test_visual_attention_command(with_registers, desk):
+    """A row for CLS and each register; in it the image, the mean and each head."""
+    write_images(desk, ["a.png"], (56, 84))
+    draw("attention", "a.png", "--model", with_registers, "--device", "cpu", "--block", 0, "--size", 0,
+         "--out", "at.png")
+    left = 12 + math.ceil(visualize.font().getlength("register 4")) + 12
+    assert size_of("at.png") == (left + 4 * (252 + 12), 12 + 5 * (12 + 23 + 168 + 23))  # 84x56, 3 times
+    shown = pixels_of("at.png")[12 + 23 :, left : left + 252][:168]
+    assert np.array_equal(shown[1::3, 1::3], pixels_of("a.png"))
+    cell = pixels_of("at.png")[12 + 23 :, left + 264 :][:168, :252]  # the mean of the heads, 4x6 patches
+    maps = visualize.attention_of(hub.load(with_registers), visualize.normalize(
+        torch.tensor(pixels_of("a.png")).permute(2, 0, 1)[None] / 255), 0)[0].mean(0)[5:].unflatten(0, (4, 6)).numpy()
+    expected = visualize.heat(maps, 0, maps.max()).repeat(42, 0).repeat(42, 1)
+    assert np.abs(cell - expected).max() <= 1
+
+
+def test_visual_neighbours_command(trained, desk, monkeypatch):
+    """The nearest by the features of the model; frames say whether the class is the same; an image is not its own."""
+    write_images(desk, [f"d/{c}/{i}.png" for c in "ab" for i in range(6)], (16, 16))
+    for c in "ab":  # a class of dark images and one of bright
+        for p in Path("d", c).iterdir():
+            Image.fromarray((pixels_of(p) // 4 + 190 * (c == "b")).astype(np.uint8)).save(p)
+    sheets, real = [], visualize.neighbour_sheet
+    monkeypatch.setattr(visualize, "neighbour_sheet", lambda *args: sheets.append(args) or real(*args))
+    flags = ["--model", trained / "ckpt.pth", "--device", "cpu", "--num-workers", 0]
+    draw("neighbours", "--data", "d", *flags, "--k", 4, "--queries", 3, "--out", "n.png")
+    source, queries, cosines, rows = sheets[0]
+    assert len(queries) == len(rows) == 3 and {len(r) for r in rows} == {4}
+    assert not any(queries.describe(q) in [source.describe(i) for i in rows[q]] for q in range(3))
+    assert all(values == sorted(values, reverse=True) for values in cosines)
+    assert size_of("n.png") == (12 + 5 * (160 + 12), 12 + 3 * (12 + 23 + 160 + 23))  # 16x16, 10 times
+    frames = pixels_of("n.png")[12 + 23 - 2, 12 + 172 + 80 :: 172]  # above the neighbours of the first
+    classes = [Path(source.describe(i)).parent.name == Path(queries.describe(0)).parent.name for i in rows[0]]
+    assert [tuple(f) for f in frames] == [(0, 158, 115) if same else (213, 94, 0) for same in classes]
+
+    draw("neighbours", "d/b/3.png", *flags, "--data", "d", "--k", 2, "--out", "one.png")
+    source, queries, cosines, rows = sheets[1]
+    assert source.describe(rows[0][0]).endswith("b/3.png") and cosines[0][0] == pytest.approx(1, abs=1e-5)
+    assert cosines[0][1] < 1 - 1e-5 and size_of("one.png") == (12 + 3 * 172, 12 + 218)
+    draw("neighbours", *flags, "--k", 2, "--queries", 2, "--out", "digits.png")  # the images of the training
+    assert size_of("digits.png") == (12 + 3 * 172, 12 + 2 * 218)  # 16x16
+
+
+def test_visual_curves_command(trained, desk, capsys):
+    """One run or several, as folders or files; k-NN has a diagram of its own where it was measured."""
+    other = write_run(desk / "other", dict(step=0, loss=3.0), dict(step=9, loss=2.0))
+    draw("curves", trained)
+    assert capsys.readouterr().out == "visualize-curves.png\n"
+    assert size_of("visualize-curves.png") == (1520, 542)
+    draw("curves", trained / "metrics.jsonl", other, "--out", "two.PNG")
+    assert size_of("two.PNG") == (1520, 542)
+    draw("curves", other, "--out", "alone.png")
+    assert size_of("alone.png") == (760, 542)
+
+
+MODEL = ["--model", "{ckpt}", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("argv, text", [
+    (["pac", "a.png", *MODEL], "unknown command 'pac', did you mean pca"),
+    (["pca", "a.png", *MODEL, "--sise", "32"], "unknown argument '--sise', did you mean --size"),
+    (["pca", "missing.png", *MODEL], "no such image or folder: missing.png"),
+    (["pca", "a.png", "bad.png", *MODEL], "bad.png cannot be read as an image"),
+    (["pca", "only_bad", *MODEL], "none of the 1 images can be used; the last: .*x.png"),
+    (["attention", "small.png", *MODEL, "--size", "0"], "small.png: an image of 3x3 pixels is less than one patch"),
+    (["pca", "a.png", *MODEL, "--size", "16", "16", "16"], "--size takes the short side"),
+    (["pca", "a.png", *MODEL, "--size", "-8"], "--size takes the short side"),
+    (["pca", "a.png", *MODEL, "--size", "16", "18"], "size 18 is no multiple of the patch size 4; the nearest is 16"),
+    (["pca", "a.png", *MODEL, "--threshold", "1.5"], "--threshold lies between 0 and 1"),
+    (["pca", "a.png", *MODEL, "--foreground", "all", "--threshold", "0.5"], "has no use with --foreground all"),
+    (["pca", "a.png", *MODEL, "--foreground", "high", "--threshold", "1"], "0 patches are foreground"),
+    (["pca", "a.png", *MODEL, "--foreground", "high", "--threshold", "1", "--out", "new"], "0 patches are foreground"),
+    (["pca", "a.png", "--model", "missing.pth"], "no such checkpoint: missing.pth"),
+    (["pca", "a.png", *MODEL, "--out", "only_bad/.."], "would overwrite the images"),
+    (["pca", "a.png", *MODEL, "--out", "bad.png/new"], "cannot be written; name a folder"),
+    (["pca", "a.png", *MODEL, "--out", "a.png"], "--out a.png would overwrite the images"),
+    (["similarity", "a.png", *MODEL, "--at", "1,1", "--out", "./a.png"], "a.png would overwrite the images"),
+    (["attention", "a.png", *MODEL, "--out", "out.jpg"], "--out out.jpg is no .png file"),
+    (["attention", "a.png", *MODEL, "--out", "only_bad"], "--out only_bad is no .png file.*only_bad/picture.png"),
+    (["attention", "a.png", *MODEL, "--block", "99"], "--block 99 does not exist; the model has 0 to "),
+    (["attention", "a.png", *MODEL, "--block", "-99"], "--block -99 does not exist"),
+    (["similarity", "a.png", *MODEL], "required: --at"),
+    (["similarity", "a.png", *MODEL, "--at", "7"], "argument --at"),
+    (["similarity", "a.png", *MODEL, "--at", "32,5"], "--at 32,5 lies outside a.png, which is 32 pixels wide"),
+    (["similarity", "wide.png", *MODEL, "--at", "0,5", "--size", "16", "16"], "--at 0,5 was cut away from wide.png"),
+    (["neighbours", *MODEL, "--k", "0"], "--k must be 1 to 24"),
+    (["neighbours", *MODEL, "--queries", "0"], "--queries or the images 1 to 96"),
+    (["neighbours", "a.png", *MODEL, "--data", "missing"], "missing"),
+    (["curves", "only_bad"], "only_bad/metrics.jsonl cannot be read; name the --out folder of a run"),
+    (["curves", "{run}", "{run}"], "is named twice"),
+    (["curves", *["{run}"] * 9], "9 runs are too many"),
+    (["curves", "{run}", "--out", "curves.svg"], "--out curves.svg is no .png file"),
+])
+def test_visual_mistakes_are_named_and_write_nothing(argv, text, trained, desk):
+    write_images(desk, ["a.png"])
+    write_images(desk, ["small.png"], (3, 3))
+    write_images(desk, ["wide.png"], (20, 60))
+    (desk / "only_bad").mkdir()
+    for name in ("bad.png", "only_bad/x.png"):
+        (desk / name).write_bytes(b"no image")
+    before = {p: p.is_file() and p.read_bytes() for p in desk.rglob("*")}
+    with pytest.raises(ValueError, match=text):
+        draw(*(a.format(ckpt=trained / "ckpt.pth", run=trained) for a in argv))
+    assert {p: p.is_file() and p.read_bytes() for p in desk.rglob("*")} == before
+
+
+def test_visual_wrong_input_is_one_line_and_exit_code_2(desk, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["visualize.py", "curves", "gone", "--out", "x.png"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(HERE / "visualize.py"), run_name="__main__")
+    printed = capsys.readouterr()
+    assert left.value.code == 2 and printed.out == "" and list(desk.iterdir()) == []
+    assert re.fullmatch(r"error: gone cannot be read.*\n", printed.err)

@@ -563,9 +563,12 @@ def read_run(name: str) -> dict[str, list[tuple[int, float]]]:
         for key in ("knn", "knn_raw_pixels"):
             if "top1_k20" in record.get(key, {}):
                 curves.setdefault(key, {})[step] = record[key]["top1_k20"]
-    if not curves:
-        raise ValueError(f"{path} holds no step yet; try again when the run has logged one")
-    return {key: sorted((s, v) for s, v in curve.items() if math.isfinite(v)) for key, curve in curves.items()}
+    # train.py writes null for a number that is not finite
+    curves = {key: sorted((s, v) for s, v in curve.items() if v is not None and math.isfinite(v))
+              for key, curve in curves.items()}
+    if not any(curves.values()):
+        raise ValueError(f"{path} holds no finite number yet; try again when the run has logged one")
+    return curves
 
 
 def ticks(low: float, high: float, n: int = 5) -> list[float]:
