@@ -1434,7 +1434,10 @@ def image_paths(names: list[str]) -> list[str]:
             paths.append(name)
         else:
             raise ValueError(f"no such image or folder: {name}")
-    return list(dict.fromkeys(paths))
+    first = {}
+    for path in paths:
+        first.setdefault(os.path.realpath(path), path)
+    return list(first.values())
 
 
 def read_image(path: str, channels: int = 3) -> Tensor:

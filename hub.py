@@ -21,9 +21,9 @@ other official names, see hubconf.py.
 
 The architecture is read off the names and shapes of the weights, and each of them must find its place: nothing is
 left out but projection heads, classifiers and the student. A missing mask_token, which only training uses, becomes
-zeros. What is loaded is in eval mode, in float32, on the CPU. Pickled code is refused. Released files are kept in
-torch.hub's folder, ~/.cache/torch/hub/checkpoints; without a network put them there by hand. `.safetensors` needs the
-package safetensors.
+zeros, and the file is taken for one of timm, which drops it. What is loaded is in eval mode, in float32, on the CPU.
+Pickled code is refused. Released files are kept in torch.hub's folder, ~/.cache/torch/hub/checkpoints; without a
+network put them there by hand. `.safetensors` needs the package safetensors.
 
 At another image size than that of the weights (518 pixels for released ones) the position table is interpolated as by
 the library that the layout is of. With registers, official code, transformers and timm do the same. Without, the
@@ -31,7 +31,9 @@ official code samples at (i + 0.1) / size, the others at i / size, timm with ant
 weights differ. load(file, interpolate_offset=0.1, interpolate_antialias=False) has the official rule for any file.
 Apache License 2.0.
 """
+import contextlib
 import difflib
+import enum
 import functools
 import hashlib
 import http.client
@@ -333,7 +335,8 @@ def classifier(name: str, *, layers: int = 4, pretrained: bool = True, weights: 
     return model.train()
 
 
-def choose_weights(weights: str, released: str, name: str, part: str) -> str:
+def choose_weights(weights: str | enum.Enum, released: str, name: str, part: str) -> str:
+    weights = weights.name if isinstance(weights, enum.Enum) else weights  # officially a member of an enum, or its name
     if weights == released:
         return str(released_file(name, part))
     if not os.path.exists(weights):
@@ -416,12 +419,12 @@ def transformers_config(model: DinoVisionTransformer) -> dict:
         **dict(num_register_tokens=registers) if registers else {})
 
 
-def image_config(crop: int, mean, std) -> dict:
+def image_config(in_chans: int, mean, std, eval_resize: int, eval_crop: int, **others) -> dict:
     """preprocessor_config.json of transformers, for evaluation: short side resized, central square cut out."""
-    return dict(image_processor_type="BitImageProcessor", do_convert_rgb=True, do_resize=True, resample=3,
-                size=dict(shortest_edge=round(crop * 256 / 224)), do_center_crop=True,
-                crop_size=dict(height=crop, width=crop), do_rescale=True, rescale_factor=1 / 255, do_normalize=True,
-                image_mean=list(mean), image_std=list(std))
+    return dict(image_processor_type="BitImageProcessor", do_convert_rgb=in_chans == 3, do_resize=True, resample=3,
+                size=dict(shortest_edge=eval_resize), do_center_crop=True,
+                crop_size=dict(height=eval_crop, width=eval_crop), do_rescale=True, rescale_factor=1 / 255,
+                do_normalize=True, image_mean=list(mean), image_std=list(std))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -439,7 +442,9 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {name!r} is no device; use auto, cpu, cuda or mps") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name!r} is no device; use auto, cpu, cuda or mps")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"--device {name}: PyTorch finds no CUDA GPU here; use --device cpu")
@@ -452,6 +457,12 @@ def pick_device(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"--device {name}: PyTorch finds no Apple GPU here; use --device cpu")
     return device
+
+
+def check_finite(features: Tensor, spec: str) -> None:
+    if not features.isfinite().all():
+        raise ValueError(f"the features of {spec} are not finite: the checkpoint has diverged, or half precision is "
+                         "too coarse for it")
 
 
 def image_rules(model: DinoVisionTransformer, ckpt: dict) -> dict:
@@ -485,7 +496,8 @@ def write_file(path: Path, write) -> None:
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{path} could not be written ({getattr(error, 'strerror', None) or error})") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder may be none
+            partial.unlink()
 
 
 def save_weights(weights: dict[str, Tensor], path: Path) -> None:
@@ -595,7 +607,7 @@ def write_transformers(model: DinoVisionTransformer, folder: Path, rules: dict) 
     if folder.exists():
         raise ValueError(f"{folder} exists; name a new folder")
     configs = {"config.json": transformers_config(model),
-               "preprocessor_config.json": image_config(rules["eval_crop"], rules["mean"], rules["std"])}
+               "preprocessor_config.json": image_config(**rules)}
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         save_weights(as_transformers(model.state_dict()), partial / "model.safetensors")
@@ -612,14 +624,15 @@ def write_transformers(model: DinoVisionTransformer, folder: Path, rules: dict) 
 def features(argv: list[str]) -> None:
     """Features of images and of folders of them. --out FILE.npz: files (n,), cls (n, D), registers (n, R, D), patches
     (n, h, w, D), of images that all have h x w patches. --out FOLDER: a file for each, cls (D,), registers (R, D),
-    patches (h, w, D). All after the final norm, in float32. Images in folders that cannot be read are left out."""
+    patches (h, w, D); those that were made before an error stay. All after the final norm, stored in float32. Images in
+    folders that cannot be read are left out."""
     from data import FITS, FittedImages, image_paths, make_loader, normalize, to_float, worker_count
     parser = command("features", features)
     parser.add_argument("images", nargs="+", help="image files, folders")
     parser.add_argument("--model", required=True, help="whatever hub.load takes")
     parser.add_argument("--out", required=True, type=Path, help="a file .npz, or a folder")
     parser.add_argument("--size", type=int, nargs="+", default=None, help="height and width in pixels; or one number, "
-                        "for the short side; 0: as the images are; as it is: the square that the weights are best at")
+                        "for the short side; 0: as the images are; default: the square that the weights are best at")
     parser.add_argument("--fit", choices=FITS, default="crop", help="how images come to that size and to multiples of "
                         "the patch: cut, padded (both in the middle) or stretched")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -629,8 +642,8 @@ def features(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.batch_size < 1 or args.num_workers < -1:
         raise ValueError("--batch-size must be 1 or more, --num-workers -1 or more")
-    if args.out.suffix != ".npz" and args.out.is_file():
-        raise ValueError(f"--out {args.out} is a file; name one that ends in .npz, or a folder")
+    if args.out.suffix != ".npz" and (args.out.suffix and not args.out.is_dir() or args.out.is_file()):
+        raise ValueError(f"--out {args.out} is no file that ends in .npz, and no folder")
     device, dtype = pick_device(args.device), DTYPES[args.dtype]
     path, ckpt = read(args.model)
     model = load(path, ckpt).to(device)
@@ -646,6 +659,7 @@ def features(argv: list[str]) -> None:
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                 out = model.forward_features(images)
             grid = [side // model.patch_size for side in images.shape[-2:]]
+            check_finite(out["x_norm_clstoken"], args.model)
             parts = (out["x_norm_clstoken"], out["x_norm_regtokens"], out["x_norm_patchtokens"].unflatten(1, grid))
             yield from zip(names, *(part.float().cpu().numpy() for part in parts))
 
@@ -707,7 +721,8 @@ def write_stacked(out: Path, results) -> int:
     except OSError as error:
         raise ValueError(f"--out {out} could not be written ({error.strerror})") from None
     finally:
-        waiting.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            waiting.unlink()
     return len(paths)
 
 
@@ -746,32 +761,32 @@ def export(argv: list[str]) -> None:
     parser = command("export", export)
     parser.add_argument("out", metavar="OUT", type=Path, help="a file that ends in .onnx or .pt2")
     parser.add_argument("--model", required=True, help="whatever hub.load takes")
-    parser.add_argument("--size", type=int, nargs="+", default=None, help="side, or height and width, in pixels; as it "
-                        "is: what the weights are best at")
+    parser.add_argument("--size", type=int, nargs="+", default=None, help="side, or height and width, in pixels; "
+                        "default: what the weights are best at")
     args = parser.parse_args(argv)
-    if args.out.suffix not in (".onnx", ".pt2"):
-        raise ValueError(f"{args.out} must end in .onnx or .pt2")
+    if args.out.suffix not in (".onnx", ".pt2") or args.out.is_dir():
+        raise ValueError(f"{args.out} must be a file that ends in .onnx or .pt2")
     model = load(args.model)
     size = args.size or list(model.patch_embed.img_size)
     if len(size) > 2 or any(side < 1 or side % model.patch_size for side in size):
         raise ValueError(f"--size takes one or two multiples of this model's patch size, {model.patch_size}")
     module = FixedSize(model, size[0], size[-1]).eval()
     images = [torch.randn(b, model.patch_embed.in_chans, size[0], size[-1]) for b in (2, 1, 3)]
-    with tempfile.TemporaryDirectory(dir=args.out.parent if args.out.parent.is_dir() else None) as folder:
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".") as folder:
         make = export_onnx if args.out.suffix == ".onnx" else export_torch
-        run = make(module, images[0], Path(folder, args.out.name))
-        worst = 0.0
+        run, worst = make(module, images[0], Path(folder, args.out.name)), 0.0
         for batch in images:
-            for name, expected in module(batch).items():
-                worst = max(worst, float((run(batch)[name] - expected).abs().max() / expected.abs().max()))
-        if not worst < 1e-3:
-            raise ValueError(f"the exported program differs by {worst:.1e} of the largest value: nothing was kept")
-        try:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            for file in sorted(Path(folder).iterdir(), reverse=True):  # beside large .onnx files lie .onnx.data ones
-                shutil.move(file, args.out.with_name(file.name))
-        except OSError as error:
-            raise ValueError(f"{args.out} could not be written ({error.strerror})") from None
+            expected, found = module(batch), run(batch)
+            check_finite(expected["cls"], args.model)
+            for name, value in expected.items():
+                difference = float((found[name] - value).abs().max() / value.abs().max())
+                if not difference < 1e-3:  # or it is not finite
+                    raise ValueError(f"{name} of the exported program differs by {difference:.1e} of the largest "
+                                     "value: nothing was kept")
+                worst = max(worst, difference)
+        for file in sorted(Path(folder).iterdir(), reverse=True):  # beside large .onnx files lie .onnx.data ones
+            os.replace(file, args.out.with_name(file.name))
     print(f"{args.out}: within {worst:.1e} of the largest value, on batches of 1, 2 and 3 images {size[0]}x{size[-1]}")
 
 
@@ -817,5 +832,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

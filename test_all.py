@@ -297,6 +297,7 @@ def test_readme_hub_and_picture_commands_run(trained, tmp_path, monkeypatch, cac
     """All that need neither a download nor an optional package that is absent, literally, in a folder with a run in
     out/ and two photographs."""
     shutil.copytree(trained, tmp_path / "out")
+    shutil.copytree(trained, tmp_path / "out_photos")
     write_images(tmp_path / "photos", ["china.png", "flower.png"], size=(32, 40))
     monkeypatch.chdir(tmp_path)
     written = {"curves.png", "visualize-neighbours.png", "pca.png", "visualize-similarity.png", "features.npz",
@@ -3304,7 +3305,7 @@ def test_hub_convert_is_read_by_transformers_and_timm(trained, tmp_path):
     theirs = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()
     assert_close(theirs(images).last_hidden_state[:, 0].detach(), vit(images), 1e-5)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
-    assert processor.crop_size["height"] == 12
+    assert processor.crop_size["height"] == 12 and processor.size["shortest_edge"] == 12
     assert_close(hub.load(tmp_path / "hf")(images), vit(images), 0)  # 2 heads, 32 wide
     with pytest.raises(ValueError, match="2 heads for a width of .* use --to hf"):
         hub.main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "b.pth"), "--to", "official"])
@@ -3335,6 +3336,12 @@ def test_hub_info(trained, tmp_path, capsys):
         hub.main(["info", str(path)])
         told = capsys.readouterr().out
         assert all(text in told for text in texts), told
+
+
+def test_data_image_paths_come_once(tmp_path, cache):
+    write_images(tmp_path / "a", ["0.png", "1.png"])
+    found = data.image_paths([str(tmp_path / "a/1.png"), str(tmp_path / "a")])
+    assert [Path(p).name for p in found] == ["1.png", "0.png"]
 
 
 def test_data_fit_brings_images_to_multiples_of_the_patch():
@@ -3430,6 +3437,18 @@ def test_hub_export(suffix, tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["vit.pth", out.name])
 
 
+def test_hub_refuses_features_that_are_not_finite(tmp_path):
+    weights = hub_vit().state_dict()
+    torch.save(weights | {"norm.weight": torch.full((128,), torch.nan)}, tmp_path / "nan.pth")
+    write_images(tmp_path, ["a.png"])
+    flags = ["--model", str(tmp_path / "nan.pth")]
+    for argv in (["features", str(tmp_path / "a.png"), "--out", str(tmp_path / "f.npz")],
+                 ["export", str(tmp_path / "f.pt2"), "--size", "28"]):
+        with pytest.raises(ValueError, match="nan.pth are not finite"):
+            hub.main([*argv, *flags])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "nan.pth"]
+
+
 def test_hub_command_errors(tmp_path):
     torch.save(hub_vit().state_dict(), tmp_path / "vit.pth")
     vit = str(tmp_path / "vit.pth")
@@ -3441,9 +3460,12 @@ def test_hub_command_errors(tmp_path):
         (["convert", vit, str(tmp_path / "b.pth"), "--to", "safetensors"], "must end in .safetensors"),
         (["convert", vit, str(tmp_path), "--to", "hf"], "exists; name a new folder"),
         (["convert", vit, "/proc/b.pth", "--to", "official"], "/proc/b.pth could not be written"),
-        (["export", "b.pt", "--model", vit], "must end in .onnx or .pt2"),
+        (["export", "b.pt", "--model", vit], "must be a file that ends in .onnx or .pt2"),
+        (["convert", vit, f"{vit}/b.pth", "--to", "official"], "vit.pth/b.pth could not be written"),
+        (["features", str(HERE / "pictures"), "--model", vit, "--device", "meta", "--out", "f.npz"], "'meta' is no dev"),
         (["export", "b.pt2", "--model", vit, "--size", "50"], "multiples of this model's patch size, 14"),
-        (["features", "a.png", "--model", vit, "--out", vit], "is a file; name one that ends in .npz, or a folder"),
+        (["features", "a.png", "--model", vit, "--out", vit], "is no file that ends in .npz, and no folder"),
+        (["features", "a.png", "--model", vit, "--out", "f.txt"], "is no file that ends in .npz, and no folder"),
         (["features", "a.png", "--out", "f.npz"], "required: --model"),
     ):
         with pytest.raises(ValueError, match=text):

@@ -73,6 +73,7 @@ class Viewer:
         self.model, self.config = load(args.model, self.device)
         self.patch, self.mean, self.std = self.model.patch_size, self.config["mean"], self.config["std"]
         self.size = (min(self.model.patch_embed.img_size),) if size is None else tuple(s for s in size if s)
+        plan_fit(2 * self.patch, 2 * self.patch, self.patch, self.how, self.size)  # a wrong size is no image's fault
 
     def see(self, path: str) -> Seen:
         """Raises ValueError, naming the file, if it cannot be read, or is smaller than a patch."""
@@ -250,7 +251,8 @@ def check_out(out: str, images: list[str], folder: bool = False) -> Path:
     one of the `images` would be overwritten."""
     path = Path(out).expanduser()
     if not folder and path.suffix.lower() != ".png":
-        raise ValueError(f"--out {out} is no .png file; name one, as {path / 'picture' if path.is_dir() else path}.png")
+        better = path / "picture.png" if path.is_dir() else path.with_suffix(".png")
+        raise ValueError(f"--out {out} is no .png file; name one, as {better}")
     above = path.absolute().parents
     place = next(p for p in ([path.absolute()] if folder else []) + [*above] if p.exists())
     if not place.is_dir() or not os.access(place, os.W_OK) or not folder and path.is_dir():
@@ -388,6 +390,7 @@ def attention(args: argparse.Namespace) -> None:
     out, viewer, rows, labels = check_out(args.out, args.images), Viewer(args), [], []
     for seen in viewer.each(args.images):
         maps = attention_of(viewer.model, viewer.batch(seen), args.block).cpu()  # (1+R, H, N)
+        hub.check_finite(maps, args.model)
         maps = torch.cat([maps.mean(1, keepdim=True), maps], 1)  # (1+R, 1+H, N)
         grid = (seen.fit.canvas[0] // viewer.patch, -1)
         maps = maps[..., len(maps) :].unflatten(-1, grid).numpy()  # (1+R, 1+H, h, w)
@@ -492,6 +495,8 @@ def neighbours(args: argparse.Namespace) -> None:
     named = (args.data,) if args.data else (config[k] for k in ("data", "eval_train", "eval_val"))
     train, val = eval_specs(*named)
     source = open_source(train, config["in_chans"])
+    if out.exists() and out.resolve() in (Path(source.describe(i)).resolve() for i in range(len(source))):
+        raise ValueError(f"--out {args.out} would overwrite an image of {train}; name another")
     own = None
     if paths:
         queries = Queries([read_image(p, config["in_chans"]) for p in paths], [Path(p).name for p in paths])
@@ -561,7 +566,7 @@ def read_run(name: str) -> dict[str, list[tuple[int, float]]]:
             if key in record:
                 curves.setdefault(key, {})[step] = record[key]
         for key in ("knn", "knn_raw_pixels"):
-            if "top1_k20" in record.get(key, {}):
+            if "top1_k20" in (record.get(key) or {}):
                 curves.setdefault(key, {})[step] = record[key]["top1_k20"]
     # train.py writes null for a number that is not finite
     curves = {key: sorted((s, v) for s, v in curve.items() if v is not None and math.isfinite(v))
@@ -717,13 +722,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add("--model", required=True, help="a checkpoint, or the name of a released model such as dinov2_vits14")
         add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     if command in ("pca", "attention", "similarity"):
-        add("--size", type=int, nargs="+", help="short side, or height and width, in pixels; 0: as the image is; none: "
-            "as the weights were trained")
+        add("--size", type=int, nargs="+", help="short side, or height and width, in pixels; 0: as the image is; "
+            "default: the short side that the weights were trained at")
         add("--fit", choices=("crop", "pad", "resize"), default="crop", help="how it comes to multiples of the patch")
     if command == "pca":
         add("--foreground", choices=("auto", "high", "low", "all"), default="auto", help="which side of the threshold; "
             "auto: the one that touches the borders less; all: there is no background")
-        add("--threshold", type=float, help="of the first component, scaled to 0..1; none: Otsu's")
+        add("--threshold", type=float, help="of the first component, scaled to 0..1; default: Otsu's")
     if command == "attention":
         add("--block", type=int, default=-1, help="of the network; -1: the last")
     if command == "similarity":
