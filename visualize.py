@@ -492,7 +492,7 @@ def neighbours(args: argparse.Namespace) -> None:
     model, config = load(args.model, device)
     if not (args.data or config["data"]):
         raise ValueError(f"{args.model} does not say which images to search; give --data")
-    named = (args.data,) if args.data else (config[k] for k in ("data", "eval_train", "eval_val"))
+    named = (args.data, args.data) if args.data else (config[k] for k in ("data", "eval_train", "eval_val"))
     train, val = eval_specs(*named)
     source = open_source(train, config["in_chans"])
     if out.exists() and out.resolve() in (Path(source.describe(i)).resolve() for i in range(len(source))):
