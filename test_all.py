@@ -2,7 +2,8 @@
 
 test_golden.npz holds numbers that the official DINOv2 code (facebookresearch/dinov2, commit b8931f7) gave on a CPU in
 float32: outputs, losses, gradients, three whole optimiser steps. Weights and images are not in it: they follow from the
-seeds given here. Of large tensors it keeps the norm and some entries.
+seeds given here. Of large tensors it keeps the norm and some entries. test_golden_dense.npz: likewise of the official
+depth, segmentation and Mask2Former heads, whose weights follow from their names, see fill_by_names.
 """
 import ast
 import contextlib
@@ -31,6 +32,7 @@ import threading
 import time
 import types
 import urllib.error
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -91,6 +93,7 @@ class Golden:
 
 
 golden = Golden(HERE / "test_golden.npz")
+golden_dense = Golden(HERE / "test_golden_dense.npz")
 
 
 def randn(seed: int, *shapes) -> list[torch.Tensor]:
@@ -114,6 +117,42 @@ def assert_close(a, b, atol: float, what: str = "") -> None:
     assert a.shape == b.shape, f"{what}: {tuple(a.shape)} against {tuple(b.shape)}"
     worst = (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
     assert worst <= atol, f"{what}: differs by {worst:.2e}, allowed {atol:.0e}"
+
+
+def fill_by_names(module: torch.nn.Module, prefix: str = "") -> torch.nn.Module:
+    """The weight rule of the dense golden numbers: each tensor is drawn by the CRC-32 of its full official name."""
+    for key, value in module.state_dict().items():
+        rng = np.random.RandomState(zlib.crc32((prefix + key).encode()))
+        if not value.is_floating_point():
+            value.fill_(7)
+            continue
+        x = 0.5 + rng.random_sample(value.shape) if key.endswith("running_var") else rng.standard_normal(value.shape)
+        tables = ("pos_embed", "cls_token", "level_embed", "query_embed.weight", "query_feat.weight",
+                  "level_encoding.weight", "level_embed.weight")
+        if key.endswith("running_mean"):
+            x = 0.1 * x
+        elif key.endswith("sampling_offsets.bias"):
+            x = 2 * x
+        elif key.endswith(tables):
+            x = 0.5 * x
+        elif key.endswith(("gamma", "gamma1", "gamma2")):
+            x = 0.5 + 0.1 * x
+        elif value.ndim >= 2:
+            x = x / math.prod(value.shape[1:]) ** 0.5
+        elif not key.endswith("running_var"):
+            x = 0.1 * x + key.endswith("weight")
+        value.copy_(torch.from_numpy(np.asarray(x)))
+    return module.eval()
+
+
+def dense_close(key: str, value: torch.Tensor) -> None:
+    """Is this the golden tensor, of large ones every so manieth entry, within 2e-4 of its largest value?"""
+    expected, steps = golden_dense[key], golden_dense.json("steps")
+    if key in steps:
+        step, shape = steps[key]
+        assert list(value.shape) == shape, f"{key}: {tuple(value.shape)}, should be {shape}"
+        value = value.flatten()[::step]
+    assert_close(value, expected, 2e-4 * max(1.0, expected.abs().max().item()), key)
 
 
 def run(*command, ok: int = 0, **env) -> subprocess.CompletedProcess:
