@@ -51,6 +51,7 @@ import data
 import eval_knn
 import eval_linear
 import eval_logreg
+import heads
 import hub
 import losses
 import model
@@ -61,7 +62,7 @@ HERE = Path(__file__).parent
 CPU = torch.device("cpu")
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities"),  # torchvision 0.29
               pytest.mark.filterwarnings("ignore:This DataLoader will create")]
-MODULES = ("bench", "data", "eval_knn", "eval_linear", "eval_logreg", "hub", "hubconf", "losses", "model", "train",
+MODULES = ("bench", "data", "eval_knn", "eval_linear", "eval_logreg", "heads", "hub", "hubconf", "losses", "model", "train",
            "visualize")
 torch.set_num_threads(1)  # tensors are tiny here: several threads wait for each other, for long where cores are busy
 
@@ -152,6 +153,7 @@ def dense_close(key: str, value: torch.Tensor) -> None:
         step, shape = steps[key]
         assert list(value.shape) == shape, f"{key}: {tuple(value.shape)}, should be {shape}"
         value = value.flatten()[::step]
+    expected = expected.reshape(value.shape) if expected.numel() == 1 else expected
     assert_close(value, expected, 2e-4 * max(1.0, expected.abs().max().item()), key)
 
 
@@ -265,7 +267,7 @@ def write_images(folder: Path, names, size=(40, 32)) -> None:
 
 
 IMPORTS = {"model": set(), "losses": set(), "data": set(), "hub": {"model", "data"}, "hubconf": set(), "eval_knn": {"hub", "model", "data"},
-           "eval_linear": {"eval_knn", "hub", "model", "data"}, "eval_logreg": {"eval_knn"},
+           "heads": set(), "eval_linear": {"eval_knn", "hub", "model", "data"}, "eval_logreg": {"eval_knn"},
            "train": {"model", "losses", "data", "eval_knn", "hub"}, "visualize": {"hub", "data", "eval_knn"},
            "bench": {"data", "hub", "train", "eval_knn", "eval_linear", "eval_logreg"}}
 OPTIONAL = {"hub": {"safetensors", "onnxruntime", "onnxscript"}}
@@ -288,7 +290,7 @@ def test_contract_imports(name):
     assert imported - set(sys.stdlib_module_names) - IMPORTS.keys() <= allowed
 
 
-@pytest.mark.parametrize("name", ["model", "losses", "data"])
+@pytest.mark.parametrize("name", ["model", "losses", "data", "heads"])
 def test_contract_leaf_files_stand_alone(name, tmp_path):
     shutil.copy(HERE / f"{name}.py", tmp_path)
     code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}]; import {name}"
@@ -4507,3 +4509,209 @@ def test_visual_wrong_input_is_one_line_and_exit_code_2(desk, monkeypatch, capsy
     printed = capsys.readouterr()
     assert left.value.code == 2 and printed.out == "" and list(desk.iterdir()) == []
     assert re.fullmatch(r"error: gone cannot be read.*\n", printed.err)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Dense heads
+
+
+def golden_features(name: str, n: int, with_cls: bool = True) -> list:
+    blank = torch.zeros(2, 384)
+    return [(golden_dense[f"{name}/{'patch' if with_cls else 'f'}{i}"],
+             golden_dense[f"{name}/cls{i}"] if with_cls else blank) for i in range(n)]
+
+
+def kept_by(module: torch.nn.Module, keep: dict, name: str) -> None:
+    module.register_forward_hook(lambda m, args, out: keep.__setitem__(name, (args[0], out)))
+
+
+@pytest.mark.parametrize("name,layers", [("depth_linear", 1), ("depth_linear4", 4)])
+@torch.no_grad()
+def test_heads_linear_depth_golden(name, layers):
+    features, keep = golden_features(name, layers), {}
+    for kind, limits in (*heads.RANGES.items(), ("hub_bug_max80", (0.001, 80))):
+        head = fill_by_names(heads.LinearDepthHead(384, layers, *limits), "decode_head.")
+        kept_by(head.conv_depth, keep, "logits")
+        dense_close(f"{name}/out_{kind}", head(features))
+    x, logits = keep["logits"]
+    dense_close(f"{name}/feat", heads.resize(x, (20, 28))[:, ::97])
+    dense_close(f"{name}/logit_nobins", heads.resize(logits, (20, 28))[:, ::17])
+    assert x.shape[-2:] == (5, 7)  # the convolution sees the small map: 16 times less memory than officially
+
+
+@torch.no_grad()
+def test_heads_dpt_golden():
+    head, keep = fill_by_names(heads.DPTHead(384), "decode_head."), {}
+    for what, modules in (("conv", head.convs), ("fusion", head.fusion_blocks)):
+        for i, module in enumerate(modules):
+            kept_by(module, keep, f"{what}{i}")
+    out = head(golden_features("depth_dpt", 4))
+    for what, (x, y) in keep.items():
+        dense_close(f"depth_dpt/{what}_every16ch", y[:, ::16])
+        if what.startswith("conv"):
+            dense_close(f"depth_dpt/{what.replace('conv', 'reassemble')}", x)
+    dense_close("depth_dpt/out", out)
+
+
+@pytest.mark.parametrize("kind", ["linear", "linear4", "dpt"])
+@torch.no_grad()
+def test_heads_depth_of_images_golden(kind):
+    vit = fill_by_names(model.build("vit_small", patch_size=14, img_size=518, init_values=1.0, block_chunks=0))
+    head = heads.DPTHead(384) if kind == "dpt" else heads.LinearDepthHead(384, 4 if kind == "linear4" else 1)
+    network = heads.Dense(vit, fill_by_names(head, "decode_head.")).eval()
+    images = golden_dense["depth_e2e/img"]
+    dense_close("depth_e2e/centerpad_out", heads.center_pad(images, 14))
+    if kind == "dpt":
+        for i, (patches, cls) in enumerate(network.features(images)):
+            dense_close(f"depth_e2e/tap{i}_patch", patches)
+            dense_close(f"depth_e2e/tap{i}_cls", cls)
+    dense_close(f"depth_e2e/out_{kind}", network(images))
+    dense_close(f"depth_e2e/out_{kind}", network.whole_inference(images, img_meta=None, rescale=True))
+    dense_close(f"depth_e2e/out_{kind}_norescale", network.whole_inference(images, rescale=False))
+    dense_close(f"depth_e2e/out_{kind}_fliptta", heads.estimate_depth(network, images, flip=True))
+
+
+@pytest.mark.parametrize("most,kind", [(None, "maxNone"), (10.0, "max10")])
+def test_heads_depth_losses_golden(most, kind):
+    at = lambda name: golden_dense[f"depth_losses/{name}"]  # noqa: E731
+    depth, target = at("pred").requires_grad_(), at("gt")
+    dense_close(f"depth_losses/sig_warm_{kind}", heads.sig_loss(depth, target, most, warm_up=True))
+    dense_close(f"depth_losses/sig_main_{kind}", heads.sig_loss(depth, target, most))
+    wrong = lambda *pair: heads.gradient_loss(*(x.permute(2, 3, 0, 1) for x in pair), most)  # noqa: E731, the official
+    dense_close(f"depth_losses/grad4d_B2_{kind}", 0.5 * wrong(depth, target))
+    dense_close(f"depth_losses/grad2d_{kind}", 0.5 * heads.gradient_loss(depth[0], target[0], most))
+    dense_close("depth_losses/sig_w10_nowarm", 10 * heads.sig_loss(depth, target))
+    dense_close("depth_losses/grad4d_B3", 0.5 * heads.gradient_loss(
+        *(at(name).permute(2, 3, 0, 1) for name in ("pred3", "gt3"))))
+    (heads.sig_loss(depth, target, most) + heads.gradient_loss(depth, target, most)).backward()
+    assert depth.grad.isfinite().all() and depth.grad[target <= 0].abs().max() == 0
+
+
+def test_heads_depth_losses_without_a_known_pixel():
+    depth = torch.rand(1, 1, 9, 9, requires_grad=True)
+    (heads.sig_loss(depth, torch.zeros(1, 1, 9, 9)) + heads.gradient_loss(depth, torch.zeros(1, 1, 9, 9))).backward()
+    assert (depth.grad == 0).all()
+    one = torch.zeros(1, 1, 9, 9)
+    one[..., 4, 4] = 2.0
+    assert heads.sig_loss(depth, one).isfinite()
+    assert heads.sig_loss(one, one) < 1e-5 and heads.sig_loss(one.requires_grad_(), one.detach()).requires_grad
+
+
+@pytest.mark.parametrize("name,layers,n_classes", [("seg_linear_voc2012", 1, 21), ("seg_ms_ade20k", 4, 150)])
+@torch.no_grad()
+def test_heads_segmentation_golden(name, layers, n_classes):
+    head, keep = fill_by_names(heads.SegmentationHead(384, n_classes, layers), "decode_head."), {}
+    kept_by(head.conv_seg, keep, "conv")
+    features = golden_features(name, 4, with_cls=False) if layers == 4 else [
+        (golden_dense[f"{name}/f3"], torch.zeros(2, 384))]
+    dense_close(f"{name}/out", head(features))
+    dense_close(f"{name}/feat_every32", keep["conv"][0][:, ::32])
+
+
+class ToyBackbone(torch.nn.Module):
+    """Of the golden numbers of sliding windows: four maps that are polynomials of averages of 14 x 14 pixels."""
+    n_blocks, patch_size = 4, 14
+
+    def get_intermediate_layers(self, x, n, reshape, return_class_token, norm):
+        a = torch.nn.functional.avg_pool2d(x, 14)
+        return [((k + 1) * a + 0.1 * k * a**2, a.mean((2, 3))) for k in n]
+
+
+@torch.no_grad()
+def test_heads_slide_and_views_golden():
+    network = heads.Dense(ToyBackbone(), fill_by_names(heads.SegmentationHead(3, 5, 4), "decode_head."))
+    at = lambda name: golden_dense[f"seg_slide_tta_toy/{name}"]  # noqa: E731
+    dense_close("seg_slide_tta_toy/crop_logits", network(at("img")[..., :50, :56]))
+    whole = [heads.slide(network, at(name), 56, 28, batch) for name, batch in (("img", 3), ("img2", 1))]
+    dense_close("seg_slide_tta_toy/slide_norescale", whole[0])
+    views = [heads.resize(x, (71, 59)) for x in whole]
+    dense_close("seg_slide_tta_toy/slide_rescale", views[0])
+    first, second = views[0].softmax(1), views[1].softmax(1).flip(-1)
+    dense_close("seg_slide_tta_toy/prob1", first)
+    dense_close("seg_slide_tta_toy/prob2_flipped_back", second)
+    assert (first.argmax(1) == at("simple_pred")).all()
+    assert ((first + second).argmax(1) == at("aug_pred")).all()
+
+
+@torch.no_grad()
+def test_heads_segment_is_these_steps(tmp_path):
+    """segment() against its parts, written out, on a photograph."""
+    network = heads.Dense(ToyBackbone(), fill_by_names(heads.SegmentationHead(3, 5, 4), "decode_head."))
+    photo = torch.from_numpy(golden_dense.numpy("preprocess_mmcv/img_bgr").copy()).permute(2, 0, 1)
+    recipe = heads.Recipe(40, 70, crop=28, stride=21, ratios=(1.0, 1.5), flip=True)
+    mean, std = torch.tensor(data.MEAN)[:, None, None], torch.tensor(data.STD)[:, None, None]
+    views = []
+    for size in ((40, 57), (60, 86)):
+        x = (heads.resize_bytes(photo, size) / 255 - mean) / std
+        for flip in (False, True):
+            y = heads.slide(network, (x.flip(-1) if flip else x)[None], 28, 21)
+            y = heads.resize(y, (37, 53)).softmax(1)[0]
+            views.append(y.flip(-1) if flip else y)
+    found = heads.segment(network, photo, recipe)
+    assert_close(found, torch.stack(views).mean(0), 1e-6)
+    assert_close(found.sum(0), torch.ones(37, 53), 1e-5)
+    deep = heads.segment(network, data.widen(photo), recipe)
+    assert_close(deep, found, 1e-3)
+    network.multiple = 32  # sides of 64 and 64
+    view = (heads.resize_bytes(heads.resize_bytes(photo, (40, 57)), (64, 64)) / 255 - mean) / std
+    expected = heads.resize(heads.slide(network, view[None], 64, 64), (37, 53)).softmax(1)[0]
+    assert_close(heads.segment(network, photo, heads.Recipe(40, 70, 64, 64)), expected, 1e-6)
+
+
+def test_heads_sizes_are_those_of_mmcv():
+    for h, w, long, short, *expected in golden_dense.numpy(
+            "preprocess_mmcv/rescale_size_table__h_w_scalelong_scaleshort_newh_neww").tolist():
+        assert list(heads.scaled_size(h, w, long, short)) == expected
+    photo = torch.from_numpy(golden_dense.numpy("preprocess_mmcv/img_bgr").copy()).permute(2, 0, 1)
+    for key in golden_dense.keys("preprocess_mmcv/rescale_"):
+        if not key.startswith("size"):
+            long, short = map(int, key.split("_"))
+            found = heads.resize_bytes(photo, heads.scaled_size(37, 53, long, short)).permute(1, 2, 0)
+            assert_close(found, golden_dense[f"preprocess_mmcv/rescale_{key}"].float(), 1)
+    assert_close(heads.resize_bytes(photo, (64, 64)).permute(1, 2, 0),
+                 golden_dense["preprocess_mmcv/resize_to_multiple32"].float(), 1)
+    rgb = photo.flip(0)[None]
+    assert_close(data.normalize(data.to_float(rgb))[0].permute(1, 2, 0),
+                 golden_dense["preprocess_mmcv/normalized_from_bgr"], 1e-5)
+
+
+def test_heads_segmentation_loss_golden():
+    loss = heads.segmentation_loss(golden_dense["seg_loss/logit"], golden_dense["seg_loss/label"][:, 0])
+    dense_close("seg_loss/loss_ce", loss)
+    labels = golden_dense["seg_loss/label"][:, 0]
+    right = (heads.resize(golden_dense["seg_loss/logit"], (8, 10)).argmax(1) == labels)[labels != 255]
+    dense_close("seg_loss/acc_seg", 100 * right.float().mean())
+    ignored = torch.full((2, 8, 10), 255, dtype=torch.uint8)
+    assert heads.segmentation_loss(golden_dense["seg_loss/logit"], ignored) == 0
+
+
+def test_heads_names_and_colours_of_classes():
+    tables = golden_dense.json("classes")
+    for name, table in tables.items():
+        assert heads.CLASSES[name] == [s.strip() for s in table["names"]]
+        assert [list(c) for c in heads.colours(len(table["rgb"]), name)] == table["rgb"]
+    assert len(set(heads.colours(256))) == 256
+
+
+@pytest.mark.parametrize("n_blocks,even", [(12, (2, 5, 8, 11)), (24, (4, 11, 17, 23)), (40, (9, 19, 29, 39))])
+def test_heads_taps(n_blocks, even):
+    assert heads.LinearDepthHead(8, 4).taps(n_blocks) == heads.DPTHead(8).taps(n_blocks) == even
+    assert heads.LinearDepthHead(8, 1).taps(n_blocks) == heads.SegmentationHead(8, 2).taps(n_blocks) == (n_blocks - 1,)
+    assert heads.SegmentationHead(8, 2, 4).taps(n_blocks) == tuple(range(n_blocks - 4, n_blocks))
+
+
+@pytest.mark.parametrize("make", [lambda: heads.DPTHead(64, channels=16), lambda: heads.LinearDepthHead(64),
+                                  lambda: heads.SegmentationHead(64, 3, 4)])
+def test_heads_on_small_networks_and_odd_sizes(make):
+    network = heads.Dense(model.build("vit_nano", img_size=32, patch_size=8), make()).eval()  # of 3 blocks
+    for size in ((1, 1), (8, 8), (37, 50)):
+        assert network(torch.randn(2, 3, *size)).shape[-2:] == size
+    assert heads.even_taps(3) == (0, 1, 2, 2)
+
+
+@pytest.mark.parametrize("call", [lambda: heads.LinearDepthHead(8, 2), lambda: heads.SegmentationHead(8, 2, 3),
+                                  lambda: heads.DPTHead(8, 0, 10), lambda: heads.LinearDepthHead(8, 1, 10, 1),
+                                  lambda: heads.Dense(None, None).whole_inference(None, {})])
+def test_heads_errors(call):
+    with pytest.raises(ValueError, match="1 or 4 blocks|two positive numbers|leave it None"):
+        call()

@@ -1,0 +1,428 @@
+"""Dense heads of DINOv2: depth and segmentation from the features of a frozen backbone, in plain PyTorch.
+
+    head = LinearDepthHead(384, layers=4)            # or DPTHead(384), SegmentationHead(384, n_classes=150, layers=1)
+    features = backbone.get_intermediate_layers(images, head.taps(12), reshape=True, return_class_token=True,
+                                                norm=head.norm)
+    depth = head(features)                           # (B, 1, 4h, 4w), metres
+    network = Dense(backbone, head)                  # the same in one: images (B, 3, H, W) of any size,
+    depth = network(images)                          # (B, 1, H, W)
+    probabilities = segment(network, photo, RECIPES["ade20k", "linear"])    # photo (3, H, W) uint8 -> (150, H, W)
+
+This file needs torch alone and may be copied on its own. Heads take features, not models: a list of pairs of patches
+(B, D, h, w) and CLS (B, D), one for each of the blocks that head.taps() names. Parameter names equal those of the
+released heads behind `decode_head.`. Papers: DINOv2 (Oquab et al. 2023, arXiv 2304.07193, section 7.4), DPT (Ranftl et
+al. 2021, arXiv 2103.13413), depth by bins (Li et al. 2022, arXiv 2203.14211), the scale-invariant loss (Eigen et al.
+2014, arXiv 1406.2283). Apache License 2.0.
+
+Letters in shape comments
+    B  images          D  width of the backbone      h, w  patch grid           H, W  pixels
+    n  blocks tapped   c  channels of DPT            bins  depths that are weighed
+"""
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+RANGES = {"nyu": (0.001, 10.0), "kitti": (0.001, 80.0)}  # of depth in metres, nearest and farthest
+
+
+def resize(x: Tensor, size, align_corners: bool = False) -> Tensor:
+    """Bilinear, (B, c, H, W) -> (B, c, *size), not antialiased, as wherever a head changes sizes."""
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=align_corners)
+
+
+def double(x: Tensor) -> Tensor:
+    """Twice as high and wide, the corners on the corners: DPT alone does it so."""
+    return resize(x, [2 * n for n in x.shape[-2:]], align_corners=True)
+
+
+def center_pad(x: Tensor, multiple: int) -> Tensor:
+    """Zeros around (B, C, H, W), evenly, so that both sides are multiples; what is odd goes to the right and bottom."""
+    (top, bottom), (left, right) = ((p // 2, p - p // 2) for p in (-n % multiple for n in x.shape[-2:]))
+    return F.pad(x, (left, right, top, bottom))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which blocks are tapped
+
+
+def even_taps(n_blocks: int) -> tuple[int, ...]:
+    """The last block of each quarter; of 24 officially block 4 instead of 5. Of fewer than 4 blocks some come twice."""
+    return (4, 11, 17, 23) if n_blocks == 24 else tuple(-(-(i + 1) * n_blocks // 4) - 1 for i in range(4))
+
+
+def last_taps(n_blocks: int, n: int) -> tuple[int, ...]:
+    return tuple(max(n_blocks - n + i, 0) for i in range(n))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Depth
+
+
+class LinearDepthHead(nn.Module):
+    """Features of 1 or 4 blocks -> depth (B, 1, 4h, 4w) in metres: a 1x1 convolution weighs 256 bins, evenly spaced
+    from `min_depth` to `max_depth`; their weighted mean is the depth (DINOv2, section 7.4, after AdaBins).
+
+    `norm`: features come without the final LayerNorm. Raises ValueError for another number of layers than 1 or 4.
+    """
+    norm = False
+
+    def __init__(self, dim: int, layers: int = 4, min_depth: float = 0.001, max_depth: float = 10.0, n_bins: int = 256):
+        super().__init__()
+        self.layers, self.depth_range = check_layers(layers), check_range(min_depth, max_depth)
+        self.conv_depth = nn.Conv2d(2 * dim * layers, n_bins, 1)
+
+    def taps(self, n_blocks: int) -> tuple[int, ...]:
+        return even_taps(n_blocks) if self.layers == 4 else last_taps(n_blocks, 1)
+
+    def forward(self, features: list[tuple[Tensor, Tensor]]) -> Tensor:
+        x = torch.cat([t for patches, cls in features for t in (patches, expand(cls, patches))], 1)  # (B, 2*n*D, h, w)
+        # Officially the features are enlarged, all 2*n*D channels of them (12,288 of ViT-g), and then convolved. The
+        # order makes no difference, as both are linear and bilinear weights add up to 1; this way it is 256 channels.
+        x = resize(self.conv_depth(x), [4 * n for n in x.shape[-2:]])  # (B, bins, 4h, 4w)
+        x = F.relu(x) + 0.1
+        depths = torch.linspace(*self.depth_range, x.shape[1], device=x.device, dtype=x.dtype)
+        return (x * depths[:, None, None]).sum(1, keepdim=True) / x.sum(1, keepdim=True)
+
+
+class DPTHead(nn.Module):
+    """Features of 4 blocks -> depth (B, 1, 32*ceil(h/2), 32*ceil(w/2)) in metres, at least `min_depth`; by the dense
+    prediction transformer: four maps from fine to coarse are reassembled and fused from coarse to fine (DPT, section 3,
+    of DINOv2 with the CLS token as readout)."""
+    norm = False
+
+    def __init__(self, dim: int, min_depth: float = 0.001, max_depth: float = 10.0, channels: int = 256):
+        super().__init__()
+        self.depth_range = check_range(min_depth, max_depth)
+        widths = [dim // 8, dim // 4, dim // 2, dim]
+        self.conv_depth = DepthOutput(channels)
+        self.reassemble_blocks = Reassemble(dim, widths)
+        self.convs = nn.ModuleList(Conv(width, channels, 3, bias=False) for width in widths)
+        self.fusion_blocks = nn.ModuleList(Fusion(channels, first=i == 0) for i in range(4))
+        self.project = Conv(channels, channels, 3)
+
+    def taps(self, n_blocks: int) -> tuple[int, ...]:
+        return even_taps(n_blocks)
+
+    def forward(self, features: list[tuple[Tensor, Tensor]]) -> Tensor:
+        maps = [conv(x) for conv, x in zip(self.convs, self.reassemble_blocks(features))]  # (B, c, 4h, 4w), ..., (h/2)
+        x = self.fusion_blocks[0](maps[3])
+        for fuse, finer in zip(self.fusion_blocks[1:], maps[2::-1]):
+            x = fuse(x, finer)
+        return F.relu(self.conv_depth(F.relu(self.project(x)))) + self.depth_range[0]
+
+
+class Conv(nn.Module):
+    """A convolution that keeps the size, under the name that the released weights have for it."""
+
+    def __init__(self, dim: int, out_dim: int, kernel: int, bias: bool = True):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, out_dim, kernel, padding=kernel // 2, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Reassemble(nn.Module):
+    """Four pairs of patches (B, D, h, w) and CLS (B, D) -> maps of `widths` channels, 4, 2, 1 and 1/2 times the grid.
+    """
+
+    def __init__(self, dim: int, widths: list[int]):
+        super().__init__()
+        self.projects = nn.ModuleList(Conv(dim, width, 1) for width in widths)
+        self.resize_layers = nn.ModuleList([
+            nn.ConvTranspose2d(widths[0], widths[0], 4, stride=4),
+            nn.ConvTranspose2d(widths[1], widths[1], 2, stride=2), nn.Identity(),
+            nn.Conv2d(widths[3], widths[3], 3, stride=2, padding=1)])
+        self.readout_projects = nn.ModuleList(nn.Sequential(nn.Linear(2 * dim, dim), nn.GELU()) for _ in widths)
+
+    def forward(self, features: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        maps = []
+        for (patches, cls), read, project, change in zip(features, self.readout_projects, self.projects,
+                                                         self.resize_layers, strict=True):
+            x = torch.cat([patches, expand(cls, patches)], 1).movedim(1, -1)  # (B, h, w, 2D)
+            maps.append(change(project(read(x).movedim(-1, 1))))
+        return maps
+
+
+class Fusion(nn.Module):
+    """A map (B, c, h, w), and unless it is the first a finer one to add, of about that size -> (B, c, 2h, 2w)."""
+
+    def __init__(self, channels: int, first: bool):
+        super().__init__()
+        self.project = Conv(channels, channels, 1)
+        if not first:
+            self.res_conv_unit1 = Residual(channels)
+        self.res_conv_unit2 = Residual(channels)
+
+    def forward(self, x: Tensor, finer: Tensor | None = None) -> Tensor:
+        if finer is not None:  # of an odd grid the coarsest map, doubled, is a little larger than the next
+            x = x + self.res_conv_unit1(resize(finer, x.shape[-2:]) if finer.shape != x.shape else finer)
+        return self.project(double(self.res_conv_unit2(x)))
+
+
+class Residual(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1 = Conv(channels, channels, 3, bias=False)
+        self.conv2 = Conv(channels, channels, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+class DepthOutput(nn.Module):
+    """(B, c, h, w) -> (B, 1, 2h, 2w)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        enlarge = nn.UpsamplingBilinear2d(scale_factor=2)  # with aligned corners
+        self.head = nn.Sequential(nn.Conv2d(channels, channels // 2, 3, padding=1), enlarge,
+                                  nn.Conv2d(channels // 2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+
+def expand(cls: Tensor, patches: Tensor) -> Tensor:
+    """CLS (B, D) at every place of the grid, (B, D, h, w)."""
+    return cls[..., None, None].expand_as(patches)
+
+
+def check_layers(layers: int) -> int:
+    if layers not in (1, 4):
+        raise ValueError(f"linear heads take the features of 1 or 4 blocks, not {layers}")
+    return layers
+
+
+def check_range(min_depth: float, max_depth: float) -> tuple[float, float]:
+    if not 0 < min_depth < max_depth < float("inf"):
+        raise ValueError(f"a range of depth is two positive numbers, as 0.001 10, not {min_depth} {max_depth}")
+    return float(min_depth), float(max_depth)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Segmentation
+
+
+class SegmentationHead(nn.Module):
+    """Features -> logits (B, classes, h, w): batch normalisation and a 1x1 convolution on the patches of the last
+    block (layers=1, the "linear" head) or of the last 4 (layers=4, "+ms"; DINOv2, section 7.4).
+
+    `norm`: features come after the final LayerNorm; CLS is not used. Raises ValueError for another number of layers.
+    """
+    norm, depth_range = True, None
+
+    def __init__(self, dim: int, n_classes: int, layers: int = 1):
+        super().__init__()
+        self.layers = check_layers(layers)
+        self.conv_seg = nn.Conv2d(layers * dim, n_classes, 1)
+        self.bn = nn.BatchNorm2d(layers * dim)
+        nn.init.normal_(self.conv_seg.weight, std=0.01)
+        nn.init.zeros_(self.conv_seg.bias)
+
+    def taps(self, n_blocks: int) -> tuple[int, ...]:
+        return last_taps(n_blocks, self.layers)
+
+    def forward(self, features: list[tuple[Tensor, Tensor]]) -> Tensor:
+        return self.conv_seg(self.bn(torch.cat([patches for patches, _ in features], 1)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A backbone under a head
+
+
+class Dense(nn.Module):
+    """Normalised images (B, C, H, W) of any size -> depth (B, 1, H, W) in metres within the head's range, or logits
+    (B, classes, H, W). Images are padded in the middle of zeros to multiples of the patch; officially the prediction
+    for the padded image is then squeezed to the size of the image, not cut, and so it is here."""
+    multiple = 1  # sides of images must be multiples of it
+
+    def __init__(self, backbone: nn.Module, decode_head: nn.Module):
+        super().__init__()
+        self.backbone, self.decode_head = backbone, decode_head
+
+    def features(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What the head takes: (patches (B, D, h, w), CLS (B, D)) of each of its blocks."""
+        taps, images = self.decode_head.taps(self.backbone.n_blocks), center_pad(images, self.backbone.patch_size)
+        blocks = sorted(set(taps))
+        outs = self.backbone.get_intermediate_layers(images, blocks, reshape=True, return_class_token=True,
+                                                     norm=self.decode_head.norm)
+        return [outs[blocks.index(tap)] for tap in taps]
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.decode_head(self.features(images))
+        x = x if self.decode_head.depth_range is None else x.clamp(*self.decode_head.depth_range)
+        return resize(x, images.shape[-2:])
+
+    def whole_inference(self, img: Tensor, img_meta: None = None, rescale: bool = True) -> Tensor:
+        """forward() by its official name; without `rescale` at the size that the head gives."""
+        if img_meta is not None:
+            raise ValueError("img_meta is of mmcv, which is not used here; leave it None")
+        return self(img) if rescale else self.decode_head(self.features(img)).clamp(*self.decode_head.depth_range)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Inference on whole photographs
+
+
+class Recipe(NamedTuple):
+    """How photographs are segmented: enlarged or shrunk until the short side is `short` pixels, but the long one no
+    more than `long`, times each of `ratios`; cut into windows of `crop` pixels every `stride`, whose predictions are
+    averaged where they overlap; with `flip` mirrored as well. Probabilities of all views are averaged."""
+    short: int = 512
+    long: int = 99999999
+    crop: int = 512
+    stride: int = 341
+    ratios: tuple[float, ...] = (1.0,)
+    flip: bool = False
+
+
+MULTI_SCALE = Recipe(640, crop=640, stride=320, ratios=(1.0, 1.32, 1.73, 2.28, 3.0), flip=True)
+RECIPES = {("ade20k", "linear"): Recipe(), ("voc2012", "linear"): Recipe(long=2048), ("ade20k", "ms"): MULTI_SCALE,
+           ("voc2012", "ms"): MULTI_SCALE, ("ade20k", "m2f"): Recipe(896, 3584, crop=896, stride=512)}
+
+
+def scaled_size(height: int, width: int, long: int, short: int) -> tuple[int, int]:
+    """The largest size of this shape with no side above `long` and none of both above `short`, as mmcv rounds it."""
+    factor = min(long / max(height, width), short / min(height, width))
+    return int(height * factor + 0.5), int(width * factor + 0.5)
+
+
+def resize_bytes(image: Tensor, size) -> Tensor:
+    """(C, H, W), uint8 or uint16 -> whole numbers in float32 (C, *size), bilinear without antialiasing: as OpenCV does,
+    by which the released segmentation heads were trained and tested, within one grey level."""
+    return resize(image[None].float(), size)[0].round()
+
+
+def slide(network, images: Tensor, crop: int, stride: int, batch_size: int = 4) -> Tensor:
+    """`network` on windows of `crop` pixels every `stride`, or of the side of the image where that is less: (B, C, H,
+    W) -> (B, c, H, W), averaged where windows overlap. The last windows end where the image does."""
+    starts = []
+    for side in images.shape[-2:]:
+        ends = [min(i * stride + crop, side) for i in range(max(side - crop + stride - 1, 0) // stride + 1)]
+        starts.append([max(end - crop, 0) for end in ends])
+    height, width = (min(crop, side) for side in images.shape[-2:])
+    places, total = [(y, x) for y in starts[0] for x in starts[1]], None
+    count = images.new_zeros(images.shape[-2:])
+    for some in (places[i : i + batch_size] for i in range(0, len(places), batch_size)):
+        out = network(torch.cat([images[..., y : y + height, x : x + width] for y, x in some]))
+        total = out.new_zeros(len(images), out.shape[1], *images.shape[-2:]) if total is None else total
+        for (y, x), part in zip(some, out.split(len(images))):
+            total[..., y : y + height, x : x + width] += part
+            count[y : y + height, x : x + width] += 1
+    return total.div_(count)
+
+
+@torch.inference_mode()
+def segment(network, image: Tensor, recipe: Recipe, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
+            batch_size: int = 4) -> Tensor:
+    """Probabilities (classes, H, W) for a photograph (C, H, W), uint8 or uint16, on its device. `network` maps
+    normalised images to logits of their size, as Dense does; its `multiple` is what sides are stretched to."""
+    height, width = image.shape[-2:]
+    scale, total = 65535 if image.dtype == torch.uint16 else 255, 0
+    center, spread = (image.new_tensor(v, dtype=torch.float32)[:, None, None] for v in (mean, std))
+    for ratio in recipe.ratios:
+        size = scaled_size(height, width, int(recipe.long * ratio), int(recipe.short * ratio))
+        view = resize_bytes(image, size)
+        if any(n % network.multiple for n in size):
+            view = resize_bytes(view, [-(-n // network.multiple) * network.multiple for n in size])
+        view = ((view / scale - center) / spread)[None]  # (1, C, H', W')
+        for mirrored in (False, True) if recipe.flip else (False,):
+            logits = slide(network, view.flip(-1) if mirrored else view, recipe.crop, recipe.stride, batch_size)
+            x = resize(logits, (height, width)).softmax(1)[0]  # (classes, H, W)
+            total = total + (x.flip(-1) if mirrored else x)
+    return total / (len(recipe.ratios) * (1 + recipe.flip))
+
+
+@torch.inference_mode()
+def estimate_depth(network, images: Tensor, flip: bool = False) -> Tensor:
+    """Normalised images (B, C, H, W) -> depth (B, 1, H, W); with `flip` the mean with that of the mirrored images."""
+    depth = network(images)
+    return (depth + network(images.flip(-1)).flip(-1)) / 2 if flip else depth
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def log_difference(depth: Tensor, target: Tensor, max_depth: float | None) -> tuple[Tensor, Tensor]:
+    """log(depth) - log(target), a millimetre added to both, and where the target is known; both shaped like it."""
+    known = target > 0 if max_depth is None else (target > 0) & (target <= max_depth)
+    difference = torch.log(depth + 0.001) - torch.log(torch.where(known, target, depth.detach()) + 0.001)
+    return difference, known
+
+
+def sig_loss(depth: Tensor, target: Tensor, max_depth: float | None = None, warm_up: bool = False) -> Tensor:
+    """The scale-invariant loss of log-depth (Eigen et al. 2014, equation 4, with a square root and 0.15 for lambda): of
+    the pixels whose target is above 0, and not above `max_depth`. `warm_up`: of the mean alone, as in the first hundred
+    steps officially. Both tensors are (B, 1, H, W), metres. Without such pixels it is 0."""
+    difference, known = log_difference(depth, target, max_depth)
+    g = difference[known]
+    if g.numel() == 0:
+        return 0.0 * depth.sum()
+    if warm_up or g.numel() == 1:
+        return 0.15**0.5 * g.mean().abs()
+    return (g.var() + 0.15 * g.mean() ** 2).clamp(min=1e-12).sqrt()  # the slope of a root is infinite at 0
+
+
+def gradient_loss(depth: Tensor, target: Tensor, max_depth: float | None = None) -> Tensor:
+    """How much the slopes of log-depth differ, over two pixels, in maps of every, every 2nd, 4th and 6th pixel
+    (MegaDepth, Li and Snavely 2018, arXiv 1804.00607, equation 5). The official code takes the slopes along the wrong
+    axes, so that it is 0 for the batches of two of its recipe: its heads are trained without it."""
+    difference, known = log_difference(depth, target, max_depth)
+    total, mask = difference.new_zeros(()), known.to(difference.dtype)
+    for stride in (1, 2, 4, 6):
+        g, m = difference[..., ::stride, ::stride], mask[..., ::stride, ::stride]
+        down = ((g[..., :-2, :] - g[..., 2:, :]).abs() * m[..., :-2, :] * m[..., 2:, :]).sum()
+        across = ((g[..., :-2] - g[..., 2:]).abs() * m[..., :-2] * m[..., 2:]).sum()
+        total = total + (down + across) / m.sum().clamp(min=1)
+    return total
+
+
+def segmentation_loss(logits: Tensor, labels: Tensor, ignore: int = 255) -> Tensor:
+    """Cross-entropy of logits (B, classes, h, w), enlarged to the labels (B, H, W): its sum over the pixels not to be
+    ignored, over the number of all, as officially."""
+    return F.cross_entropy(resize(logits, labels.shape[-2:]), labels.long(), ignore_index=ignore,
+                           reduction="sum") / labels.numel()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Names and colours of classes
+
+
+ADE20K = """wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth,
+door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug, field,
+armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column, signboard, chest of
+drawers, counter, sand, sink, skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway, case, pool table,
+pillow, screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill, bench,
+countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel, bus, towel, light,
+truck, tower, chandelier, awning, streetlight, booth, television receiver, airplane, dirt track, apparel, pole, land,
+bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship, fountain, conveyer belt, canopy, washer,
+plaything, swimming pool, stool, barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball, food, step, tank,
+trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic
+light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock, flag"""
+VOC2012 = """background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse,
+motorbike, person, pottedplant, sheep, sofa, train, tvmonitor"""
+CLASSES = {name: [s.strip() for s in text.replace("\n", " ").split(",")] for name, text in
+           (("ade20k", ADE20K), ("voc2012", VOC2012))}
+ADE20K_COLOURS = (  # of class 0, 1, ..., six hexadecimal digits each
+    "787878b4787806e6e650323204c8037878508c8c8ccc05ffe6e6e604fa07e005ffebff0796053d78784608ff33ff06528fff8cccff04"
+    "ff3307cc46030066c83de6faff06330b66ffff0747ff09e00907e6dcdcdcff095c7009ff08ffd607ffe0ffb8060aff47ff290a07ffff"
+    "e0ff086608ffff3d06ffc207ff7a0800ff14ff0829ff05990633ffeb0cffa0961400a3ff8c8c8cfa0a0f14ff001fff00ff1f00ffe000"
+    "99ff000000ffff470000ebff00adff1f00ff0bc8c8ff520000fff5003dff00ff7000ff85ff0000ffa300ff6600c2ff00008fff33ff00"
+    "0052ff00ff2900ffad0a00ffadff0000ff99ff5c00ff00ffff00f5ff0066ffad00ff0014ffb8b8001fff00ff3d0047ffff00cc00ffc2"
+    "00ff52000aff0070ff3300ff00c2ff007aff00ffa3ff990000ff0aff70008fff005200ffa3ff00ffeb0008b8aa8500ff00ff5cb800ff"
+    "ff001f00b8ff00d6ffff00705cff0000e0ff70e0ff46b8a0a300ff9900ff47ff00ff00a3ffcc00ff008f00ffeb85ff00ff00ebf500ff"
+    "ff007afff5000abed4d6ff0000ccff1400ffffff000099ff0029ff00ffcc2900ff29ff00ad00ff00f5ff4700ff7a00ff00ffb8005cff"
+    "b8ff000085ffffd60019c2c266ff005c00ff")
+
+
+def colours(n_classes: int, dataset: str = "") -> list[tuple[int, int, int]]:
+    """Red, green and blue, 0 to 255, of each class: ADE20K's own; else those of VOC, whose bits are those of the number
+    of the class, spread over the three, and go on beyond its 21 classes."""
+    if dataset == "ade20k":
+        return [tuple(bytes.fromhex(ADE20K_COLOURS[6 * k : 6 * k + 6])) for k in range(n_classes)]
+    return [tuple(sum((k >> 3 * bit + channel & 1) << 7 - bit for bit in range(8)) for channel in range(3))
+            for k in range(n_classes)]
