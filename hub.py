@@ -10,6 +10,8 @@
     path, ckpt = hub.read("out/ckpt.pth")         # the file and its whole content, which load(path, ckpt) takes too
     classifier = hub.load_classifier("dinov2_vits14", "dinov2_vits14_linear4_head.pth")
     logits = classifier(images)                   # (B, classes)
+    depther, about = hub.load_dense("dinov2_vits14", "nyu_dpt")    # a released head, or a file of eval_dense.py
+    metres = depther(images)                      # (B, 1, H, W), images (B, 3, H, W) of any size
 
     python hub.py info FILE                                             # what a file holds
     python hub.py convert IN OUT --to official|hf|timm|safetensors      # hf: OUT becomes a folder
@@ -44,7 +46,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -52,10 +54,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model import ARCHS, FORMAT, DinoVisionTransformer, load_backbone, read_checkpoint
+from heads import CLASSES, RANGES, RECIPES, Dense, DPTHead, LinearDepthHead, Recipe, SegmentationHead, colours
+from model import ARCHS, FORMAT, DinoVisionTransformer, load_backbone, load_strictly, read_checkpoint
 
 # data.py, which reads images, brings torchvision along, and that takes a second. So only the commands below import it,
-# and when they run; what torch.hub calls needs model.py alone.
+# and when they run; what torch.hub calls does without.
 
 URL = "https://dl.fbaipublicfiles.com/dinov2"
 RELEASED = tuple(f"dinov2_vit{size}14{reg}" for size in "sblg" for reg in ("", "_reg"))
@@ -84,7 +87,16 @@ def read(spec: str | Path) -> tuple[str, dict]:
             raise ValueError(f"no such checkpoint: {spec}; give a file, a folder, or one of "
                              f"dinov2_vit{{s,b,l,g}}14[_reg]{nearest(str(spec), RELEASED)}")
         path = released_file(str(spec), "pretrain")
-    return str(path), (read_safetensors if path.suffix == ".safetensors" else read_checkpoint)(str(path))
+    return str(path), (read_safetensors if path.suffix == ".safetensors" else read_pth)(str(path))
+
+
+def read_pth(path: str) -> dict:
+    """A file of PyTorch, also with numbers of numpy in it, which the tools that trained the dense heads leave there.
+    Raises ValueError, naming the cause; nothing in it is executed."""
+    scalar = np.float64(0).__reduce__()[0]  # what rebuilds one; its module's name has changed with numpy 2
+    allowed = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    with torch.serialization.safe_globals([*allowed, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}]):
+        return read_checkpoint(path)
 
 
 def nearest(name: str, names) -> str:
@@ -93,8 +105,9 @@ def nearest(name: str, names) -> str:
 
 
 def released_file(name: str, part: str) -> Path:
-    """The file of a released backbone, part "pretrain", or of its "linear_head" or "linear4_head", in torch.hub's
-    folder; downloaded, with a progress bar, unless it is there. Raises ValueError, saying where to put it by hand."""
+    """The file of a released backbone, part "pretrain", or of one of its heads, such as "linear4_head" (of ImageNet) or
+    "nyu_dpt_head", in torch.hub's folder; downloaded, with a progress bar, unless it is there. Raises ValueError,
+    saying where to put it by hand."""
     base = name.removesuffix("_reg")
     file = f"{base}{'_reg4' if name != base else ''}_{part}.pth"
     url, path = f"{URL}/{base}/{file}", Path(torch.hub.get_dir(), "checkpoints", file)
@@ -104,7 +117,7 @@ def released_file(name: str, part: str) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(partial))
-        read_checkpoint(str(partial))  # a transfer that broke off looks like one that ended
+        read_pth(str(partial))  # a transfer that broke off looks like one that ended
         partial.replace(path)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ValueError(f"{url} could not be downloaded ({error}); fetch it on another machine and put it at "
@@ -297,6 +310,104 @@ def put_head(backbone: DinoVisionTransformer, head_path: str | Path) -> LinearCl
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Dense heads: depth and segmentation
+
+
+DEPTH_HEADS, SEG_HEADS = ("linear", "linear4", "dpt"), ("linear", "ms")
+DENSE_HEADS = [f"{data}_{kind}" for datasets, kinds in ((("nyu", "kitti"), DEPTH_HEADS), (CLASSES, SEG_HEADS))
+               for data in datasets for kind in kinds]  # those released of each backbone without registers
+
+
+HEAD_KEYS = (("conv_depth.weight",), ("conv_seg.weight",), (
+    "conv_depth.head.0.weight", "convs.0.conv.weight", "reassemble_blocks.projects.3.conv.weight"))
+
+
+class About(NamedTuple):
+    """What a dense network was trained for."""
+    task: str  # "depth" or "seg"
+    dataset: str = ""  # "nyu", "kitti", "ade20k", "voc2012", or whatever eval_dense.py was given
+    classes: list[str] = []  # of segmentation: names, and red, green, blue of each
+    colours: list[tuple[int, int, int]] = []
+    recipe: Recipe | None = None  # and how photographs are to be segmented
+
+
+def load_dense(spec: str | Path, head: str | Path, depth_range=None) -> tuple[Dense, About]:
+    """A backbone, as load() takes it, under a dense head; in eval mode. `head`: a file, of the release or of
+    eval_dense.py, or one of DENSE_HEADS, as "nyu_dpt", which is downloaded if `spec` is a released backbone.
+    `depth_range` in metres goes before the head's own.
+
+    Raises ValueError if the head is none, is of another backbone, or does not say which range of depth it is for.
+    """
+    if not os.path.exists(head):
+        if spec not in RELEASED or str(spec).endswith("_reg") or head not in DENSE_HEADS:
+            raise ValueError(f"no such dense head: {head}{nearest(str(head), DENSE_HEADS)}; give a file, or with "
+                             f"dinov2_vit{{s,b,l,g}}14 one of {', '.join(DENSE_HEADS)}")
+        head = released_file(str(spec), f"{head}_head")
+    return put_dense_head(load(spec), head, depth_range)
+
+
+def put_dense_head(backbone: DinoVisionTransformer, path: str | Path, depth_range=None) -> tuple[Dense, About]:
+    head, about = read_dense_head(path, backbone.embed_dim, depth_range)
+    return Dense(backbone, head).eval(), about
+
+
+def read_dense_head(path: str | Path, dim: int, depth_range=None) -> tuple[nn.Module, About]:
+    """The head in a file for a backbone `dim` wide, and what it is for: as eval_dense.py wrote there, else as the name
+    says that a released file has. Raises ValueError as load_dense() does."""
+    ckpt = read_pth(str(path))
+    weights, own = head_weights(path, ckpt), ckpt.get("about", {})  # the release has no such entry
+    named = re.search(rf"({'|'.join((*RANGES, *CLASSES))})_(linear4?|dpt|ms)_head", Path(path).name)
+    dataset, width = own.get("dataset", named[1] if named else ""), weights_width(weights)
+    segments, dpt = "conv_seg.weight" in weights, "convs.0.conv.weight" in weights
+    unit = dim if segments or dpt else 2 * dim  # channels of a block
+    if width not in ((unit,) if dpt else (unit, 4 * unit)) or own.get("dim", dim) != dim:
+        raise ValueError(f"{path} is the head of another backbone: it takes {width} channels, this one, {dim} wide, "
+                         f"gives {unit}" + f" or {4 * unit}" * (not dpt))
+    if segments:
+        n, kind = len(weights["conv_seg.bias"]), "linear" if width == unit else "ms"
+        dataset = dataset or next((name for name in CLASSES if len(CLASSES[name]) == n), "")
+        names = own.get("classes") or CLASSES.get(dataset) or [f"class {k}" for k in range(n)]
+        recipe = Recipe(*own["recipe"]) if own else RECIPES.get((dataset, kind), Recipe())
+        about = About("seg", dataset, names, colours(n, dataset), recipe)
+        make, arguments = SegmentationHead, dict(n_classes=n, layers=width // unit)
+    else:
+        limits = depth_range or own.get("depth_range") or RANGES.get(dataset)
+        if limits is None:
+            raise ValueError(f"{path} does not say for which depths it is; give their range in metres, as 0.001 10, "
+                             "which is that of heads for NYU (0.001 80: KITTI)")
+        about, arguments = About("depth", dataset), dict(min_depth=limits[0], max_depth=limits[1])
+        if dpt:
+            make, arguments["channels"] = DPTHead, len(weights["convs.0.conv.weight"])
+        else:
+            make, n_bins = LinearDepthHead, len(weights["conv_depth.bias"])
+            arguments |= dict(layers=width // unit, n_bins=n_bins)
+    with torch.device("meta"):
+        head = make(dim, **arguments)
+    load_strictly(head, weights, str(path))
+    return head, about
+
+
+def head_weights(path: str | Path, ckpt: dict) -> dict[str, Tensor]:
+    """The weights of a depth or segmentation head, in float32, without the prefix that they have in released files,
+    and without all else that lies there. Raises ValueError if it is none."""
+    weights = ckpt.get("state_dict", ckpt)
+    if not isinstance(weights, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in weights.items()):
+        weights = {}
+    weights = {k.removeprefix("decode_head."): v.float() if v.is_floating_point() else v for k, v in weights.items()}
+    dims = {k: v.ndim for k, v in weights.items()}
+    heads = (dict.fromkeys(names, 4) | {names[0].replace("weight", "bias"): 1} for names in HEAD_KEYS)
+    if not any(keys.items() <= dims.items() for keys in heads):
+        raise ValueError(f"{path} holds no depth or segmentation head (its entries: "
+                         f"{', '.join(map(str, list(ckpt)[:3]))})")
+    return weights
+
+
+def weights_width(weights: dict[str, Tensor]) -> int:
+    """How many channels a head takes; of DPT, those of a patch."""
+    return next(weights[names[-1]].shape[1] for names in HEAD_KEYS if names[0] in weights)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The official entry points, for hubconf.py
 
 
@@ -313,7 +424,7 @@ def backbone(name: str, *, pretrained: bool = True, weights: str = "LVD142M", **
         ffn_layer="swiglufused" if size == "g" else "mlp") | kwargs
     if not pretrained:
         return DinoVisionTransformer(**arguments)
-    return load(choose_weights(weights, "LVD142M", name, "pretrain"), **arguments).train()
+    return load(choose_weights(weights, name, {"LVD142M": "pretrain"}), **arguments).train()
 
 
 def classifier(name: str, *, layers: int = 4, pretrained: bool = True, weights: str = "IMAGENET1K",
@@ -328,37 +439,112 @@ def classifier(name: str, *, layers: int = 4, pretrained: bool = True, weights: 
     vit = backbone(name, pretrained=pretrained, **kwargs)
     if not pretrained:
         return LinearClassifier(vit, nn.Linear((1 + layers) * vit.embed_dim, 1000), layers)
-    path = choose_weights(weights, "IMAGENET1K", name, f"linear{'4' * (layers == 4)}_head")
+    path = choose_weights(weights, name, {"IMAGENET1K": f"linear{'4' * (layers == 4)}_head"})
     model = put_head(vit, path)
     if model.layers != layers:
         raise ValueError(f"{path} is a head for {model.layers} layers; call this with layers={model.layers}")
     return model.train()
 
 
-def choose_weights(weights: str | enum.Enum, released: str, name: str, part: str) -> str:
-    weights = weights.name if isinstance(weights, enum.Enum) else weights  # officially a member of an enum, or its name
-    if weights == released:
-        return str(released_file(name, part))
+def linear_depther(name: str, *, layers: int = 4, pretrained: bool = True, weights: str = "NYU", depth_range=None,
+                   **kwargs) -> Dense:
+    """A DINOv2 backbone under a linear depth head: normalised images (B, 3, H, W) -> depth (B, 1, H, W) in metres.
+
+    layers: 4 or 1, whose features are taken. pretrained: False gives random weights, of both. weights: "NYU" or
+    "KITTI", the released heads, downloaded once, or a file. depth_range: nearest and farthest depth in metres; without,
+    (0.001, 10) for NYU and (0.001, 80) for KITTI, as these heads were trained. The official entry point takes the
+    latter for both, and returns NYU's depths eight times too large: depth_range=(0.001, 80) does so too. kwargs: of the
+    backbone. In eval mode.
+    """
+    if layers not in (1, 4):
+        raise ValueError(f"the linear depth heads take the features of 1 or 4 layers, not {layers}")
+    model = depther(name, f"linear{'4' * (layers == 4)}", pretrained, weights, depth_range, kwargs)
+    if (found := getattr(model.decode_head, "layers", "dpt")) != layers:
+        raise ValueError(f"{weights} is a head for " + ("dinov2_*_dd" if found == "dpt" else f"layers={found}"))
+    return model
+
+
+def dpt_depther(name: str, *, pretrained: bool = True, weights: str = "NYU", depth_range=None, **kwargs) -> Dense:
+    """A DINOv2 backbone under a DPT depth head: normalised images (B, 3, H, W) -> depth (B, 1, H, W) in metres.
+
+    pretrained: False gives random weights, of both. weights: "NYU" or "KITTI", the released heads, downloaded once, or
+    a file. depth_range: nearest and farthest depth in metres; without, (0.001, 10) for NYU and (0.001, 80) for KITTI.
+    kwargs: of the backbone. In eval mode.
+    """
+    model = depther(name, "dpt", pretrained, weights, depth_range, kwargs)
+    if not isinstance(model.decode_head, DPTHead):
+        raise ValueError(f"{weights} is a linear head; call dinov2_*_ld for it")
+    return model
+
+
+def depther(name: str, kind: str, pretrained: bool, weights: str, depth_range, kwargs: dict) -> Dense:
+    vit = backbone(name, pretrained=pretrained, **kwargs)
+    if pretrained:
+        path = choose_weights(weights, name, {data.upper(): f"{data}_{kind}_head" for data in RANGES})
+        return only("depth", path, *put_dense_head(vit, path, depth_range))
+    limits = depth_range or RANGES.get(choose_name(weights).lower(), RANGES["nyu"])
+    head = DPTHead(vit.embed_dim, *limits) if kind == "dpt" else LinearDepthHead(
+        vit.embed_dim, 4 if kind == "linear4" else 1, *limits)
+    return Dense(vit, head).eval()
+
+
+def segmenter(name: str, kind: str, *, pretrained: bool = True, weights: str = "ADE20K", **kwargs) -> Dense:
+    """A DINOv2 backbone under a segmentation head: normalised images (B, 3, H, W) -> logits (B, classes, H, W). Names
+    that end in _ls have a linear head, in _ms one on the features of 4 blocks, for photographs in several sizes
+    (heads.segment does all of that). Not among the official entry points.
+
+    pretrained: False gives random weights, of both. weights: "ADE20K" (150 classes) or "VOC2012" (21), the released
+    heads, downloaded once, or a file. kwargs: of the backbone. In eval mode.
+    """
+    vit = backbone(name, pretrained=pretrained, **kwargs)
+    if pretrained:
+        path = choose_weights(weights, name, {data.upper(): f"{data}_{kind}_head" for data in CLASSES})
+        model = only("seg", path, *put_dense_head(vit, path))
+        if model.decode_head.layers != (4 if kind == "ms" else 1):
+            raise ValueError(f"{weights} is a head for dinov2_*_{'ls' if kind == 'ms' else 'ms'}")
+        return model
+    classes = CLASSES.get(choose_name(weights).lower(), CLASSES["ade20k"])
+    return Dense(vit, SegmentationHead(vit.embed_dim, len(classes), 4 if kind == "ms" else 1)).eval()
+
+
+def only(task: str, path: str, network: Dense, about: About) -> Dense:
+    if about.task != task:
+        raise ValueError(f"{path} is a head for {'segmentation' if task == 'depth' else 'depth'}")
+    return network
+
+
+def choose_name(weights: str | enum.Enum) -> str:
+    return weights.name if isinstance(weights, enum.Enum) else weights  # officially a member of an enum, or its name
+
+
+def choose_weights(weights: str | enum.Enum, name: str, released: dict[str, str]) -> str:
+    """The file of what is asked for: one of `released`, {name: part of the file's name}, or a file."""
+    weights = choose_name(weights)
+    if weights in released:
+        return str(released_file(name, released[weights]))
     if not os.path.exists(weights):
-        raise ValueError(f"weights={weights!r}: neither {released!r}, the released ones, nor a file that exists")
+        raise ValueError(f"weights={weights!r}: neither {' nor '.join(map(repr, released))}, the released ones, nor a "
+                         "file that exists")
     return weights
 
 
 def not_yet(name: str, *args, **kwargs):
     """Not here yet."""
-    raise NotImplementedError(f"{name} is not here yet: this version has the backbones dinov2_vit{{s,b,l,g}}14[_reg], "
-                              "and their linear classifiers, the same names with _lc")
+    raise NotImplementedError(f"{name} is not here: text belongs to another network than these")
 
 
 def entry_points() -> dict[str, Callable]:
-    """The 25 official names as functions: backbones and classifiers; depth estimators and dino.txt say that they are
-    not here yet."""
+    """The 25 official names as functions: backbones, classifiers, depth estimators; dino.txt says that it is not here.
+    And ours: segmentation."""
     chosen = {name: (backbone, name) for name in RELEASED} | {f"{name}_lc": (classifier, name) for name in RELEASED}
-    later = [f"{name}_{head}" for name in RELEASED if not name.endswith("_reg") for head in ("ld", "dd")]
-    chosen |= {name: (not_yet, name) for name in (*later, "dinov2_vitl14_reg4_dinotxt_tet1280d20h24l")}
+    for name in RELEASED:
+        if not name.endswith("_reg"):
+            chosen |= {f"{name}_ld": (linear_depther, name), f"{name}_dd": (dpt_depther, name),
+                       f"{name}_ls": (segmenter, name, "linear"), f"{name}_ms": (segmenter, name, "ms")}
+    chosen["dinov2_vitl14_reg4_dinotxt_tet1280d20h24l"] = (not_yet, "dinov2_vitl14_reg4_dinotxt_tet1280d20h24l")
     points = {}
-    for name, (make, argument) in chosen.items():
-        points[name] = functools.partial(make, argument)
+    for name, (make, *arguments) in chosen.items():
+        points[name] = functools.partial(make, *arguments)
         points[name].__doc__, points[name].__name__ = make.__doc__, name  # which torch.hub.help and list show
     return points
 
@@ -517,19 +703,35 @@ def save_weights(weights: dict[str, Tensor], path: Path) -> None:
 
 
 def info(argv: list[str]) -> None:
-    """What a file holds: who wrote it, network, image size, number of weights; of a linear head what it fits."""
+    """What a file holds: who wrote it, network, image size, number of weights; of a head what it fits."""
     parser = command("info", info)
-    parser.add_argument("file", help="whatever hub.load takes, or a linear head")
+    parser.add_argument("file", help="whatever hub.load takes, or a head")
     args = parser.parse_args(argv)
     path, ckpt = read(args.file)
     lines = {"file": f"{path}, {os.path.getsize(path) / 1e6:,.1f} MB"}
-    if ckpt.keys() == {"weight", "bias"} and torch.is_tensor(ckpt["weight"]) and ckpt["weight"].ndim == 2:
+    if any(names[0] in key for names in HEAD_KEYS for key in ckpt.get("state_dict", ckpt)):
+        lines |= describe_dense_head(path, ckpt)
+    elif ckpt.keys() == {"weight", "bias"} and torch.is_tensor(ckpt["weight"]) and ckpt["weight"].ndim == 2:
         classes, width = ckpt["weight"].shape
         fits = [f"{n} CLS of a backbone {width // (n + 1)} wide" for n in (4, 3, 2, 1) if width % (8 * (n + 1)) == 0]
         lines["linear head"] = f"{classes} classes, {width:,} features: {' or '.join(fits)}, and the mean patch"
     else:
         lines |= describe(path, ckpt)
     print(*(f"{name:<12} {value}" for name, value in lines.items()), sep="\n")
+
+
+def describe_dense_head(path: str, ckpt: dict) -> dict[str, str]:
+    weights = head_weights(path, ckpt)
+    width, n = weights_width(weights), f"{sum(v.numel() for v in weights.values()):,}"
+    if "convs.0.conv.weight" in weights:
+        lines = {"depth head": "DPT", "takes": f"4 blocks of a backbone {width} wide"}
+    else:
+        depth = "conv_depth.weight" in weights
+        what = {"depth head": "linear"} if depth else {"segmentation": f"{len(weights['conv_seg.bias'])} classes"}
+        unit = width // (1 + depth)
+        lines = what | {"takes": f"the last block of a backbone {unit} wide, or 4 blocks of one {unit // 4} wide"}
+    own = {k: v for k, v in ckpt.get("about", {}).items() if v and k != "classes"}
+    return lines | {"weights": n} | {k.replace("_", " "): str(v) for k, v in own.items()}
 
 
 def describe(path: str, ckpt: dict) -> dict[str, str]:

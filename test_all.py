@@ -266,7 +266,7 @@ def write_images(folder: Path, names, size=(40, 32)) -> None:
 # Contracts of the house
 
 
-IMPORTS = {"model": set(), "losses": set(), "data": set(), "hub": {"model", "data"}, "hubconf": set(), "eval_knn": {"hub", "model", "data"},
+IMPORTS = {"model": set(), "losses": set(), "data": set(), "hub": {"model", "heads", "data"}, "hubconf": set(), "eval_knn": {"hub", "model", "data"},
            "heads": set(), "eval_linear": {"eval_knn", "hub", "model", "data"}, "eval_logreg": {"eval_knn"},
            "train": {"model", "losses", "data", "eval_knn", "hub"}, "visualize": {"hub", "data", "eval_knn"},
            "bench": {"data", "hub", "train", "eval_knn", "eval_linear", "eval_logreg"}}
@@ -3149,10 +3149,10 @@ def test_hub_names_what_does_not_fit(tmp_path):
 def test_hub_heads_of_transformers_are_in_its_config(tmp_path):
     wide = hub_vit().state_dict()
     torch.save(as_transformers(wide), tmp_path / "pytorch_model.bin")
-    for text, heads in (('{"num_attention_heads": 4, "hidden_size": 128}', 4), ('{"hidden_size": 128}', 2), ("[", 2),
-                        ('{"num_attention_heads": 4, "hidden_size": 64}', 2)):
+    for text, n in (('{"num_attention_heads": 4, "hidden_size": 128}', 4), ('{"hidden_size": 128}', 2), ("[", 2),
+                    ('{"num_attention_heads": 4, "hidden_size": 64}', 2)):
         (tmp_path / "config.json").write_text(text)
-        assert hub.load(tmp_path).num_heads == heads, text
+        assert hub.load(tmp_path).num_heads == n, text
     assert hub.load(tmp_path, num_heads=8).num_heads == 8
 
 
@@ -3249,9 +3249,9 @@ def test_hub_classifier_errors(tmp_path):
 
 
 def test_hub_entry_points(tmp_path, monkeypatch):
-    """All 25 official names; the networks have the released keys and shapes, kwargs and layers are heard."""
+    """All 25 official names and 8 of ours; the networks have the released keys and shapes, kwargs and layers are heard."""
     points = hub.entry_points()
-    assert len(points) == 25 and all(points[n].__name__ == n and points[n].__doc__ for n in points)
+    assert len(points) == 33 and all(points[n].__name__ == n and points[n].__doc__ for n in points)
     for name in hub.RELEASED:
         with torch.device("meta"):
             vit, linear = points[name](pretrained=False), points[f"{name}_lc"](pretrained=False, layers=1)
@@ -3260,9 +3260,8 @@ def test_hub_entry_points(tmp_path, monkeypatch):
         rule = (vit.interpolate_offset, vit.interpolate_antialias)
         assert rule == ((0.0, True) if name.endswith("_reg") else (0.1, False))
     assert points["dinov2_vits14"](pretrained=False, drop_path_rate=0.5).blocks[-1].drop_path == 0.5
-    for name in ("dinov2_vits14_ld", "dinov2_vitg14_dd", "dinov2_vitl14_reg4_dinotxt_tet1280d20h24l"):
-        with pytest.raises(NotImplementedError, match=f"{name} is not here yet"):
-            points[name](pretrained=False)
+    with pytest.raises(NotImplementedError, match="dinotxt_tet1280d20h24l is not here"):
+        points["dinov2_vitl14_reg4_dinotxt_tet1280d20h24l"](pretrained=False)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(hub, "URL", "file:///nowhere")
     for kwargs, file in ((dict(), "dinov2_vits14_reg4_pretrain"), (dict(weights="LVD142M"), "dinov2_vits14_reg4_pre")):
@@ -4715,3 +4714,138 @@ def test_heads_on_small_networks_and_odd_sizes(make):
 def test_heads_errors(call):
     with pytest.raises(ValueError, match="1 or 4 blocks|two positive numbers|leave it None"):
         call()
+
+
+DENSE_SHAPES = golden_dense.json("shapes")
+POINTS = {"linear": ("_ld", dict(layers=1)), "linear4": ("_ld", {}), "dpt": ("_dd", {})}
+
+
+@pytest.mark.parametrize("key", [k for k in DENSE_SHAPES if k.endswith("_head")])
+def test_dense_entry_points_have_the_released_keys(key):
+    """The 40 heads: names in order, shapes; the range of depth is that of the data, not the 80 m of the official hub."""
+    name, dataset, kind, _ = key.rsplit("_", 3)
+    suffix, kwargs = POINTS[kind] if dataset in heads.RANGES else (f"_{kind[0]}s", {})
+    with torch.device("meta"):
+        network = hub.entry_points()[name + suffix](pretrained=False, weights=dataset.upper(), **kwargs)
+    keys = {f"decode_head.{k}": list(v.shape) for k, v in network.decode_head.state_dict().items()}
+    assert list(keys.items()) == list(DENSE_SHAPES[key].items()) and not network.training
+    assert network.decode_head.depth_range == heads.RANGES.get(dataset)
+
+
+class Foreign:
+    """Something that a pickle would run."""
+
+    def __reduce__(self):
+        return os.system, ("touch /tmp/should_not_exist",)
+
+
+def as_released(head: torch.nn.Module, path: Path, **meta) -> Path:
+    """A head's file as the tools that trained the released ones write it: numbers of numpy and an optimiser beside."""
+    weights = {f"decode_head.{k}": v for k, v in head.state_dict().items()}
+    state = {i: dict(step=7, exp_avg=torch.zeros_like(v)) for i, v in enumerate(weights.values())}
+    meta = dict(config="model = dict(...)", iter=38400, hook_msgs=dict(best_score=np.float64(0.3), n=np.int64(3),
+                                                                       x=np.float32(2))) | meta
+    torch.save(dict(meta=meta, state_dict=weights, optimizer=dict(state=state, param_groups=[dict(lr=1e-4)])), path)
+    return path
+
+
+@pytest.fixture
+def small_released(tmp_path, monkeypatch):
+    """dinov2_vits14 in torch.hub's folder, a small network in its place; and that folder."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setitem(model.ARCHS, "vit_small", dict(embed_dim=64, depth=4, num_heads=1))
+    cache = tmp_path / "hub/checkpoints"
+    cache.mkdir(parents=True)
+    torch.save(randomize(hub.backbone("dinov2_vits14", pretrained=False)).state_dict(),
+               cache / "dinov2_vits14_pretrain.pth")
+    return cache
+
+
+HEADS = {"linear": lambda: heads.LinearDepthHead(64, 1), "linear4": lambda: heads.LinearDepthHead(64),
+         "dpt": lambda: heads.DPTHead(64)}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@torch.no_grad()
+def test_dense_released_depth_files(kind, small_released):
+    points, (suffix, kwargs) = hub.entry_points(), POINTS[kind]
+    head = fill_by_names(HEADS[kind](), "decode_head.")
+    file = as_released(head, small_released / f"dinov2_vits14_nyu_{kind}_head.pth")
+    as_released(head, small_released / f"dinov2_vits14_kitti_{kind}_head.pth")
+    images, make = randn(1, (1, 3, 50, 61))[0], partial(points[f"dinov2_vits14{suffix}"], **kwargs)
+    expected = heads.Dense(hub.load("dinov2_vits14"), head).eval()(images)
+    assert torch.equal(make()(images), expected) and torch.equal(make(weights=str(file))(images), expected)
+    network, about = hub.load_dense("dinov2_vits14", f"nyu_{kind}")
+    assert torch.equal(network(images), expected) and about == hub.About("depth", "nyu")
+    assert make(weights="KITTI").decode_head.depth_range == (0.001, 80)
+    literal = make(depth_range=(0.001, 80))(images)  # the official hub's way with NYU's linear heads
+    assert (literal / expected).min() > 7.9 if kind != "dpt" else torch.equal(literal, expected)
+    other = small_released / "mine.pth"
+    shutil.copy(file, other)
+    with pytest.raises(ValueError, match="does not say for which depths it is; give their range"):
+        hub.load_dense("dinov2_vits14", other)
+    assert torch.equal(hub.load_dense("dinov2_vits14", other, (0.001, 10))[0](images), expected)
+
+
+@pytest.mark.parametrize("kind,layers", [("linear", 1), ("ms", 4)])
+@pytest.mark.parametrize("dataset", heads.CLASSES)
+@torch.no_grad()
+def test_dense_released_segmentation_files(kind, layers, dataset, small_released):
+    names = heads.CLASSES[dataset]
+    head = fill_by_names(heads.SegmentationHead(64, len(names), layers), "decode_head.")
+    file = as_released(head, small_released / f"dinov2_vits14_{dataset}_{kind}_head.pth", CLASSES=tuple(names))
+    images = randn(1, (1, 3, 50, 61))[0]
+    network, about = hub.load_dense("dinov2_vits14", f"{dataset}_{kind}")
+    assert about == hub.About("seg", dataset, names, heads.colours(len(names), dataset), heads.RECIPES[dataset, kind])
+    made = hub.entry_points()[f"dinov2_vits14_{kind[0]}s"](weights=dataset.upper())
+    assert torch.equal(made(images), network(images)) and network(images).shape == (1, len(names), 50, 61)
+    file = file.rename(small_released / "mine.pth")
+    assert hub.load_dense("dinov2_vits14", file)[1] == about  # by the number of classes
+
+
+def test_dense_files_that_do_not_fit(small_released, tmp_path):
+    save = lambda head, name, **meta: as_released(head, tmp_path / name, **meta)  # noqa: E731
+    load = partial(hub.load_dense, "dinov2_vits14")
+    wide = save(heads.LinearDepthHead(96), "nyu_linear4_head.pth")
+    short = heads.SegmentationHead(64, 21)
+    del short.bn
+    more = heads.DPTHead(64)
+    more.extra = torch.nn.Linear(1, 1)
+    for path, text in (
+            (wide, "is the head of another backbone: it takes 768 channels, this one, 64 wide, gives 128 or 512"),
+            (save(heads.DPTHead(96), "a_nyu_dpt_head.pth"), "takes 96 channels, this one, 64 wide, gives 64$"),
+            (save(heads.SegmentationHead(96, 21), "voc2012_linear_head.pth"), "gives 64 or 256"),
+            (save(short, "short.pth"), "5 missing, such as bn.bias"), (save(more, "b_nyu_dpt_head.pth"), "2 unexp"),
+            (small_released / "dinov2_vits14_pretrain.pth", "holds no depth or segmentation head"),
+            ("nyu_dbt", "no such dense head: nyu_dbt, did you mean nyu_dpt"), ("missing.pth", "no such dense head")):
+        with pytest.raises(ValueError, match=text):
+            load(path)
+    with pytest.raises(ValueError, match="no such dense head: nyu_dpt.*dinov2_vit{s,b,l,g}14"):
+        hub.load_dense("dinov2_vits14_reg", "nyu_dpt")
+    linear, segments = save(heads.LinearDepthHead(64, 1), "nyu_linear_head.pth"), save(heads.SegmentationHead(64, 21), "s")
+    points = {k: partial(v, weights=str(segments)) for k, v in hub.entry_points().items() if "vits14_" in k}
+    for call, text in ((partial(points["dinov2_vits14_ld"], weights=str(linear)), "a head for layers=1"),
+                       (partial(points["dinov2_vits14_dd"], weights=str(linear)), "is a linear head; call dinov2_._ld"),
+                       (points["dinov2_vits14_dd"], "is a head for segmentation"),
+                       (points["dinov2_vits14_ms"], "is a head for dinov2_._ls"),
+                       (partial(points["dinov2_vits14_ls"], weights=str(linear)), "is a head for depth"),
+                       (partial(points["dinov2_vits14_ld"], layers=2), "1 or 4 layers, not 2"),
+                       (partial(points["dinov2_vits14_ld"], weights="SUN"), "neither 'NYU' nor 'KITTI'"),
+                       (partial(points["dinov2_vits14_dd"], weights=str(linear), depth_range=(10, 1)), "two positive")):
+        with pytest.raises(ValueError, match=text):
+            call()
+
+
+def test_dense_files_run_no_code(small_released, tmp_path):
+    file = as_released(HEADS["linear"](), tmp_path / "nyu_linear_head.pth", hooks=Foreign())
+    with pytest.raises(ValueError, match="holds pickled code, not just weights: refused"):
+        hub.load_dense("dinov2_vits14", file)
+    assert not os.path.exists("/tmp/should_not_exist")
+
+
+def test_dense_info(small_released, tmp_path, capsys):
+    for head, texts in ((HEADS["linear4"](), ("linear", "one 64 wide")), (HEADS["dpt"](), ("DPT", "64 wide")),
+                        (heads.SegmentationHead(64, 21), ("21 classes", "the last block of a backbone 64 wide"))):
+        hub.main(["info", str(as_released(head, tmp_path / "head.pth"))])
+        out = capsys.readouterr().out
+        assert all(text in out for text in texts), out
