@@ -6,10 +6,10 @@
     labels = network.eval()(images).argmax(1)                  # images (B, 3, H, W), sides multiples of 32
     loss = total_loss(network.encode(images), label_maps)      # to fine-tune; the release kept `backbone.blocks` frozen
 
-A ViT of frozen size sees 14-pixel patches at one scale. The adapter adds a small convolutional pyramid at strides 4 to
-32, lets it read from and write to the ViT's tokens four times, and hands on four maps. The pixel decoder refines them,
-and queries, each one class and one mask, look at them through their own masks of the layer before. Images are RGB in
-0..1, normalised by the ImageNet mean and deviation. Nothing is padded: the ViT leaves out what exceeds whole patches.
+A ViT sees patches of 14 pixels, at one scale. The adapter sets a small convolutional pyramid of strides 4 to 32 beside
+it; four times the two read from each other. The pixel decoder refines the four maps that result, and queries, each one
+class and one mask, look at them through their own masks of the layer before. Images are RGB in 0..1, normalised by the
+ImageNet mean and deviation. Nothing is padded: the ViT leaves out what exceeds whole patches.
 
 This file needs torch alone (`match` also scipy) and may be copied on its own. Papers: Mask2Former (Cheng et al. 2022,
 arXiv 2112.01527), ViT-Adapter (Chen et al. 2023, arXiv 2205.08534), deformable attention (Zhu et al. 2021, arXiv
@@ -29,14 +29,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Maps, tokens, places. `shapes` lists the (h, w) of the maps whose tokens are joined.
+# Maps, tokens, places
+
+
+Shapes = list[tuple[int, int]]  # (h, w) of the maps whose tokens are joined
 
 
 def to_tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, h*w, D)
 
 
-def to_maps(x: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
+def to_maps(x: Tensor, shapes: Shapes) -> list[Tensor]:
     parts = x.split([h * w for h, w in shapes], dim=1)
     return [part.transpose(1, 2).unflatten(2, shape) for part, shape in zip(parts, shapes)]  # each (B, D, h, w)
 
@@ -49,7 +52,7 @@ def full_precision(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))  # half types become float32, float64 stays
 
 
-def centres(shapes: list[tuple[int, int]], device=None) -> Tensor:
+def centres(shapes: Shapes, device=None) -> Tensor:
     """(x, y) of the middle of every cell, in parts of the map's width and height: (1, S, 1, 2)."""
     grids = [torch.stack([((torch.arange(w, device=device) + 0.5) / w).expand(h, w),
                           ((torch.arange(h, device=device) + 0.5) / h)[:, None].expand(h, w)], dim=-1)
@@ -75,11 +78,11 @@ def sine_position(h: int, w: int, dim: int, device=None) -> Tensor:
 # Multi-scale deformable attention
 
 
-def deformable_sampling(value: Tensor, shapes: list[tuple[int, int]], places: Tensor, weights: Tensor) -> Tensor:
+def deformable_sampling(value: Tensor, shapes: Shapes, places: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of values read at a few places of each level (deformable DETR, equation 3).
 
     Args: value (B, S, M, D/M); places (B, Q, M, L, P, 2), (x, y) in parts of the map, outside of which values are 0;
-    weights (B, Q, M, L, P). Returns (B, Q, D), heads one after another. Computed in float32 if given less; has gradients
+    weights (B, Q, M, L, P). Returns (B, Q, D), heads one after another. Computed in float32 if given less; gradients go
     to all three. Level by level, since the samples of one alone are P times as large as the result.
     """
     value, places, weights = full_precision(value), full_precision(places), full_precision(weights)
@@ -117,7 +120,7 @@ class DeformableAttention(nn.Module):
         offsets = directions[:, None, None] * torch.arange(1, points + 1)[:, None]  # (M, 1, P, 2)
         self.sampling_offsets.bias.data.copy_(offsets.expand(-1, levels, -1, -1).flatten())
 
-    def forward(self, query: Tensor, places: Tensor, value: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+    def forward(self, query: Tensor, places: Tensor, value: Tensor, shapes: Shapes) -> Tensor:
         """query (B, Q, D), its places (B or 1, Q, L or 1, 2), value (B, S, D) of L maps of `shapes` -> (B, Q, D)."""
         heads, levels, points = self.split
         value = self.value_proj(value).unflatten(-1, (heads, -1))  # (B, S, M, D*ratio/M)
@@ -175,13 +178,13 @@ class Block(nn.Module):
         return x + self.gamma2 * self.mlp(self.norm2(x))
 
 
-def conv_bn(in_dim: int, out_dim: int, stride: int) -> list[nn.Module]:
-    return [nn.Conv2d(in_dim, out_dim, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out_dim), nn.ReLU(inplace=True)]
+def conv_bn(in_dim: int, dim: int, stride: int) -> list[nn.Module]:
+    return [nn.Conv2d(in_dim, dim, 3, stride, padding=1, bias=False), nn.BatchNorm2d(dim), nn.ReLU(inplace=True)]
 
 
 class SpatialPrior(nn.Module):
-    """Images (B, 3, H, W) -> a map (B, D, H/4, W/4) and the tokens (B, h*w, D) of strides 8, 16, 32. `n` is the width of
-    the first convolutions. BatchNorm becomes synchronous by nn.SyncBatchNorm.convert_sync_batchnorm."""
+    """Images (B, 3, H, W) -> a map (B, D, H/4, W/4) and the tokens (B, h*w, D) of strides 8, 16, 32. `n` is the width
+    of the first convolutions. To train on several GPUs, see nn.SyncBatchNorm.convert_sync_batchnorm."""
 
     def __init__(self, dim: int, n: int):
         super().__init__()
@@ -212,7 +215,7 @@ class Injector(nn.Module):
         self.feat_norm = nn.LayerNorm(dim, eps=1e-6)
         self.attn = DeformableAttention(dim, 3, heads, points, ratio)
 
-    def forward(self, x: Tensor, c: Tensor, grid: tuple[int, int], shapes: list[tuple[int, int]]) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, grid: tuple[int, int], shapes: Shapes) -> Tensor:
         places = centres([grid], x.device)
         return x + self.gamma * self.attn(self.query_norm(x), places, self.feat_norm(c), shapes)
 
@@ -226,7 +229,7 @@ class ConvFFN(nn.Module):
         self.dwconv = nn.Sequential(OrderedDict(dwconv=nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)))
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+    def forward(self, x: Tensor, shapes: Shapes) -> Tensor:
         x = torch.cat([to_tokens(self.dwconv(m)) for m in to_maps(self.fc1(x), shapes)], dim=1)  # (B, S, hidden)
         return self.fc2(F.gelu(x))
 
@@ -242,30 +245,39 @@ class Extractor(nn.Module):
         self.ffn = ConvFFN(dim, int(dim * ffn_ratio))
         self.ffn_norm = nn.LayerNorm(dim, eps=1e-6)
 
-    def forward(self, c: Tensor, x: Tensor, grid: tuple[int, int], shapes: list[tuple[int, int]]) -> Tensor:
+    def forward(self, c: Tensor, x: Tensor, grid: tuple[int, int], shapes: Shapes) -> Tensor:
         c = c + self.attn(self.query_norm(c), centres(shapes, c.device), self.feat_norm(x), [grid])
         return c + self.ffn(self.ffn_norm(c), shapes)
 
 
 class Interaction(nn.Module):
-    """The injector before a group of ViT blocks and the extractor after it; the last group is followed by three."""
+    """A group of ViT blocks with an injector before and an extractor, and `extras` more, after it. Patch tokens x
+    (B, h*w, D) of the `grid`, pyramid tokens c (B, S, D) and cls (B, 1, D) come back as they are then."""
 
-    def __init__(self, dim: int, heads: int, points: int, ratio: float, ffn_ratio: float, last: bool):
+    def __init__(self, dim: int, heads: int, points: int, ratio: float, ffn_ratio: float, extras: int):
         super().__init__()
         self.injector = Injector(dim, heads, points, ratio)
         self.extractor = Extractor(dim, heads, points, ratio, ffn_ratio)
-        self.extra_extractors = nn.ModuleList(
-            Extractor(dim, heads, points, ratio, ffn_ratio) for _ in range(2 if last else 0))
+        self.extra_extractors = nn.ModuleList(Extractor(dim, heads, points, ratio, ffn_ratio) for _ in range(extras))
+
+    def forward(self, x: Tensor, c: Tensor, cls: Tensor, blocks, grid: tuple[int, int], shapes: Shapes):
+        x = torch.cat([cls, self.injector(x, c, grid, shapes)], dim=1)
+        for block in blocks:
+            x = block(x)
+        cls, x = x[:, :1], x[:, 1:]
+        for extractor in (self.extractor, *self.extra_extractors):
+            c = extractor(c, x, grid, shapes)
+        return x, c, cls
 
 
 class ViTAdapter(nn.Module):
-    """Images (B, 3, H, W) -> four maps (B, D, H/s, W/s), s = 4, 8, 16, 32 (ViT-Adapter, figure 4).
+    """Images (B, 3, H, W) -> four maps (B, D, H/s, W/s), s = 4, 8, 16, 32.
 
     The ViT has no final norm here, and its position table is resized to the patch grid itself, by size.
     """
 
     def __init__(self, dim: int, depth: int, num_heads: int, patch_size: int, img_size: int, mlp_ratio: float,
-                 conv_dim: int, interactions: int, heads: int, points: int, ratio: float, ffn_ratio: float):
+                 conv_dim: int, heads: int, points: int, ratio: float, ffn_ratio: float):
         super().__init__()
         self.patch_size, self.table_side = patch_size, img_size // patch_size
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.table_side**2, dim).normal_(std=0.02))
@@ -275,19 +287,12 @@ class ViTAdapter(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio) for _ in range(depth))
         self.spm = SpatialPrior(dim, conv_dim)
         self.interactions = nn.ModuleList(
-            Interaction(dim, heads, points, ratio, ffn_ratio, last=i == interactions - 1) for i in range(interactions))
+            Interaction(dim, heads, points, ratio, ffn_ratio, extras) for extras in (0, 0, 0, 2))
         self.up = nn.ConvTranspose2d(dim, dim, 2, 2)
         self.norm1 = nn.BatchNorm2d(dim)
         self.norm2 = nn.BatchNorm2d(dim)
         self.norm3 = nn.BatchNorm2d(dim)
         self.norm4 = nn.BatchNorm2d(dim)
-
-    def embed(self, images: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The first tokens of the ViT: CLS (B, 1, D) and patches (B, h*w, D), with their positions."""
-        table = to_maps(self.pos_embed[:, 1:], [(self.table_side, self.table_side)])[0]
-        positions = F.interpolate(table, grid, mode="bicubic", align_corners=False)
-        x = to_tokens(self.patch_embed(images)) + to_tokens(positions)
-        return (self.cls_token + self.pos_embed[:, :1]).to(x.dtype).expand(len(x), -1, -1), x
 
     def forward(self, images: Tensor) -> list[Tensor]:
         height, width = images.shape[-2:]
@@ -295,15 +300,12 @@ class ViTAdapter(nn.Module):
         shapes = [(height // s, width // s) for s in (8, 16, 32)]
         c1, *levels = self.spm(images)
         c = torch.cat([level + e for level, e in zip(levels, self.level_embed)], dim=1)  # (B, S, D)
-        cls, x = self.embed(images, grid)
-        group, taps = len(self.blocks) // len(self.interactions), []
+        table = to_maps(self.pos_embed[:, 1:], [(self.table_side, self.table_side)])[0]
+        x = self.patch_embed(images) + F.interpolate(table, grid, mode="bicubic", align_corners=False)
+        x, cls = to_tokens(x), (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1).to(x.dtype)
+        group, taps = len(self.blocks) // 4, []
         for i, interaction in enumerate(self.interactions):
-            x = torch.cat([cls, interaction.injector(x, c, grid, shapes)], dim=1)
-            for block in self.blocks[i * group : (i + 1) * group]:
-                x = block(x)
-            cls, x = x[:, :1], x[:, 1:]
-            for extractor in (interaction.extractor, *interaction.extra_extractors):
-                c = extractor(c, x, grid, shapes)
+            x, c, cls = interaction(x, c, cls, self.blocks[i * group : (i + 1) * group], grid, shapes)
             taps += to_maps(x, [grid])
         maps = to_maps(c, shapes)
         maps = [self.up(maps[0]) + c1, *maps]
@@ -334,7 +336,7 @@ class EncoderLayer(nn.Module):
         self.ffns = nn.ModuleList([feed_forward(dim, ffn_dim)])
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2))
 
-    def forward(self, x: Tensor, positions: Tensor, places: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, places: Tensor, shapes: Shapes) -> Tensor:
         x = self.norms[0](x + self.attentions[0](x + positions, places, x, shapes))
         return self.norms[1](x + self.ffns[0](x))
 
@@ -354,7 +356,7 @@ class PixelDecoder(nn.Module):
         self.mask_feature = nn.Conv2d(dim, dim, 1)
 
     def forward(self, features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        maps = [conv(f) for conv, f in zip(self.input_convs, features[:0:-1])]  # strides 32, 16, 8
+        maps = [conv(f) for conv, f in zip(self.input_convs, features[:0:-1])]  # of strides 32, 16, 8
         shapes = [tuple(m.shape[-2:]) for m in maps]
         x = torch.cat([to_tokens(m) for m in maps], dim=1)  # (B, S, D)
         positions = torch.cat([sine_position(h, w, x.shape[-1], x.device) + level
@@ -368,37 +370,30 @@ class PixelDecoder(nn.Module):
         return self.mask_feature(F.relu(y)), maps
 
 
-class QueryAttention(nn.Module):
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        self.attn = nn.MultiheadAttention(dim, heads, batch_first=True)
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, blocked: Tensor | None = None) -> Tensor:
-        if blocked is not None:
-            blocked = blocked.repeat_interleave(self.attn.num_heads, dim=0)  # (B*M, Q, h*w)
-        return self.attn(query, key, value, attn_mask=blocked, need_weights=False)[0]
-
-
 class DecoderLayer(nn.Module):
-    """Queries look at a map, then at each other, then a feed-forward, each followed by its norm (Mask2Former, figure 2).
-    """
+    """Queries read from a map, then from each other, then a feed-forward, each followed by its norm."""
 
     def __init__(self, dim: int, heads: int, ffn_dim: int):
         super().__init__()
-        self.attentions = nn.ModuleList(QueryAttention(dim, heads) for _ in range(2))
+        self.attentions = nn.ModuleList(
+            nn.ModuleDict(dict(attn=nn.MultiheadAttention(dim, heads, batch_first=True))) for _ in range(2))
         self.ffns = nn.ModuleList([feed_forward(dim, ffn_dim)])
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
 
     def forward(self, q: Tensor, q_position: Tensor, memory: Tensor, position: Tensor, blocked: Tensor) -> Tensor:
         """q, q_position (B, Q, D), memory (B, h*w, D), position (h*w, D), blocked (B, Q, h*w) bool -> (B, Q, D)."""
-        q = self.norms[0](q + self.attentions[0](q + q_position, memory + position, memory, blocked))
-        q = self.norms[1](q + self.attentions[1](q + q_position, q + q_position, q))
+        to_map, to_others = (attention["attn"] for attention in self.attentions)
+        blocked = blocked.repeat_interleave(to_map.num_heads, dim=0)  # (B*M, Q, h*w)
+        read = to_map(q + q_position, memory + position, memory, attn_mask=blocked, need_weights=False)[0]
+        q = self.norms[0](q + read)
+        read = to_others(q + q_position, q + q_position, q, need_weights=False)[0]
+        q = self.norms[1](q + read)
         return self.norms[2](q + self.ffns[0](q))
 
 
 def blocked_places(masks: Tensor, size: tuple[int, int]) -> Tensor:
     """Where queries with these mask logits (B, Q, h, w) may not look on a map of `size`: (B, Q, h*w) bool, True outside
-    of the mask. A query whose mask is empty looks everywhere (Mask2Former, section 3.2.1)."""
+    of the mask (Mask2Former, section 3.2.1). A query whose mask is empty may look everywhere."""
     blocked = (resize(masks, size).sigmoid() < 0.5).flatten(2)
     return blocked & ~blocked.all(-1, keepdim=True)
 
@@ -418,8 +413,8 @@ class MaskDecoder(nn.Module):
         self.query_feat = nn.Embedding(n_queries, dim)
         self.level_embed = nn.Embedding(3, dim)
         self.cls_embed = nn.Linear(dim, n_classes + 1)
-        self.mask_embed = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(),
-                                        nn.Linear(dim, dim))
+        self.mask_embed = nn.Sequential(
+            nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
 
     def predict(self, q: Tensor, mask_feature: Tensor) -> tuple[Tensor, Tensor]:
         z = self.transformer_decoder["post_norm"](q)
@@ -429,8 +424,7 @@ class MaskDecoder(nn.Module):
         mask_feature, maps = self.pixel_decoder(features)
         sizes = [tuple(m.shape[-2:]) for m in maps]
         memories = [to_tokens(m) + level for m, level in zip(maps, self.level_embed.weight)]  # each (B, h*w, D)
-        positions = [sine_position(h, w, memories[0].shape[-1], mask_feature.device).to(memories[0].dtype)
-                     for h, w in sizes]
+        positions = [sine_position(*size, m.shape[-1], m.device).to(m.dtype) for size, m in zip(sizes, memories)]
         q = self.query_feat.weight.expand(len(mask_feature), -1, -1)  # (B, Q, D)
         q_position = self.query_embed.weight.expand_as(q)
         outputs = [self.predict(q, mask_feature)]
@@ -448,7 +442,7 @@ class MaskDecoder(nn.Module):
 
 def class_maps(logits: Tensor, masks: Tensor) -> Tensor:
     """Sum over the queries of class probability times mask probability: (B, Q, C+1), (B, Q, h, w) -> (B, C, h, w)
-    float32. Probabilities of "none" are left out (Mask2Former, as in MaskFormer, arXiv 2107.06278, section 3.4)."""
+    float32. Probabilities of "none" are left out (MaskFormer, Cheng et al. 2021, arXiv 2107.06278, section 3.4)."""
     with torch.autocast(logits.device.type, enabled=False):
         classes, masks = full_precision(logits).softmax(-1)[..., :-1], full_precision(masks).sigmoid()
         return torch.einsum("bqc,bqhw->bchw", classes, masks)
@@ -461,8 +455,8 @@ class Mask2Former(nn.Module):
         n_classes: without "none", which the network adds.
         embed_dim, depth, num_heads, patch_size, img_size, mlp_ratio: of the ViT. `img_size` sets the size of the
             position table alone.
-        conv_dim: width of the first convolutions of the adapter. interactions: groups of blocks, each with an injector
-            and an extractor. adapter_heads, adapter_ratio, adapter_ffn_ratio: of these.
+        conv_dim: width of the first convolutions of the adapter. adapter_heads, adapter_ratio, adapter_ffn_ratio: of
+            the deformable attention and feed-forward between it and the ViT.
         decoder_dim, decoder_ffn_dim: width of both decoders. decoder_heads: of the attention of queries; the shapes of
             weights do not tell it. deform_heads: of the pixel decoder.
         encoder_layers, decoder_layers: of the pixel decoder, of the query decoder.
@@ -475,24 +469,24 @@ class Mask2Former(nn.Module):
 
     def __init__(self, n_classes: int = 150, embed_dim: int = 1536, depth: int = 40, num_heads: int = 24,
                  patch_size: int = 14, img_size: int = 518, mlp_ratio: float = 4.0, conv_dim: int = 64,
-                 interactions: int = 4, adapter_heads: int = 24, adapter_ratio: float = 0.5,
-                 adapter_ffn_ratio: float = 0.25, decoder_dim: int = 1536, decoder_heads: int = 32,
-                 deform_heads: int = 32, decoder_ffn_dim: int = 6144, n_queries: int = 100, encoder_layers: int = 6,
-                 decoder_layers: int = 9, n_points: int = 4):
+                 adapter_heads: int = 24, adapter_ratio: float = 0.5, adapter_ffn_ratio: float = 0.25,
+                 decoder_dim: int = 1536, decoder_heads: int = 32, deform_heads: int = 32, decoder_ffn_dim: int = 6144,
+                 n_queries: int = 100, encoder_layers: int = 6, decoder_layers: int = 9, n_points: int = 4):
         super().__init__()
-        for name, size, parts in (("depth", depth, interactions), ("embed_dim", embed_dim, num_heads),
+        for name, size, parts in (("depth", depth, 4), ("embed_dim", embed_dim, num_heads),  # 4 groups of blocks
                                   ("embed_dim * adapter_ratio", int(embed_dim * adapter_ratio), adapter_heads),
-                                  ("decoder_dim", decoder_dim, decoder_heads), ("decoder_dim", decoder_dim, deform_heads),
-                                  ("decoder_dim", decoder_dim, 32)):  # 32 groups of GroupNorm
+                                  ("decoder_dim", decoder_dim, decoder_heads),
+                                  ("decoder_dim", decoder_dim, deform_heads),
+                                  ("decoder_dim", decoder_dim, 32)):  # the groups of GroupNorm
             if size % parts:
                 raise ValueError(f"{name} {size} is not a multiple of {parts}; make it {max(size // parts, 1) * parts}")
-        self.backbone = ViTAdapter(embed_dim, depth, num_heads, patch_size, img_size, mlp_ratio, conv_dim, interactions,
+        self.backbone = ViTAdapter(embed_dim, depth, num_heads, patch_size, img_size, mlp_ratio, conv_dim,
                                    adapter_heads, n_points, adapter_ratio, adapter_ffn_ratio)
         self.decode_head = MaskDecoder(embed_dim, n_classes, decoder_dim, decoder_heads, deform_heads, n_points,
                                        decoder_ffn_dim, n_queries, encoder_layers, decoder_layers)
 
     def encode(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Predictions before the first and after every decoder layer, as total_loss wants them: a list of pairs of class
+        """Predictions before the first and after every decoder layer, as total_loss takes them: a list of pairs, class
         logits (B, Q, C+1), "none" last, and mask logits (B, Q, H/4, W/4). Raises ValueError for sides that do not fit.
         """
         height, width = images.shape[-2:]
@@ -528,12 +522,13 @@ def uncertain_points(masks: Tensor, n_points: int, oversample: float = 3.0, impo
 
 
 @torch.no_grad()
-def match_costs(logits: Tensor, masks: Tensor, classes: Tensor, targets: Tensor, weights=(2.0, 5.0, 5.0)) -> list[Tensor]:
+def match_costs(logits: Tensor, masks: Tensor, classes: Tensor, targets: Tensor,
+                weights=(2.0, 5.0, 5.0)) -> list[Tensor]:
     """Costs of giving query q the target t: [class, mask, dice], each (Q, T), times its weight.
 
     Args: logits (Q, C+1); masks (Q, K), logits at points; classes (T,) int64; targets (T, K) in 0..1 at these points.
     """
-    mask = F.softplus(masks).mean(-1, keepdim=True) - masks @ targets.T / masks.shape[-1]  # cross-entropy, multiplied out
+    mask = F.softplus(masks).mean(-1, keepdim=True) - masks @ targets.T / masks.shape[-1]  # binary cross-entropy
     p = masks.sigmoid()
     dice = 1 - (2 * p @ targets.T + 1) / (p.sum(-1, keepdim=True) + targets.sum(-1) + 1)
     return [w * cost for w, cost in zip(weights, (-logits.softmax(-1)[:, classes], mask, dice))]
@@ -549,7 +544,7 @@ def match(cost: Tensor) -> tuple[Tensor, Tensor]:
 
 def class_loss(logits: Tensor, classes: Tensor, none_weight: float = 0.1) -> Tensor:
     """Cross-entropy of logits (B, Q, C+1) and classes (B, Q), C for "none", which counts `none_weight`; averaged."""
-    weights = torch.ones(logits.shape[-1], device=logits.device)
+    weights = logits.new_ones(logits.shape[-1])
     weights[-1] = none_weight
     return F.cross_entropy(logits.flatten(0, 1), classes.flatten(), weights)
 
@@ -566,19 +561,20 @@ def dice_loss(masks: Tensor, targets: Tensor, n_masks: float) -> Tensor:
 
 
 def layer_loss(logits: Tensor, masks: Tensor, targets: list[tuple[Tensor, Tensor]], n_points: int,
-               weights=(2.0, 5.0, 5.0)) -> Tensor:
-    """The loss of one pair of outputs (B, Q, C+1), (B, Q, h, w); targets: per image classes (T,), masks (T, H, W)."""
+               weights) -> Tensor:
+    """The loss of one pair of outputs (B, Q, C+1), (B, Q, h, w). targets: per image the classes (T,) int64 and masks
+    (T, H, W) of its own. Masks are averaged over their mean number per process, where there are several."""
     wanted = torch.full(logits.shape[:2], logits.shape[-1] - 1, device=logits.device)  # "none", but for the matched
     chosen, truths = [], []
     for i, (classes, truth) in enumerate(targets):
         points = torch.rand(1, n_points, 2, device=masks.device)
         costs = match_costs(logits[i], point_sample(masks[i : i + 1], points)[0], classes,
-                            point_sample(truth[None].to(masks.dtype), points)[0], weights)
+                            point_sample(truth[None], points)[0], weights)
         queries, order = match(sum(costs))
         wanted[i, queries] = classes[order]
         chosen.append(masks[i, queries])
         truths.append(truth[order])
-    chosen, truths = torch.cat(chosen), torch.cat(truths).to(masks.dtype)  # (N, h, w), (N, H, W)
+    chosen, truths = torch.cat(chosen), torch.cat(truths)  # (N, h, w), (N, H, W)
     points = uncertain_points(chosen, n_points)
     a, b = point_sample(chosen[:, None], points)[:, 0], point_sample(truths[:, None], points)[:, 0]  # (N, K)
     n_masks = torch.tensor(float(len(chosen)), device=masks.device)
@@ -589,19 +585,24 @@ def layer_loss(logits: Tensor, masks: Tensor, targets: list[tuple[Tensor, Tensor
     return sum(w * loss for w, loss in zip(weights, losses))
 
 
-def total_loss(outputs: list[tuple[Tensor, Tensor]], labels: Tensor, n_points: int = 12544, ignore: int = 255) -> Tensor:
+def total_loss(outputs: list[tuple[Tensor, Tensor]], labels: Tensor, n_points: int = 12544, ignore: int = 255,
+               weights=(2.0, 5.0, 5.0)) -> Tensor:
     """The training loss () of what Mask2Former.encode gives, summed over all its pairs (Mask2Former, section 4.1).
 
-    labels (B, H, W) int64, 0 to C-1, of any size; each class present is one mask to find, `ignore` is none. Points are
-    drawn by torch's generator. Raises ValueError for labels beyond the classes.
+    labels (B, H, W), integers 0 to C-1, of any size; each class present is one mask to find, `ignore` is none. Points
+    are drawn by torch's generator. `weights` are those of class, mask and dice. Raises ValueError for labels of another
+    shape or beyond the classes.
     """
-    n_classes, targets = outputs[0][0].shape[-1] - 1, []
+    outputs = [(full_precision(logits), full_precision(masks)) for logits, masks in outputs]
+    batch, n_classes, targets = len(outputs[0][0]), outputs[0][0].shape[-1] - 1, []
+    if labels.ndim != 3 or len(labels) != batch:
+        raise ValueError(f"labels of shape {tuple(labels.shape)}; give one map per image, ({batch}, H, W)")
     for image in labels:
-        classes = image.unique()
-        classes = classes[classes != ignore].long()
+        classes = image.unique().long()
+        classes = classes[classes != ignore]
         if len(classes) and not 0 <= classes[0] <= classes[-1] < n_classes:
             raise ValueError(f"labels {classes[0]} to {classes[-1]}, but the network has classes 0 to {n_classes - 1}; "
-                             f"subtract 1 where 0 means none, and give pixels without a class the value {ignore}")
-        targets.append((classes, image == classes[:, None, None]))
+                             f"give pixels of no class the value {ignore}, and subtract 1 if classes start at 1")
+        targets.append((classes, (image == classes[:, None, None]).to(outputs[0][1].dtype)))
     with torch.autocast(labels.device.type, enabled=False):
-        return sum(layer_loss(logits.float(), masks.float(), targets, n_points) for logits, masks in outputs)
+        return sum(layer_loss(logits, masks, targets, n_points, weights) for logits, masks in outputs)
