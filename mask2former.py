@@ -109,11 +109,10 @@ class DeformableAttention(nn.Module):
         self.attention_weights = nn.Linear(dim, heads * levels * points)
         self.value_proj = nn.Linear(dim, int(dim * ratio))
         self.output_proj = nn.Linear(int(dim * ratio), dim)
-        for layer in (self.value_proj, self.output_proj):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        for weights in (self.sampling_offsets.weight, self.attention_weights.weight, self.attention_weights.bias):
-            nn.init.zeros_(weights)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+        nn.init.xavier_uniform_(self.value_proj.weight)
+        nn.init.xavier_uniform_(self.output_proj.weight)
         angles = torch.arange(heads) * 2 * math.pi / heads
         directions = torch.stack([angles.cos(), angles.sin()], dim=-1)  # (M, 2)
         directions = directions / directions.abs().amax(-1, keepdim=True)
@@ -563,7 +562,7 @@ def dice_loss(masks: Tensor, targets: Tensor, n_masks: float) -> Tensor:
 def layer_loss(logits: Tensor, masks: Tensor, targets: list[tuple[Tensor, Tensor]], n_points: int,
                weights) -> Tensor:
     """The loss of one pair of outputs (B, Q, C+1), (B, Q, h, w). targets: per image the classes (T,) int64 and masks
-    (T, H, W) of its own. Masks are averaged over their mean number per process, where there are several."""
+    (T, H, W). The sum over masks is divided by their number, the mean over the processes where there are several."""
     wanted = torch.full(logits.shape[:2], logits.shape[-1] - 1, device=logits.device)  # "none", but for the matched
     chosen, truths = [], []
     for i, (classes, truth) in enumerate(targets):

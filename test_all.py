@@ -4750,3 +4750,16 @@ def test_m2f_loss_of_labels_without_classes_and_out_of_range():
         mask2former.total_loss(outputs, labels)
     with pytest.raises(ValueError, match=r"one map per image, \(2, H, W\)"):
         mask2former.total_loss(outputs, labels[:1])
+
+
+def test_m2f_loss_counts_the_masks_of_all_processes(monkeypatch):
+    """With 2 masks here and 4 in the other process, sums are divided by 3."""
+    masks, labels = torch.randn(1, 4, 8, 8), torch.arange(2).repeat_interleave(32).view(1, 8, 8)
+    mask_losses = partial(mask2former.total_loss, [(torch.zeros(1, 4, 3), masks)], labels, 64, weights=(0.0, 1.0, 1.0))
+    torch.manual_seed(0)
+    alone = mask_losses()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", lambda x: x.add_(4))
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    torch.manual_seed(0)
+    assert_close(mask_losses(), alone * 2 / 3, 1e-5)
