@@ -524,6 +524,7 @@ def legend(labels: np.ndarray, names: list[str], colours: list[tuple[int, int, i
 def load_dense(args: argparse.Namespace, task: str, depth_range=None) -> tuple[heads.Dense, hub.About, dict]:
     """The network that --model and --head name, what it is for, and what images it expects. Raises ValueError if its
     task is another, of "depth" and "seg"."""
+    device = pick_device(args.device)
     if not args.head:
         raise ValueError(f"{args.model} is a backbone; name its head by --head, a file or, of a released backbone, "
                          f"{'nyu_dpt or kitti_dpt' if task == 'depth' else 'ade20k_ms or voc2012_ms'}")
@@ -531,8 +532,8 @@ def load_dense(args: argparse.Namespace, task: str, depth_range=None) -> tuple[h
     if about.task != task:
         raise ValueError(f"{args.head} is a head of {'segmentation' if task == 'depth' else 'depth'}; draw with it by "
                          f"the command {'segment' if task == 'depth' else 'depth'}")
-    ckpt = {} if args.model in hub.RELEASED else hub.read(args.model)[1]
-    return network.to(pick_device(args.device)), about, hub.image_rules(network.backbone, ckpt)
+    ckpt = {} if args.model in hub.RELEASED else hub.read(args.model)[1]  # a run may have had other images
+    return network.to(device), about, hub.image_rules(network.backbone, ckpt)
 
 
 class Album:
@@ -540,7 +541,7 @@ class Album:
     files of its own, and the sheet shows 24 at most. `kind` ends the names of the predictions themselves."""
 
     def __init__(self, args: argparse.Namespace, kind: str, most_in_a_row: int):
-        self.into, self.images, self.kind, self.cells = wants_folder(args.out), args.images, kind, []
+        self.into, self.images, self.cells = wants_folder(args.out), args.images, []
         self.out, paths = check_out(args.out, args.images, self.into), image_paths(args.images)
         self.names = dict(zip(paths, file_names(paths, kind)))
         self.shown = {paths[i] for i in spread(len(paths), 24 if self.into else MOST)}
@@ -618,8 +619,9 @@ def segment(args: argparse.Namespace) -> None:
             save(drawn, album.file(path))
             save_labels(album.file(path, "_labels"), labels, about.colours)
         if path in album.shown:
-            album.cells += [Cell(zoom(photo, side), Path(path).name), Cell(zoom(drawn, side)),
-                            Cell(legend(labels, about.classes, about.colours, side // LINE - 1))]
+            photo, drawn = zoom(photo, side), zoom(drawn, side)
+            key = legend(labels, about.classes, about.colours, max(photo.height // LINE - 1, 6))
+            album.cells += [Cell(photo, Path(path).name), Cell(drawn), Cell(key)]
     album.finish(3)
 
 
@@ -899,8 +901,8 @@ def pixel(text: str) -> tuple[int, int]:
 
 def add_dense_flags(add, command: str) -> None:
     add("--head", default="", help="a file, or the name of a released head such as nyu_dpt or ade20k_ms")
-    add("--flip", action=argparse.BooleanOptionalAction, help="average with what the mirrored image gives; default: for "
-        "segment as the recipe of the head says, for depth no")
+    add("--flip", action=argparse.BooleanOptionalAction, help="average with what the mirrored image gives; default: "
+        "for segment as the recipe of the head says, for depth no")
     add("--size", type=int, default=0, help="short side in pixels that images are brought to; default: 0, for segment "
         "as the recipe of the head says, for depth as they are")
     if command == "depth":
