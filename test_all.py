@@ -4529,6 +4529,7 @@ def test_visual_depth_colours_are_magma_from_its_light_end():
     end = 300 - math.ceil(visualize.font().getlength("10.00 m")) - 8
     assert np.abs(row[end - 1] - (0, 0, 4)).max() < 4 and (row[end : end + 6] == 255).all()
     assert visualize.depth_bar(1, 2, 10).width > 90  # never too short for the text
+    assert (np.asarray(visualize.depth_bar(0, 2, 300)) != 128).any(-1).all()  # 0 is an end here, not unknown
 
 
 def test_visual_depth_files_are_millimetres(tmp_path):

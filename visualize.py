@@ -256,7 +256,7 @@ def heat(values: np.ndarray, low: float, high: float, table: np.ndarray = HEAT) 
 
 def heat_bar(low: float, high: float, what: str, colours_of=heat, length: int = 240) -> Image.Image:
     """The colours of heat(), or of a function like it, with their values; the bar itself is `length` pixels long."""
-    bar = Image.fromarray(colours_of(np.linspace(low, high, 240)[None], low, high)).resize((length, 14))
+    bar = Image.fromarray(colours_of(np.linspace(low, high, length)[None].repeat(14, 0), low, high))
     texts = [f"{low:.2f}", f"{high:.2f} {what}"]
     starts = [0, math.ceil(font().getlength(texts[0])) + 8]
     picture = Image.new("RGB", (starts[1] + length + 8 + math.ceil(font().getlength(texts[1])), 20), "white")
@@ -473,8 +473,8 @@ def depth_colours(depth: np.ndarray, near: float, far: float) -> np.ndarray:
 
 def depth_bar(near: float, far: float, width: int) -> Image.Image:
     """The colours of depth_colours() with their metres, `width` pixels wide if that is enough for the text."""
-    text = heat_bar(near, far, "m", depth_colours, 1).width - 1
-    return heat_bar(near, far, "m", depth_colours, max(width - text, 24))
+    bar = functools.partial(heat_bar, near, far, "m", functools.partial(heat, table=NEAR_TO_FAR))
+    return bar(max(width - bar(0).width, 24))
 
 
 def save_depth(path: Path, depth: np.ndarray) -> None:
