@@ -269,9 +269,11 @@ def write_images(folder: Path, names, size=(40, 32)) -> None:
 
 
 IMPORTS = {"model": set(), "losses": set(), "data": set(), "heads": set(), "mask2former": set(), "hubconf": set(),
-           "hub": {"model", "heads", "data"}, "eval_knn": {"hub", "model", "data"},
+           "hub": {"model", "heads", "mask2former", "data"}, "eval_knn": {"hub", "model", "data"},
            "eval_linear": {"eval_knn", "hub", "model", "data"}, "eval_logreg": {"eval_knn"},
-           "train": {"model", "losses", "data", "eval_knn", "hub"}, "visualize": {"hub", "data", "eval_knn"},
+           "eval_dense": {"eval_knn", "heads", "hub", "data", "visualize"},
+           "train": {"model", "losses", "data", "eval_knn", "hub"},
+           "visualize": {"hub", "data", "eval_knn", "heads"},
            "bench": {"data", "hub", "train", "eval_knn", "eval_linear", "eval_logreg"}}
 OPTIONAL = {"hub": {"safetensors", "onnxruntime", "onnxscript"}, "mask2former": {"scipy"}}
 
@@ -4511,6 +4513,283 @@ def test_visual_wrong_input_is_one_line_and_exit_code_2(desk, monkeypatch, capsy
     printed = capsys.readouterr()
     assert left.value.code == 2 and printed.out == "" and list(desk.iterdir()) == []
     assert re.fullmatch(r"error: gone cannot be read.*\n", printed.err)
+
+
+def test_visual_depth_colours_are_magma_from_its_light_end():
+    """Some rows of matplotlib's table of that name, the first, the last and five between, within two grey levels; depth
+    beyond the ends has their colours, unknown depth is grey, and the bar shows all with the metres."""
+    magma = {0: (0, 0, 3), 36: (35, 17, 81), 64: (80, 18, 123), 127: (181, 54, 121), 128: (182, 54, 121),
+             191: (251, 134, 96), 255: (251, 252, 191)}
+    depth = np.array([[8 - 6 * i / 255 for i in magma]])
+    drawn = visualize.depth_colours(depth, 2, 8).astype(int)
+    assert drawn.shape == (1, 7, 3) and np.abs(drawn[0] - [*magma.values()]).max() <= 2
+    ends = visualize.depth_colours(np.array([[0, 1e-3, 2, 8, 99]]), 2, 8)[0].tolist()
+    assert ends[0] == [128] * 3 and ends[1] == ends[2] == [252, 253, 191] and ends[3] == ends[4] == [0, 0, 4]
+    bright = visualize.depth_colours(np.linspace(1, 9, 500)[None], 1, 9).astype(float)[0] @ [0.3, 0.59, 0.11]
+    assert (np.diff(bright[::10]) < 0).all() and bright[0] > 235 and bright[-1] < 2  # one after the other darker
+    bar = visualize.depth_bar(0.71, 10, 300)
+    row = np.asarray(bar)[10].astype(int)
+    start = math.ceil(visualize.font().getlength("0.71")) + 8
+    assert bar.width == 300 and np.abs(row[start] - (252, 253, 191)).max() < 4
+    end = 300 - math.ceil(visualize.font().getlength("10.00 m")) - 8
+    assert np.abs(row[end - 1] - (0, 0, 4)).max() < 4 and (row[end : end + 6] == 255).all()
+    assert visualize.depth_bar(1, 2, 10).width > 90  # never too short for the text
+    assert (np.asarray(visualize.depth_bar(0, 2, 300)) != 128).any(-1).all()  # 0 is an end here, not unknown
+
+
+def test_visual_depth_files_are_millimetres(tmp_path):
+    depth = np.array([[0, 0.0014, 0.0016], [1.2344, 65.535, 80]], np.float32)
+    visualize.save_depth(tmp_path / "new/d.png", depth)
+    with Image.open(tmp_path / "new/d.png") as image:
+        assert image.mode.startswith("I;16") and np.asarray(image).tolist() == [[0, 1, 2], [1234, 65535, 65535]]
+    again = np.random.default_rng(0).uniform(0.001, 60, (50, 70)).astype(np.float32)
+    visualize.save_depth(tmp_path / "d.png", again)
+    assert np.abs(pixels_of(tmp_path / "d.png") / 1000 - again).max() <= 0.00051
+
+
+class Redness(torch.nn.Module):
+    """A depth network by which each pixel is as many metres away as it is red, 0 to 1, and those at the left nearer."""
+
+    def __init__(self, rules: dict):
+        super().__init__()
+        self.rules, self.seen, self.unit = rules, [], torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen.append(tuple(images.shape[-2:]))
+        across = torch.linspace(0, 1, images.shape[-1])
+        return self.unit * (images[:, :1] * self.rules["std"][0] + self.rules["mean"][0]) + across
+
+
+def test_visual_depth_is_where_the_pixels_are():
+    """Of any size and at any --size, 8 bits or 16, grey or not; the mirrored image changes sides and comes back."""
+    rules = dict(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.1))
+    network, image = Redness(rules), torch.zeros(3, 37, 61, dtype=torch.uint8)
+    image[:, 5:10, 40:52] = 255
+    across = torch.linspace(0, 1, 61).expand(37, 61)
+    red = image[0] / 255
+    assert_close(visualize.depth_of(network, image, rules), red + across, 1e-5)
+    deep = (image.int() * 257).to(torch.uint16)
+    assert_close(visualize.depth_of(network, deep, rules), red + across, 1e-5)
+    assert_close(visualize.depth_of(network, image, rules, flip=True), red + 0.5, 1e-5)
+    grey = {k: v[:1] for k, v in rules.items()}
+    assert_close(visualize.depth_of(Redness(grey), image[:1], grey), red + across, 1e-5)
+    network.seen.clear()
+    for size in (20, 90):
+        smooth = visualize.depth_of(network, image, rules, size)
+        assert smooth.shape == (37, 61) and np.abs(smooth - (red + across).numpy()).mean() < 0.05
+        assert np.abs(smooth[6:9, 43:49] - 1 - across[6:9, 43:49].numpy()).max() < 0.2
+    assert network.seen == [(20, 33), (90, 148)]
+
+
+@pytest.fixture(scope="session")
+def dense_files(tmp_path_factory) -> Path:
+    """A folder of heads for the backbone of `trained`, two of them not finite."""
+    folder = tmp_path_factory.mktemp("dense")
+    for name, head in (("x_nyu_linear4_head", heads.LinearDepthHead(64)), ("unknown", heads.LinearDepthHead(64, 1)),
+                       ("x_kitti_dpt_head", heads.DPTHead(64, channels=16)),
+                       ("x_voc2012_linear_head", heads.SegmentationHead(64, 21)),
+                       ("x_ade20k_ms_head", heads.SegmentationHead(64, 150, 4)),
+                       ("nan_nyu_linear_head", heads.LinearDepthHead(64, 1)),
+                       ("nan_voc2012_linear_head", heads.SegmentationHead(64, 21))):
+        fill_by_names(head)
+        if name.startswith("nan"):
+            next(head.parameters()).data.fill_(math.nan)
+        as_released(head, folder / f"{name}.pth")
+    return folder
+
+
+def test_visual_depth_command(trained, dense_files, desk, capsys):
+    """A sheet, with a bar below each; or a folder, with a picture and 16 bits of each; bad images are left out."""
+    write_images(desk, ["in/a.png", "in/sub/b.png"], (24, 40))
+    (desk / "in/bad.png").write_bytes(b"no image")
+    flags = ["--model", trained / "ckpt.pth", "--device", "cpu", "--head", dense_files / "x_nyu_linear4_head.pth"]
+    network, _ = hub.load_dense(trained / "ckpt.pth", dense_files / "x_nyu_linear4_head.pth")
+    rules = visualize.load(trained / "ckpt.pth", CPU)[1]
+    images = [data.read_image(f"in/{name}.png") for name in ("a", "sub/b")]
+    metres = [visualize.depth_of(network, image, rules) for image in images]
+    with torch.inference_mode():
+        own = network(visualize.normalize(images[0][None] / 255, rules["mean"], rules["std"]))[0, 0]
+    assert_close(metres[0], own, 1e-5)
+    drawn = [visualize.depth_colours(m, m.min(), m.max()) for m in metres]
+
+    draw("depth", "in", *flags, "--out", "sheet.png")
+    printed = capsys.readouterr()
+    assert printed.out == "sheet.png\n" and "left out: " in printed.err and "bad.png" in printed.err
+    assert size_of("sheet.png") == (12 + 2 * (480 + 12), 12 + 2 * (12 + 23 + 288 + 26))  # 40x24, 12 times
+    for row, expected in enumerate(drawn):
+        cell = pixels_of("sheet.png")[12 + 23 + 349 * row :, 12 + 492 :][:288, :480]
+        assert np.array_equal(cell, expected.repeat(12, 0).repeat(12, 1))
+
+    draw("depth", "in/a.png", "in/sub/b.png", *flags, "--out", "new")
+    assert {p.name for p in Path("new").iterdir()} == {"a.png", "a_depth.png", "b.png", "b_depth.png", "sheet.png"}
+    assert np.array_equal(pixels_of("new/sheet.png"), pixels_of("sheet.png"))
+    for name, m, expected in zip("ab", metres, drawn):
+        assert np.array_equal(pixels_of(f"new/{name}.png"), expected)
+        assert np.abs(pixels_of(f"new/{name}_depth.png") / 1000 - m).max() < 0.00051
+    near, far = metres[0].min() - 0.5, metres[0].max() + 1
+    draw("depth", "in/a.png", *flags, "--out", "fixed", "--near", near, "--far", far, "--flip", "--size", 16)
+    other = visualize.depth_of(network, images[0], rules, 16, True)
+    assert np.abs(other - metres[0]).max() > 0.01 * np.ptp(metres[0])
+    assert np.array_equal(pixels_of("fixed/a.png"), visualize.depth_colours(other, near, far))
+
+    draw("depth", "in/a.png", *flags[:-1], dense_files / "unknown.pth", "--depth-range", 2, 3, "--out", "range")
+    assert 2000 <= pixels_of("range/a_depth.png").min() <= pixels_of("range/a_depth.png").max() <= 3000
+    draw("depth", "in/a.png", *flags[:-1], dense_files / "x_kitti_dpt_head.pth", "--far", 0.0001, "--out", "dpt")
+    assert (pixels_of("dpt/a_depth.png") >= 1).all()
+    assert visualize.file_names(["x/a.png", "x/a_depth.png"], "_depth") == ["000000_a", "000001_a_depth"]
+    assert visualize.file_names(["x/a.png", "x/a_depth.png"], "_labels") == ["a", "a_depth"]
+
+
+def test_visual_segment_labels_and_legend(tmp_path):
+    """The palette's index is the class; what is no class is white; the legend's rows come by their number of pixels."""
+    colours = heads.colours(21)
+    labels = np.full((20, 50), 15)
+    labels[:, :10], labels[:3, 10:20], labels[19, 49], labels[10:20, 20:30] = 0, 20, 7, 255
+    drawn = visualize.label_colours(labels, colours)
+    assert drawn.dtype == np.uint8 and drawn.shape == (20, 50, 3)
+    assert {k: drawn[labels == k][0].tolist() for k in (0, 7, 15, 20, 255)} == {
+        0: [0, 0, 0], 7: [128, 128, 128], 15: [192, 128, 128], 20: [0, 64, 128], 255: [255] * 3}
+    visualize.save_labels(tmp_path / "l.png", labels, colours)
+    with Image.open(tmp_path / "l.png") as image:
+        assert image.mode == "P" and np.array_equal(np.asarray(image), labels)
+        assert np.array_equal(np.asarray(image.convert("RGB")), drawn)
+    with pytest.raises(ValueError, match="holds 256 classes, not 300"):
+        visualize.save_labels(tmp_path / "m.png", labels, [(0, 0, 0)] * 300)
+
+    texts, real = [], visualize.ImageDraw.ImageDraw.text
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(visualize.ImageDraw.ImageDraw, "text", lambda self, place, text, *args, **kwargs: (
+            texts.append((place, text)), real(self, place, text, *args, **kwargs)))
+        shown = visualize.legend(labels, heads.CLASSES["voc2012"], colours)
+        visualize.legend(labels, heads.CLASSES["voc2012"], colours, 2)
+    assert [text for _, text in texts] == ["74.3 %", "person", "22.2 %", "background", "3.3 %", "tvmonitor", "0.1 %",
+                                           "car", "74.3 %", "person", "22.2 %", "background", "3.4 %", "and 2 more"]
+    assert shown.size == (visualize.LEGEND, 4 * 23) and [shown.getpixel((9, 23 * row + 9)) for row in range(4)] == [
+        colours[k] for k in (15, 0, 20, 7)]
+    assert {x for (x, y), _ in texts} == {76, 86} and [y for (x, y), _ in texts[:8:2]] == [16, 39, 62, 85]
+    nothing = visualize.legend(np.full((3, 3), 255), ["a"], [(1, 2, 3)])
+    assert nothing.getextrema() == ((255, 255),) * 3
+
+
+def test_visual_segment_command(trained, dense_files, desk, monkeypatch):
+    """The image, classes over it, and their names; or a folder, with label maps; the recipe of the head is followed,
+    but for what the flags say."""
+    write_images(desk, ["a.png", "b.png"], (24, 40))
+    files, seen, real = dense_files / "x_voc2012_linear_head.pth", [], heads.segment
+    monkeypatch.setattr(heads, "segment", lambda *args: seen.append(args) or real(*args))
+    flags = ["--model", trained / "ckpt.pth", "--device", "cpu", "--head", files, "--size", 32]
+    draw("segment", "a.png", "b.png", *flags, "--out", "new")
+    assert {p.name for p in Path("new").iterdir()} == {"a.png", "a_labels.png", "b.png", "b_labels.png", "sheet.png"}
+    network, about = hub.load_dense(trained / "ckpt.pth", files)
+    rules = visualize.load(trained / "ckpt.pth", CPU)[1]
+    for name in "ab":
+        image = data.read_image(f"{name}.png")
+        labels = real(network, image, about.recipe._replace(short=32), rules["mean"], rules["std"]).argmax(0).numpy()
+        assert np.array_equal(pixels_of(f"new/{name}_labels.png"), labels) and len(np.unique(labels)) > 1
+        colours = visualize.label_colours(labels, about.colours)
+        mixed = 0.6 * colours + 0.4 * image.permute(1, 2, 0).numpy()
+        assert np.abs(pixels_of(f"new/{name}.png") - mixed).max() <= 1
+    assert size_of("new/sheet.png") == (12 + 2 * 492 + visualize.LEGEND + 12, 12 + 2 * (12 + 23 + 288))
+    cell = pixels_of("new/sheet.png")[12 + 23 + 323 :, 12 + 492 :][:288, :480]  # of b
+    assert np.array_equal(cell, pixels_of("new/b.png").repeat(12, 0).repeat(12, 1))
+
+    seen.clear()
+    draw("segment", "a.png", *flags, "--opacity", 1, "--out", "full.png")
+    cell = pixels_of("full.png")[12 + 23 :, 12 + 492 :][:288, :480]
+    assert np.array_equal(cell[::12, ::12], visualize.label_colours(pixels_of("new/a_labels.png"), about.colours))
+    draw("segment", "a.png", *flags, "--flip", "--out", "x.png")
+    ms = [*flags[:-3], dense_files / "x_ade20k_ms_head.pth"]
+    monkeypatch.setattr(heads, "segment", lambda *args: seen.append(args) or torch.ones(150, 24, 40))
+    for more in ([], ["--scales", 3, "--no-flip"], ["--size", 300]):
+        draw("segment", "a.png", *ms, *more, "--out", "x.png")
+    linear, multi = heads.RECIPES["voc2012", "linear"]._replace(short=32), heads.MULTI_SCALE
+    assert [args[2] for args in seen] == [linear, linear._replace(flip=True), multi, multi._replace(
+        ratios=(1.0, 1.32, 1.73), flip=False), multi._replace(short=300)]
+
+
+@pytest.mark.parametrize("argv, text", [
+    (["depth", "a.png", "--model", "{ckpt}"], "ckpt.pth is a backbone; name its head by --head.*nyu_dpt or kitti_dpt"),
+    (["segment", "a.png", "--model", "{ckpt}"], "is a backbone; name its head by --head.*ade20k_ms or voc2012_ms"),
+    (["depth", "a.png", *MODEL, "--head", "{dense}/x_voc2012_linear_head.pth"], "of segmentation.*command segment"),
+    (["segment", "a.png", *MODEL, "--head", "{dense}/x_kitti_dpt_head.pth"], "is a head of depth.*the command depth"),
+    (["depth", "a.png", *MODEL, "--head", "{dense}/unknown.pth"], "does not say for which depths it is; give"),
+    (["depth", "a.png", *MODEL, "--head", "nyu_dpt"], "no such dense head: nyu_dpt"),
+    (["depth", "a.png", *MODEL, "--head", "{dense}/nan_nyu_linear_head.pth"], "are not finite: the checkpoint"),
+    (["segment", "a.png", *MODEL, "--head", "{dense}/nan_voc2012_linear_head.pth", "--size", "16"], "are not finite"),
+    (["depth", "a.png", *MODEL, "--head", "x", "--near", "3", "--far", "2"], "--near and --far are metres"),
+    (["depth", "a.png", *MODEL, "--head", "x", "--far", "nan"], "--near and --far are metres"),
+    (["depth", "a.png", *MODEL, "--head", "x", "--size", "-1"], "--size is a side in pixels"),
+    (["segment", "a.png", *MODEL, "--head", "x", "--opacity", "1.5"], "--opacity lies between 0 and 1"),
+    (["segment", "a.png", *MODEL, "--head", "{dense}/x_ade20k_ms_head.pth", "--scales", "6"], "6 is none of 1 to 5"),
+    (["segment", "a.png", *MODEL, "--head", "{dense}/x_ade20k_ms_head.pth", "--scales", "0"], "0 is none of 1 to 5"),
+    (["segment", "a.png", *MODEL, "--head", "x", "--depth-range", "1", "2"], "unknown argument '--depth-range'"),
+    (["depth", "bad.png", *MODEL, "--head", "{dense}/x_kitti_dpt_head.pth", "--out", "new"], "bad.png cannot be read"),
+    (["depth", "a.png", *MODEL, "--head", "x", "--out", "a.png"], "--out a.png would overwrite the images"),
+    (["segment", "a.png", *MODEL, "--head", "x", "--out", "."], "--out . would overwrite the images"),
+])
+def test_visual_depth_and_segment_mistakes_write_nothing(argv, text, trained, dense_files, desk):
+    write_images(desk, ["a.png"])
+    (desk / "bad.png").write_bytes(b"no image")
+    before = {p: p.is_file() and p.read_bytes() for p in desk.rglob("*")}
+    with pytest.raises(ValueError, match=text) as error:
+        draw(*(a.format(ckpt=trained / "ckpt.pth", dense=dense_files) for a in argv))
+    assert "\n" not in str(error.value) and {p: p.is_file() and p.read_bytes() for p in desk.rglob("*")} == before
+
+
+# What the two notebooks of the release show. The weights do not come along: see hub.py on where to put them.
+
+
+def notebook(name: str) -> torch.Tensor:
+    """A picture of the notebooks: (H, W, 3) uint8 the photograph, (H, W) what was predicted for it."""
+    with Image.open(io.BytesIO(golden_dense.numpy(f"notebook/{name}").tobytes())) as image:
+        return torch.from_numpy(np.array(image))
+
+
+def official(*files: str) -> None:
+    """Skips the test unless these files of the release are in torch.hub's folder."""
+    folder = Path(torch.hub.get_dir(), "checkpoints")
+    if missing := [file for file in files if not (folder / file).exists()]:
+        pytest.skip(f"needs official weights, {' and '.join(missing)}, in {folder}")
+
+
+RULES = hub.image_rules(types.SimpleNamespace(patch_embed=types.SimpleNamespace(in_chans=3)), {})
+
+
+def test_notebook_depth():
+    """Depth of the photograph by the ViT-S with its DPT head for NYU: in the colours of the notebook, at most two of
+    their 256 apart, all but one pixel in a hundred."""
+    official("dinov2_vits14_pretrain.pth", "dinov2_vits14_nyu_dpt_head.pth")
+    network, _ = hub.load_dense("dinov2_vits14", "nyu_dpt")
+    metres = torch.from_numpy(visualize.depth_of(network, notebook("example_640x480").permute(2, 0, 1), RULES))
+    grey = 255 * (metres - metres.min()) / (metres.max() - metres.min())
+    near = (grey - notebook("depth_nyu_dpt_vits14_u8")).abs() <= 2
+    assert near.float().mean() >= 0.99, f"{near.float().mean():.1%} of the pixels"
+
+
+@torch.inference_mode()
+def test_notebook_depth_before_it_is_resized():
+    """The first numbers that the head gives, as transformers' test of the same weights has them, which adds no
+    millimetre."""
+    official("dinov2_vits14_pretrain.pth", "dinov2_vits14_nyu_dpt_head.pth")
+    network, _ = hub.load_dense("dinov2_vits14", "nyu_dpt")
+    x = visualize.normalize(notebook("example_640x480").permute(2, 0, 1)[None] / 255, RULES["mean"], RULES["std"])
+    out = network.decode_head(network.features(x))
+    assert out.shape == (1, 1, 576, 736)
+    expected = [[3.3576, 3.4741, 3.4345], [3.4324, 3.5012, 3.2775], [3.2560, 3.3563, 3.2354]]
+    assert_close(out[0, 0, :3, :3] - 0.001, expected, 1e-3)
+
+
+@pytest.mark.parametrize("spec, head, recipe, expected, files", [
+    ("dinov2_vits14", "voc2012_ms", heads.MULTI_SCALE._replace(ratios=(1.0, 1.32, 1.73)), "voc2012_ms3scales_vits14",
+     ["dinov2_vits14_pretrain.pth", "dinov2_vits14_voc2012_ms_head.pth"]),
+    ("dinov2_vitg14_m2f", None, heads.RECIPES["ade20k", "m2f"], "ade20k_m2f_vitg14", ["dinov2_vitg14_ade20k_m2f.pth"])])
+def test_notebook_segmentation(spec, head, recipe, expected, files):
+    """Classes of the photograph: the same in all but one pixel in a hundred."""
+    official(*files)
+    network, _ = hub.load_dense(spec, head)
+    chances = heads.segment(network, notebook("example_640x480").permute(2, 0, 1), recipe, RULES["mean"], RULES["std"])
+    same = chances.argmax(0) == notebook(f"{expected}_pred")
+    assert same.float().mean() >= 0.99, f"{same.float().mean():.1%} of the pixels"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@
     python visualize.py pca frames/ --model dinov2_vits14 --size 448 --out frames_pca     # a folder: a PNG per image
     python visualize.py attention a.jpg --model out/ckpt.pth       # of CLS and registers to the patches, head by head
     python visualize.py similarity a.jpg b.jpg --at 310,200 --model out/ckpt.pth   # of all patches to that of a pixel
+    python visualize.py depth a.jpg photos/ --model dinov2_vits14 --head nyu_dpt   # metres as colours, with a bar
+    python visualize.py segment a.jpg --model dinov2_vits14 --head voc2012_ms      # classes as colours, with a legend
     python visualize.py neighbours --data digits --model out/ckpt.pth              # the nearest images to some others
     python visualize.py neighbours a.jpg --data /my/photos --model dinov2_vits14   # to this one
     python visualize.py curves out_a out_b                         # losses and k-NN accuracy of one run or several
@@ -15,8 +17,14 @@ weights were trained at; 0: as it is), then to multiples of the patch as --fit s
 
 pca is the picture of the DINOv2 paper (figure 1): the first principal component of all patch features, cut in two,
 tells foreground from background; the first three of the foreground's own are red, green and blue. All images share one
-scale, so that a colour means the same in each, and frames of a film do not flicker. Wrong input: exit code 2, and
-nothing is written. Apache License 2.0.
+scale, so that a colour means the same in each, and frames of a film do not flicker.
+
+depth and segment show a dense head on a backbone: --head is a released one, of a released backbone (depth: nyu or kitti
+with _linear, _linear4 or _dpt; segment: ade20k or voc2012 with _linear or _ms), or a file, of the release or of
+eval_dense.py. Whole images are predicted, at their own size, and --out may be a folder as with pca: of each image NAME
+it gets NAME.png, and the prediction itself, NAME_depth.png (16 bits, millimetres) or NAME_labels.png (its palette index
+is the class). Depths are light where near; each image has its own scale unless --near and --far fix it, as for films.
+Wrong input: exit code 2, and nothing is written. Apache License 2.0.
 """
 import argparse
 import functools
@@ -35,6 +43,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
+import heads
 import hub
 from data import (
     Fit, Parser, Source, eval_specs, fit_image, image_paths, nearest, normalize, open_source, plan_fit, read_image,
@@ -43,12 +52,16 @@ from eval_knn import common_labels, extract_features, full_float32, neighbours a
 from hub import pick_device, write_file
 
 WIDTH, GAP, LINE, TEXT = 1560, 12, 23, 14  # of sheets, in pixels: widest, between images, a line of text, its size
+LEGEND = 270  # how wide one is
 MOST = 96  # images on a sheet
 GOOD, BAD = "#009E73", "#D55E00"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")  # of Okabe and Ito,
 # 2008: the colour-blind tell them apart as well
 HEAT = np.array([[0, 0, 4], [33, 12, 74], [87, 16, 110], [138, 34, 106], [188, 55, 84], [228, 90, 49], [249, 142, 9],
                  [249, 203, 53], [252, 255, 164]])  # "inferno" at nine places: brightness rises evenly
+NEAR_TO_FAR = np.frombuffer(bytes.fromhex(  # "magma", from its light end, at 17 places: within two grey levels
+    "fcfdbffde0a1fec387fea570fc8760f5695be75063d04070b6367a9c2e80822682691c8151117d350f6c1c1246090821000004"),
+    np.uint8).reshape(-1, 3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -96,26 +109,26 @@ class Viewer:
             raise ValueError(f"the features of {seen.path} are not finite: the checkpoint has diverged")
         return x.unflatten(0, (seen.fit.canvas[0] // self.patch, -1))  # (h, w, D)
 
-    def each(self, names: list[str], most: int = MOST):
-        """The images of files and folders, in order. What cannot be used is left out with a note if it comes from a
-        folder; raises ValueError if it was named itself, nothing is left, or there are more than `most`."""
-        paths = [(path, os.path.isdir(name)) for name in names for path in image_paths([name])]
-        if len(paths) > most:
-            raise ValueError(f"{len(paths)} images are too many for one sheet; name {most} at most")
-        n_seen, why = 0, ""
-        for path, listed in tqdm(paths, unit=" images", disable=None if len(paths) > 1 else True, leave=False):
-            try:
-                seen = self.see(path)
-            except ValueError as error:
-                if not listed:
-                    raise
-                why = str(error)
-                tqdm.write(f"left out: {why}", file=sys.stderr)
-                continue
-            n_seen += 1
-            yield seen
-        if not n_seen:
-            raise ValueError(f"none of the {len(paths)} images can be used; the last: {why}")
+
+def each(see, names: list[str], most: int = MOST):
+    """see(path) of the images of files and folders, in order. What cannot be used is left out with a note if it comes
+    from a folder; raises ValueError if it was named itself, nothing is left, or there are more than `most`."""
+    paths, n_seen, why = image_paths(names), 0, ""
+    if len(paths) > most:
+        raise ValueError(f"{len(paths)} images are too many for one sheet; name {most} at most")
+    for path in tqdm(paths, unit=" images", disable=None if len(paths) > 1 else True, leave=False):
+        try:
+            seen = see(path)
+        except ValueError as error:
+            if path in names:
+                raise
+            why = str(error)
+            tqdm.write(f"left out: {why}", file=sys.stderr)
+            continue
+        n_seen += 1
+        yield seen
+    if not n_seen:
+        raise ValueError(f"none of the {len(paths)} images can be used; the last: {why}")
 
 
 def load(spec: str, device: torch.device) -> tuple[torch.nn.Module, dict]:
@@ -199,21 +212,28 @@ def spread(size: int, n: int) -> list[int]:
     return list(range(size)) if size <= n else [round(i * (size - 1) / (n - 1)) for i in range(n)]
 
 
+def in_a_row(n: int, most: int = 4) -> int:
+    """How many of n images, with what belongs to them, stand in a row."""
+    return min(1 + (n - 1) // 4, most)
+
+
+def rows_of(cells: list[Cell], n: int) -> list[list[Cell]]:
+    return [cells[i : i + n] for i in range(0, len(cells), n)]
+
+
 def pair_sheet(seen: list[Seen], drawn: list[np.ndarray], footer=None, at: tuple[float, float] | None = None):
     """Images and beside each what was drawn of its patches, (h, w, 3) uint8; several pairs in a row where there are
     many. `at` (x, y) is marked in the first, in pixels of what the network sees."""
-    pairs = min(1 + (len(seen) - 1) // 4, 4)  # in a row
-    side, rows = min(WIDTH // (2 * pairs) - GAP, 480), []
+    pairs, cells = in_a_row(len(seen)), []
+    side = min(WIDTH // (2 * pairs) - GAP, 480)
     for i, (one, colours) in enumerate(zip(seen, drawn)):
         image = to_rgb(one.image)
         shown = zoom(image, side)
         couple = [shown, Image.fromarray(colours).resize(shown.size, Image.Resampling.NEAREST)]
         if at and i == 0:
             couple = [mark(c, *(v * shown.width / image.width for v in at)) for c in couple]
-        if i % pairs == 0:
-            rows.append([])
-        rows[-1] += [Cell(couple[0], Path(one.path).name), Cell(couple[1])]
-    return sheet(rows, footer=footer)
+        cells += [Cell(couple[0], Path(one.path).name), Cell(couple[1])]
+    return sheet(rows_of(cells, 2 * pairs), footer=footer)
 
 
 def mark(image: Image.Image, x: float, y: float, radius: int = 8) -> Image.Image:
@@ -226,24 +246,29 @@ def mark(image: Image.Image, x: float, y: float, radius: int = 8) -> Image.Image
     return big.resize(image.size, Image.Resampling.BOX)
 
 
-def heat(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """(h, w) -> colours (h, w, 3) uint8, from black at `low` to light yellow at `high`."""
+def heat(values: np.ndarray, low: float, high: float, table: np.ndarray = HEAT) -> np.ndarray:
+    """(h, w) -> colours (h, w, 3) uint8, from the first of the table at `low` to its last at `high`: of HEAT, from
+    black to light yellow."""
     x = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
-    places = np.linspace(0, 1, len(HEAT))
-    return np.stack([np.interp(x, places, channel) for channel in HEAT.T], -1).round().astype(np.uint8)
+    places = np.linspace(0, 1, len(table))
+    return np.stack([np.interp(x, places, channel) for channel in table.T], -1).round().astype(np.uint8)
 
 
-def heat_bar(low: float, high: float, what: str) -> Image.Image:
-    """The colours of heat() with their values."""
-    bar = Image.fromarray(heat(np.linspace(low, high, 240)[None], low, high)).resize((240, 14))
-    texts = [f"{low:.2f}", f"{high:.2f}   {what}"]
+def heat_bar(low: float, high: float, what: str, colours_of=heat, length: int = 240) -> Image.Image:
+    """The colours of heat(), or of a function like it, with their values; the bar itself is `length` pixels long."""
+    bar = Image.fromarray(colours_of(np.linspace(low, high, length)[None].repeat(14, 0), low, high))
+    texts = [f"{low:.2f}", f"{high:.2f} {what}"]
     starts = [0, math.ceil(font().getlength(texts[0])) + 8]
-    picture = Image.new("RGB", (starts[1] + 248 + math.ceil(font().getlength(texts[1])), 20), "white")
+    picture = Image.new("RGB", (starts[1] + length + 8 + math.ceil(font().getlength(texts[1])), 20), "white")
     picture.paste(bar, (starts[1], 3))
     draw = ImageDraw.Draw(picture)
-    for x, text in zip((0, starts[1] + 248), texts):
+    for x, text in zip((0, starts[1] + length + 8), texts):
         draw.text((x, 15), text, "black", font(), anchor="ls")
     return picture
+
+
+def wants_folder(out: str) -> bool:
+    return Path(out).suffix == "" or Path(out).expanduser().is_dir()
 
 
 def check_out(out: str, images: list[str], folder: bool = False) -> Path:
@@ -334,23 +359,25 @@ def pca_colours(parts: list[Tensor], which: str = "auto", threshold: float | Non
     return drawn
 
 
-def file_names(paths: list[str]) -> list[str]:
-    """A name for the picture of each image: its own; if two are alike, with the folders before it, or a number."""
+def file_names(paths: list[str], kind: str = "") -> list[str]:
+    """A name for the picture of each image: its own; if two are alike, with the folders before it, or a number. Nor is
+    one alike another with `kind` added, as a_depth."""
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     longer = [os.path.relpath(path, root).replace(os.sep, "_") for path in paths]
     for names in ([Path(path).stem for path in paths], [Path(name).stem for name in longer]):
-        if len({*names, "sheet"}) > len(names):
+        ends = {"", kind}
+        if len({"sheet", *(name + end for name in names for end in ends)}) > len(names) * len(ends):
             return names
     return [f"{i:06d}_{Path(path).stem}" for i, path in enumerate(paths)]
 
 
 def pca(args: argparse.Namespace) -> None:
-    into = Path(args.out).suffix == "" or Path(args.out).expanduser().is_dir()
+    into = wants_folder(args.out)
     out = check_out(args.out, args.images, into)
     if args.threshold is not None and (args.foreground == "all" or not 0 <= args.threshold <= 1):
         raise ValueError("--threshold lies between 0 and 1, and has no use with --foreground all")
     viewer, paths, parts = Viewer(args), [], []
-    for seen in viewer.each(args.images, sys.maxsize):
+    for seen in each(viewer.see, args.images, sys.maxsize):
         paths.append(seen.path)
         parts.append(viewer.patches(seen))
     drawn = pca_colours(parts, args.foreground, args.threshold)
@@ -388,7 +415,7 @@ def attention_of(model: torch.nn.Module, x: Tensor, block: int = -1) -> Tensor:
 
 def attention(args: argparse.Namespace) -> None:
     out, viewer, rows, labels = check_out(args.out, args.images), Viewer(args), [], []
-    for seen in viewer.each(args.images):
+    for seen in each(viewer.see, args.images):
         maps = attention_of(viewer.model, viewer.batch(seen), args.block).cpu()  # (1+R, H, N)
         hub.check_finite(maps, args.model)
         maps = torch.cat([maps.mean(1, keepdim=True), maps], 1)  # (1+R, 1+H, N)
@@ -396,9 +423,9 @@ def attention(args: argparse.Namespace) -> None:
         maps = maps[..., len(maps) :].unflatten(-1, grid).numpy()  # (1+R, 1+H, h, w)
         across = min(maps.shape[1], 9)  # maps in a row; further heads begin another
         shown = zoom(to_rgb(seen.image), min((WIDTH - 100) // (across + 1) - GAP, 320))
-        for token, heads in enumerate(maps):
+        for token, shares in enumerate(maps):
             cells = [Cell(Image.fromarray(heat(m, 0, m.max())).resize(shown.size, Image.Resampling.NEAREST),
-                          f"head {i - 1}" if i else "mean", f"max {100 * m.max():.2g} %") for i, m in enumerate(heads)]
+                          f"head {i - 1}" if i else "mean", f"max {100 * m.max():.2g} %") for i, m in enumerate(shares)]
             for start in range(0, len(cells), across):
                 first = token == start == 0
                 rows.append([Cell(shown, Path(seen.path).name) if first else Cell(), *cells[start : start + across]])
@@ -420,7 +447,7 @@ def patch_at(seen: Seen, x: int, y: int, patch: int) -> tuple[float, float, int,
 
 def similarity(args: argparse.Namespace) -> None:
     out, viewer, every, maps = check_out(args.out, args.images), Viewer(args), [], []
-    for seen in viewer.each(args.images):
+    for seen in each(viewer.see, args.images):
         features = F.normalize(viewer.patches(seen).float(), dim=-1)  # (h, w, D)
         if not every:
             x, y, row, column = patch_at(seen, *args.at, viewer.patch)
@@ -428,8 +455,174 @@ def similarity(args: argparse.Namespace) -> None:
         every.append(seen)
         maps.append((features @ wanted).numpy())
     low = min(m.min() for m in maps)
-    footer = heat_bar(low, 1, "cosine similarity to the patch in the ring")
+    footer = heat_bar(low, 1, "  cosine similarity to the patch in the ring")
     save(pair_sheet(every, [heat(m, low, 1) for m in maps], footer, (x, y)), out)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# depth, segment
+
+
+def depth_colours(depth: np.ndarray, near: float, far: float) -> np.ndarray:
+    """Metres (H, W) -> colours (H, W, 3) uint8, light at `near`, black at `far`; grey where it is 0, which is unknown.
+    """
+    drawn = heat(depth, near, far, NEAR_TO_FAR)
+    drawn[depth == 0] = 128
+    return drawn
+
+
+def depth_bar(near: float, far: float, width: int) -> Image.Image:
+    """The colours of depth_colours() with their metres, `width` pixels wide if that is enough for the text."""
+    bar = functools.partial(heat_bar, near, far, "m", functools.partial(heat, table=NEAR_TO_FAR))
+    return bar(max(width - bar(0).width, 24))
+
+
+def save_depth(path: Path, depth: np.ndarray) -> None:
+    """Metres (H, W) as a PNG of 16 bits, in millimetres, 65.535 m at most; 0 stays 0, which is unknown."""
+    save(Image.fromarray((depth * 1000).round().clip(0, 65535).astype(np.uint16)), path)
+
+
+def class_table(colours: list[tuple[int, int, int]]) -> np.ndarray:
+    """(256 or more, 3) uint8: the colours of the classes, and white for what is none, such as 255, to be ignored."""
+    return np.array([*colours, *[(255, 255, 255)] * (256 - len(colours))], np.uint8)
+
+
+def label_colours(labels: np.ndarray, colours: list[tuple[int, int, int]]) -> np.ndarray:
+    """Classes (H, W) -> colours (H, W, 3) uint8."""
+    return class_table(colours)[labels]
+
+
+def save_labels(path: Path, labels: np.ndarray, colours: list[tuple[int, int, int]]) -> None:
+    """Classes (H, W) as a PNG with a palette: its indices are the classes. Raises ValueError if they are too many."""
+    if len(colours) > 256:
+        raise ValueError(f"a PNG with a palette holds 256 classes, not {len(colours)}; let --out be a .png file")
+    picture = Image.fromarray(labels.astype(np.uint8))
+    picture.putpalette(class_table(colours).tobytes())
+    save(picture, path)
+
+
+def legend(labels: np.ndarray, names: list[str], colours: list[tuple[int, int, int]], most: int = 24) -> Image.Image:
+    """The classes in `labels` (H, W), by their share of the pixels, the largest first; `most` of them and how many
+    more there are."""
+    counts = np.bincount(labels.ravel(), minlength=len(names))[: len(names)]
+    shares = 100 * counts / max(counts.sum(), 1)  # of what is not to be ignored
+    order = [k for k in np.argsort(-counts, kind="stable").tolist() if counts[k]]
+    texts = [(f"{shares[k]:.1f} %", shorten(names[k], LEGEND - 90), colours[k]) for k in order[:most]]
+    if rest := order[most:]:
+        texts.append((f"{shares[rest].sum():.1f} %", f"and {len(rest)} more", None))
+    picture = Image.new("RGB", (LEGEND, LINE * max(len(texts), 1)), "white")
+    draw = ImageDraw.Draw(picture)
+    for row, (share, name, colour) in enumerate(texts):
+        y = LINE * row
+        if colour:
+            draw.rectangle((0, y + 2, 17, y + 19), tuple(colour), "#808080")
+        draw.text((76, y + 16), share, "black", font(), anchor="rs")
+        draw.text((86, y + 16), name, "black", font(), anchor="ls")
+    return picture
+
+
+def load_dense(args: argparse.Namespace, task: str, depth_range=None) -> tuple[heads.Dense, hub.About, dict]:
+    """The network that --model and --head name, what it is for, and what images it expects. Raises ValueError if its
+    task is another, of "depth" and "seg"."""
+    device = pick_device(args.device)
+    if not args.head:
+        raise ValueError(f"{args.model} is a backbone; name its head by --head, a file or, of a released backbone, "
+                         f"{'nyu_dpt or kitti_dpt' if task == 'depth' else 'ade20k_ms or voc2012_ms'}")
+    network, about = hub.load_dense(args.model, args.head, depth_range)
+    if about.task != task:
+        raise ValueError(f"{args.head} is a head of {'segmentation' if task == 'depth' else 'depth'}; draw with it by "
+                         f"the command {'segment' if task == 'depth' else 'depth'}")
+    ckpt = {} if args.model in hub.RELEASED else hub.read(args.model)[1]  # a run may have had other images
+    return network.to(device), about, hub.image_rules(network.backbone, ckpt)
+
+
+class Album:
+    """Where predictions for the images of a command go, as they come: on one sheet; or into a folder, where each has
+    files of its own, and the sheet shows 24 at most. `kind` ends the names of the predictions themselves."""
+
+    def __init__(self, args: argparse.Namespace, kind: str, most_in_a_row: int):
+        self.into, self.images, self.cells = wants_folder(args.out), args.images, []
+        self.out, paths = check_out(args.out, args.images, self.into), image_paths(args.images)
+        self.names = dict(zip(paths, file_names(paths, kind)))
+        self.shown = {paths[i] for i in spread(len(paths), 24 if self.into else MOST)}
+        self.in_a_row = in_a_row(len(self.shown), most_in_a_row)
+
+    def each(self, channels: int):
+        """(path, image (C, H, W)) of each, uint8 or uint16."""
+        return each(lambda path: (path, read_image(path, channels)), self.images, sys.maxsize if self.into else MOST)
+
+    def file(self, path: str, kind: str = "") -> Path:
+        return self.out / f"{self.names[path]}{kind}.png"
+
+    def finish(self, cells_each: int) -> None:
+        picture = sheet(rows_of(self.cells, cells_each * self.in_a_row))
+        save(picture, self.out / "sheet.png" if self.into else self.out)
+
+
+@torch.inference_mode()
+def depth_of(network: heads.Dense, image: Tensor, rules: dict, size: int = 0, flip: bool = False) -> np.ndarray:
+    """Metres (H, W) of an image (C, H, W), uint8 or uint16; predicted at the short side `size`, unless that is 0."""
+    fit = plan_fit(*image.shape[-2:], 1, size=(size,) if size else ())  # the network itself pads to patches
+    x = fit_image(image, fit, rules["mean"])[None].to(next(network.parameters()).device)
+    x = heads.estimate_depth(network, normalize(to_float(x), rules["mean"], rules["std"]), flip)
+    return heads.resize(x, image.shape[-2:])[0, 0].cpu().numpy()
+
+
+def depth(args: argparse.Namespace) -> None:
+    ends = [v for v in (args.near, args.far) if v is not None]
+    if args.size < 0 or not all(0 <= v < math.inf for v in ends) or ends != sorted({*ends}):
+        raise ValueError("--size is a side in pixels, or 0; --near and --far are metres, --far the more")
+    album = Album(args, "_depth", 4)
+    network, _, rules = load_dense(args, "depth", args.depth_range)
+    side = min(WIDTH // (2 * album.in_a_row) - GAP, 480)
+    for path, image in album.each(rules["in_chans"]):
+        metres = depth_of(network, image, rules, args.size, bool(args.flip))
+        hub.check_finite(torch.from_numpy(metres), f"{args.model} with {args.head}")
+        near = metres.min().item() if args.near is None else args.near
+        far = max(metres.max().item() if args.far is None else args.far, near)
+        drawn = Image.fromarray(depth_colours(metres, near, far))
+        if album.into:
+            save(drawn, album.file(path))
+            save_depth(album.file(path, "_depth"), metres)
+        if path in album.shown:
+            shown = zoom(drawn, side)
+            album.cells += [Cell(zoom(to_rgb(image), side), Path(path).name),
+                            Cell(under(shown, depth_bar(near, far, shown.width)))]
+    album.finish(2)
+
+
+def under(image: Image.Image, note: Image.Image) -> Image.Image:
+    picture = Image.new("RGB", (max(image.width, note.width), image.height + 6 + note.height), "white")
+    picture.paste(image)
+    picture.paste(note, (0, image.height + 6))
+    return picture
+
+
+def segment(args: argparse.Namespace) -> None:
+    if args.size < 0 or not 0 <= args.opacity <= 1:
+        raise ValueError("--size is a side in pixels, or 0; --opacity lies between 0 and 1")
+    album = Album(args, "_labels", 2)
+    network, about, rules = load_dense(args, "seg")
+    recipe, device = about.recipe, next(network.parameters()).device
+    n_scales = len(recipe.ratios) if args.scales is None else args.scales
+    if not 1 <= n_scales <= len(recipe.ratios):
+        raise ValueError(f"--scales {n_scales} is none of 1 to {len(recipe.ratios)}, which the recipe of this head has")
+    recipe = recipe._replace(short=args.size or recipe.short, ratios=recipe.ratios[:n_scales],
+                             flip=recipe.flip if args.flip is None else args.flip)
+    side = min((WIDTH // album.in_a_row - LEGEND) // 2 - 2 * GAP, 480)
+    for path, image in album.each(rules["in_chans"]):
+        chances = heads.segment(network, image.to(device), recipe, rules["mean"], rules["std"])  # (classes, H, W)
+        hub.check_finite(chances, f"{args.model} with {args.head}")
+        labels, photo = chances.argmax(0).cpu().numpy(), to_rgb(image)
+        drawn = Image.blend(photo, Image.fromarray(label_colours(labels, about.colours)), args.opacity)
+        if album.into:
+            save(drawn, album.file(path))
+            save_labels(album.file(path, "_labels"), labels, about.colours)
+        if path in album.shown:
+            photo, drawn = zoom(photo, side), zoom(drawn, side)
+            key = legend(labels, about.classes, about.colours, max(photo.height // LINE - 1, 6))
+            album.cells += [Cell(photo, Path(path).name), Cell(drawn), Cell(key)]
+    album.finish(3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -697,12 +890,30 @@ def curves(args: argparse.Namespace) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-COMMANDS = dict(pca=pca, attention=attention, similarity=similarity, neighbours=neighbours, curves=curves)
+COMMANDS = dict(pca=pca, attention=attention, similarity=similarity, depth=depth, segment=segment,
+                neighbours=neighbours, curves=curves)
 
 
 def pixel(text: str) -> tuple[int, int]:
     x, y = text.split(",")
     return int(x), int(y)
+
+
+def add_dense_flags(add, command: str) -> None:
+    add("--head", default="", help="a file, or the name of a released head such as nyu_dpt or ade20k_ms")
+    add("--flip", action=argparse.BooleanOptionalAction, help="average with what the mirrored image gives; default: "
+        "for segment as the recipe of the head says, for depth no")
+    add("--size", type=int, default=0, help="short side in pixels that images are brought to; default: 0, for segment "
+        "as the recipe of the head says, for depth as they are")
+    if command == "depth":
+        add("--depth-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="in metres, of the depths that the head "
+            "was trained for; default: as it says")
+        add("--near", type=float, help="metres that are lightest, in all images; default: the nearest of each")
+        add("--far", type=float, help="metres that are black, in all images; default: the farthest of each")
+    else:
+        add("--scales", type=int, help="how many of the sizes of the head's recipe; default: all. Those of ade20k_ms "
+            "and voc2012_ms are 5, up to 3 times the short side; the first 3 take a quarter of the time")
+        add("--opacity", type=float, default=0.6, help="of the colours over the image, 0 to 1")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -725,6 +936,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add("--size", type=int, nargs="+", help="short side, or height and width, in pixels; 0: as the image is; "
             "default: the short side that the weights were trained at")
         add("--fit", choices=("crop", "pad", "resize"), default="crop", help="how it comes to multiples of the patch")
+    if command in ("depth", "segment"):
+        add_dense_flags(add, command)
     if command == "pca":
         add("--foreground", choices=("auto", "high", "low", "all"), default="auto", help="which side of the threshold; "
             "auto: the one that touches the borders less; all: there is no background")
@@ -740,7 +953,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add("--seed", type=int, default=0, help="without IMG: which")
         add("--num-workers", type=int, default=-1, help="reading processes; -1: by the number of cores")
     add("--out", default=f"visualize-{command}.png", help="the picture" + (
-        "; a folder: a picture of each image, and sheet.png" if command == "pca" else ""))
+        "; a folder: a picture of each image, and sheet.png" if command in ("pca", "depth", "segment") else ""))
     args = parser.parse_args(argv[1:])
     args.command = command
     return args
