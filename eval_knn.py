@@ -330,13 +330,9 @@ class Evaluation:
         self.resize = args.resize or round(self.crop * larger)
         if self.resize < self.crop:
             raise ValueError(f"--resize {self.resize} leaves no square of --crop {self.crop}; make it as large")
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
         if args.cache and Path(args.cache).expanduser().is_file():
             raise ValueError(f"--cache {args.cache} is a file; name a folder")
-        if "WORLD_SIZE" in os.environ:  # some processes may take much longer than others, as reading goes
-            dist.init_process_group(device_id=self.device if self.device.type == "cuda" else None,
-                                    timeout=datetime.timedelta(hours=2))
+        join_processes(self.device)
         self.workers = worker_count(args.num_workers, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.train, self.val = [self.open(spec) if spec else None for spec in self.specs]
         self.train_labels, self.val_labels = common_labels(self.train, self.val)
@@ -362,10 +358,7 @@ class Evaluation:
         return self
 
     def __exit__(self, kind, *error) -> None:
-        if dist.is_initialized():
-            if kind is None:
-                dist.barrier()
-            dist.destroy_process_group()
+        leave_processes(kind is None)
 
     @cached_property
     def model_hash(self) -> str:
@@ -424,18 +417,39 @@ class Evaluation:
             data={what: dict(spec=spec, images=len(source)) for what, spec, source in
                   zip(("train", "val"), self.specs, (self.train, self.val)) if spec},
             left_out=self.left_out, result=result,
-            model=dict(checkpoint=self.args.checkpoint, sha256=self.model_hash, step=self.step),
-            versions=dict(torch=torch.__version__, torchvision=torchvision.__version__,
-                          python=platform.python_version()),
-            device=str(self.device), processes=world()[1], seconds=round(time.time() - self.began, 1),
-            time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
-        print(json.dumps(record, indent=1) if self.args.json else
-              " | ".join([*(f"{k} {v}".strip() for k, v in columns.items()), str(path)]))
-        try:
-            with open(path, "a") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            print(f"{path} could not be written: {error.strerror}", file=sys.stderr)
+            model=dict(checkpoint=self.args.checkpoint, sha256=self.model_hash, step=self.step))
+        add_record(path, record, columns, self.args.json, self.device, self.began)
+
+
+def add_record(path: Path, record: dict, columns: dict[str, str], as_json: bool, device, began: float) -> None:
+    """Adds a line to a file of results, with versions, device and time, and prints `columns`, or that line as JSON."""
+    record |= dict(
+        versions=dict(torch=torch.__version__, torchvision=torchvision.__version__, python=platform.python_version()),
+        device=str(device), processes=world()[1], seconds=round(time.time() - began, 1),
+        time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
+    print(json.dumps(record, indent=1) if as_json else
+          " | ".join([*(f"{k} {v}".strip() for k, v in columns.items()), str(path)]))
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        print(f"{path} could not be written: {error.strerror}", file=sys.stderr)
+
+
+def join_processes(device: torch.device) -> None:
+    """The process group of torchrun, where that has started this process."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ:  # some processes may take much longer than others, as reading goes
+        dist.init_process_group(device_id=device if device.type == "cuda" else None,
+                                timeout=datetime.timedelta(hours=2))
+
+
+def leave_processes(in_peace: bool) -> None:
+    if dist.is_initialized():
+        if in_peace:
+            dist.barrier()
+        dist.destroy_process_group()
 
 
 def data_hash(source) -> str:

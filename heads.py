@@ -237,7 +237,6 @@ class Dense(nn.Module):
     """Normalised images (B, C, H, W) of any size -> depth (B, 1, H, W) in metres within the head's range, or logits
     (B, classes, H, W). Images are padded in the middle of zeros to multiples of the patch; officially the prediction
     for the padded image is then squeezed to the size of the image, not cut, and so it is here."""
-    multiple = 1  # sides of images must be multiples of it
 
     def __init__(self, backbone: nn.Module, decode_head: nn.Module):
         super().__init__()
@@ -251,10 +250,13 @@ class Dense(nn.Module):
                                                      norm=self.decode_head.norm)
         return [outs[blocks.index(tap)] for tap in taps]
 
+    def predict(self, features: list[tuple[Tensor, Tensor]], size) -> Tensor:
+        """What the head makes of features, at `size`: height and width of the images."""
+        x = self.decode_head(features)
+        return resize(x if self.decode_head.depth_range is None else x.clamp(*self.decode_head.depth_range), size)
+
     def forward(self, images: Tensor) -> Tensor:
-        x = self.decode_head(self.features(images))
-        x = x if self.decode_head.depth_range is None else x.clamp(*self.decode_head.depth_range)
-        return resize(x, images.shape[-2:])
+        return self.predict(self.features(images), images.shape[-2:])
 
     def whole_inference(self, img: Tensor, img_meta: None = None, rescale: bool = True) -> Tensor:
         """forward() by its official name; without `rescale` at the size that the head gives."""
@@ -270,18 +272,20 @@ class Dense(nn.Module):
 class Recipe(NamedTuple):
     """How photographs are segmented: enlarged or shrunk until the short side is `short` pixels, but the long one no
     more than `long`, times each of `ratios`; cut into windows of `crop` pixels every `stride`, whose predictions are
-    averaged where they overlap; with `flip` mirrored as well. Probabilities of all views are averaged."""
+    averaged where they overlap; with `flip` mirrored as well. Probabilities of all views are averaged. Sides are then
+    stretched to the next multiple of `multiple`, if the network has no padding of its own."""
     short: int = 512
     long: int = 99999999
     crop: int = 512
     stride: int = 341
     ratios: tuple[float, ...] = (1.0,)
     flip: bool = False
+    multiple: int = 1
 
 
 MULTI_SCALE = Recipe(640, crop=640, stride=320, ratios=(1.0, 1.32, 1.73, 2.28, 3.0), flip=True)
 RECIPES = {("ade20k", "linear"): Recipe(), ("voc2012", "linear"): Recipe(long=2048), ("ade20k", "ms"): MULTI_SCALE,
-           ("voc2012", "ms"): MULTI_SCALE, ("ade20k", "m2f"): Recipe(896, 3584, crop=896, stride=512)}
+           ("voc2012", "ms"): MULTI_SCALE, ("ade20k", "m2f"): Recipe(896, 3584, 896, 512, multiple=32)}
 
 
 def scaled_size(height: int, width: int, long: int, short: int) -> tuple[int, int]:
@@ -307,7 +311,7 @@ def slide(network, images: Tensor, crop: int, stride: int, batch_size: int = 4) 
     places, total = [(y, x) for y in starts[0] for x in starts[1]], None
     count = images.new_zeros(images.shape[-2:])
     for some in (places[i : i + batch_size] for i in range(0, len(places), batch_size)):
-        out = network(torch.cat([images[..., y : y + height, x : x + width] for y, x in some]))
+        out = network(torch.cat([images[..., y : y + height, x : x + width] for y, x in some])).float()
         total = out.new_zeros(len(images), out.shape[1], *images.shape[-2:]) if total is None else total
         for (y, x), part in zip(some, out.split(len(images))):
             total[..., y : y + height, x : x + width] += part
@@ -319,15 +323,15 @@ def slide(network, images: Tensor, crop: int, stride: int, batch_size: int = 4) 
 def segment(network, image: Tensor, recipe: Recipe, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
             batch_size: int = 4) -> Tensor:
     """Probabilities (classes, H, W) for a photograph (C, H, W), uint8 or uint16, on its device. `network` maps
-    normalised images to logits of their size, as Dense does; its `multiple` is what sides are stretched to."""
+    normalised images to logits of their size, as Dense does."""
     height, width = image.shape[-2:]
     scale, total = 65535 if image.dtype == torch.uint16 else 255, 0
     center, spread = (image.new_tensor(v, dtype=torch.float32)[:, None, None] for v in (mean, std))
     for ratio in recipe.ratios:
         size = scaled_size(height, width, int(recipe.long * ratio), int(recipe.short * ratio))
         view = resize_bytes(image, size)
-        if any(n % network.multiple for n in size):
-            view = resize_bytes(view, [-(-n // network.multiple) * network.multiple for n in size])
+        if any(n % recipe.multiple for n in size):
+            view = resize_bytes(view, [-(-n // recipe.multiple) * recipe.multiple for n in size])
         view = ((view / scale - center) / spread)[None]  # (1, C, H', W')
         for mirrored in (False, True) if recipe.flip else (False,):
             logits = slide(network, view.flip(-1) if mirrored else view, recipe.crop, recipe.stride, batch_size)
@@ -339,8 +343,10 @@ def segment(network, image: Tensor, recipe: Recipe, mean=(0.485, 0.456, 0.406), 
 @torch.inference_mode()
 def estimate_depth(network, images: Tensor, flip: bool = False) -> Tensor:
     """Normalised images (B, C, H, W) -> depth (B, 1, H, W); with `flip` the mean with that of the mirrored images."""
-    depth = network(images)
-    return (depth + network(images.flip(-1)).flip(-1)) / 2 if flip else depth
+    if not flip:
+        return network(images)
+    depth, mirrored = network(torch.cat([images, images.flip(-1)])).chunk(2)
+    return (depth + mirrored.flip(-1)) / 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@
     path, ckpt = hub.read("out/ckpt.pth")         # the file and its whole content, which load(path, ckpt) takes too
     classifier = hub.load_classifier("dinov2_vits14", "dinov2_vits14_linear4_head.pth")
     logits = classifier(images)                   # (B, classes)
-    depther, about = hub.load_dense("dinov2_vits14", "nyu_dpt")    # a released head, or a file of eval_dense.py
+    depther, about = hub.load_dense("dinov2_vits14", "nyu_dpt")    # a released dense head, or a file of eval_dense.py
     metres = depther(images)                      # (B, 1, H, W), images (B, 3, H, W) of any size
 
     python hub.py info FILE                                             # what a file holds
@@ -55,6 +55,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from heads import CLASSES, RANGES, RECIPES, Dense, DPTHead, LinearDepthHead, Recipe, SegmentationHead, colours
+from mask2former import Mask2Former
 from model import ARCHS, FORMAT, DinoVisionTransformer, load_backbone, load_strictly, read_checkpoint
 
 # data.py, which reads images, brings torchvision along, and that takes a second. So only the commands below import it,
@@ -62,6 +63,7 @@ from model import ARCHS, FORMAT, DinoVisionTransformer, load_backbone, load_stri
 
 URL = "https://dl.fbaipublicfiles.com/dinov2"
 RELEASED = tuple(f"dinov2_vit{size}14{reg}" for size in "sblg" for reg in ("", "_reg"))
+MASK2FORMER = "dinov2_vitg14_m2f"  # the one that is backbone and head in one
 SIZES = dict(s="vit_small", b="vit_base", l="vit_large", g="vit_giant2")
 FOLDER_FILES = ("pytorch_model.bin", "model.safetensors")  # of Hugging Face; the first needs no further package
 
@@ -83,10 +85,11 @@ def read(spec: str | Path) -> tuple[str, dict]:
                              f"{' or '.join(FOLDER_FILES)}")
         path = found[0]
     elif not os.path.exists(path):
-        if str(spec) not in RELEASED:
+        if str(spec) not in (*RELEASED, MASK2FORMER):
             raise ValueError(f"no such checkpoint: {spec}; give a file, a folder, or one of "
                              f"dinov2_vit{{s,b,l,g}}14[_reg]{nearest(str(spec), RELEASED)}")
-        path = released_file(str(spec), "pretrain")
+        whole = spec == MASK2FORMER
+        path = released_file(str(spec).removesuffix("_m2f"), "ade20k_m2f" if whole else "pretrain")
     return str(path), (read_safetensors if path.suffix == ".safetensors" else read_pth)(str(path))
 
 
@@ -331,30 +334,50 @@ class About(NamedTuple):
     recipe: Recipe | None = None  # and how photographs are to be segmented
 
 
-def load_dense(spec: str | Path, head: str | Path, depth_range=None) -> tuple[Dense, About]:
+def load_dense(spec: str | Path, head: str | Path | None = None, depth_range=None,
+               ckpt: dict | None = None) -> tuple[Dense | Mask2Former, About]:
     """A backbone, as load() takes it, under a dense head; in eval mode. `head`: a file, of the release or of
-    eval_dense.py, or one of DENSE_HEADS, as "nyu_dpt", which is downloaded if `spec` is a released backbone.
-    `depth_range` in metres goes before the head's own.
+    eval_dense.py, or one of DENSE_HEADS, as "nyu_dpt", which is downloaded if `spec` is a released backbone; None for
+    "dinov2_vitg14_m2f" and its file, which hold both. `depth_range` in metres goes before the head's own; `ckpt` saves
+    reading `spec` again.
 
     Raises ValueError if the head is none, is of another backbone, or does not say which range of depth it is for.
     """
+    if head is None:
+        path, ckpt = read(spec) if ckpt is None else (str(spec), ckpt)
+        return put_mask2former(path, ckpt)
     if not os.path.exists(head):
         if spec not in RELEASED or str(spec).endswith("_reg") or head not in DENSE_HEADS:
             raise ValueError(f"no such dense head: {head}{nearest(str(head), DENSE_HEADS)}; give a file, or with "
                              f"dinov2_vit{{s,b,l,g}}14 one of {', '.join(DENSE_HEADS)}")
         head = released_file(str(spec), f"{head}_head")
-    return put_dense_head(load(spec), head, depth_range)
+    return put_dense_head(load(spec, ckpt), head, depth_range)
+
+
+def is_mask2former(ckpt: dict) -> bool:
+    return "decode_head.query_feat.weight" in ckpt.get("state_dict", ckpt)
+
+
+def put_mask2former(path: str, ckpt: dict) -> tuple[Mask2Former, About]:
+    if not is_mask2former(ckpt):
+        raise ValueError(f"{path} has no dense head in it; name one beside it: a file, or with dinov2_vit{{s,b,l,g}}14 "
+                         f"one of {', '.join(DENSE_HEADS)}")
+    with torch.device("meta"):
+        network = Mask2Former()
+    load_strictly(network, ckpt.get("state_dict", ckpt), path)
+    names = CLASSES["ade20k"]
+    return network.eval(), About("seg", "ade20k", names, colours(len(names), "ade20k"), RECIPES["ade20k", "m2f"])
 
 
 def put_dense_head(backbone: DinoVisionTransformer, path: str | Path, depth_range=None) -> tuple[Dense, About]:
-    head, about = read_dense_head(path, backbone.embed_dim, depth_range)
+    head, about = read_dense_head(path, backbone, depth_range)
     return Dense(backbone, head).eval(), about
 
 
-def read_dense_head(path: str | Path, dim: int, depth_range=None) -> tuple[nn.Module, About]:
-    """The head in a file for a backbone `dim` wide, and what it is for: as eval_dense.py wrote there, else as the name
-    says that a released file has. Raises ValueError as load_dense() does."""
-    ckpt = read_pth(str(path))
+def read_dense_head(path: str | Path, backbone: DinoVisionTransformer, depth_range=None) -> tuple[nn.Module, About]:
+    """The head in a file for a backbone, and what it is for: as eval_dense.py wrote there, else as the name says that a
+    released file has. Raises ValueError as load_dense() does."""
+    ckpt, dim = read_pth(str(path)), backbone.embed_dim
     weights, own = head_weights(path, ckpt), ckpt.get("about", {})  # the release has no such entry
     named = re.search(rf"({'|'.join((*RANGES, *CLASSES))})_(linear4?|dpt|ms)_head", Path(path).name)
     dataset, width = own.get("dataset", named[1] if named else ""), weights_width(weights)
@@ -363,6 +386,8 @@ def read_dense_head(path: str | Path, dim: int, depth_range=None) -> tuple[nn.Mo
     if width not in ((unit,) if dpt else (unit, 4 * unit)) or own.get("dim", dim) != dim:
         raise ValueError(f"{path} is the head of another backbone: it takes {width} channels, this one, {dim} wide, "
                          f"gives {unit}" + f" or {4 * unit}" * (not dpt))
+    if own.get("backbone") not in (None, weights_hash(backbone)):
+        raise ValueError(f"{path} was trained on the features of another backbone, of the same width")
     if segments:
         n, kind = len(weights["conv_seg.bias"]), "linear" if width == unit else "ms"
         dataset = dataset or next((name for name in CLASSES if len(CLASSES[name]) == n), "")
@@ -507,6 +532,19 @@ def segmenter(name: str, kind: str, *, pretrained: bool = True, weights: str = "
     return Dense(vit, SegmentationHead(vit.embed_dim, len(classes), 4 if kind == "ms" else 1)).eval()
 
 
+def mask2former(name: str, *, pretrained: bool = True, weights: str = "ADE20K") -> Mask2Former:
+    """Mask2Former over ViT-g: normalised images (B, 3, h*32, w*32) -> scores of the 150 classes of ADE20K (B, 150, H,
+    W). Photographs go through heads.segment with heads.RECIPES["ade20k", "m2f"]. Not among the official entry points.
+
+    pretrained: False gives random weights. weights: "ADE20K", the released ones, downloaded once, or a file. In eval
+    mode.
+    """
+    if not pretrained:
+        return Mask2Former().eval()
+    path = choose_weights(weights, name.removesuffix("_m2f"), {"ADE20K": "ade20k_m2f"})
+    return put_mask2former(path, read_pth(path))[0]
+
+
 def only(task: str, path: str, network: Dense, about: About) -> Dense:
     if about.task != task:
         raise ValueError(f"{path} is a head for {'segmentation' if task == 'depth' else 'depth'}")
@@ -535,12 +573,13 @@ def not_yet(name: str, *args, **kwargs):
 
 def entry_points() -> dict[str, Callable]:
     """The 25 official names as functions: backbones, classifiers, depth estimators; dino.txt says that it is not here.
-    And ours: segmentation."""
+    And ours, segmentation."""
     chosen = {name: (backbone, name) for name in RELEASED} | {f"{name}_lc": (classifier, name) for name in RELEASED}
     for name in RELEASED:
         if not name.endswith("_reg"):
             chosen |= {f"{name}_ld": (linear_depther, name), f"{name}_dd": (dpt_depther, name),
                        f"{name}_ls": (segmenter, name, "linear"), f"{name}_ms": (segmenter, name, "ms")}
+    chosen[MASK2FORMER] = (mask2former, MASK2FORMER)
     chosen["dinov2_vitl14_reg4_dinotxt_tet1280d20h24l"] = (not_yet, "dinov2_vitl14_reg4_dinotxt_tet1280d20h24l")
     points = {}
     for name, (make, *arguments) in chosen.items():
@@ -651,11 +690,11 @@ def check_finite(features: Tensor, spec: str) -> None:
                          "too coarse for it")
 
 
-def image_rules(model: DinoVisionTransformer, ckpt: dict) -> dict:
+def image_rules(model: DinoVisionTransformer | Mask2Former, ckpt: dict) -> dict:
     """What images the network expects: in_chans, mean and std, eval_resize and eval_crop in pixels, flip_prob; as a
     checkpoint of train.py says, else as the released models want them."""
     from data import MEAN, STD
-    channels = model.patch_embed.in_chans
+    channels = 3 if isinstance(model, Mask2Former) else model.patch_embed.in_chans
     mean, std = (v if channels == 3 else (sum(v) / 3,) * channels for v in (MEAN, STD))  # ImageNet's, in grey
     rules = dict(in_chans=channels, mean=mean, std=std, eval_resize=256, eval_crop=224, flip_prob=0.5)
     return rules | {k: v for k, v in ckpt["config"].items() if k in rules} if ckpt.get("format") == FORMAT else rules

@@ -5,7 +5,7 @@
     depther = torch.hub.load("/path/to/this/folder", "dinov2_vits14_dd", source="local", weights="NYU")  # or DPT, ...
 
 The files here have plain names, such as model.py, and the caller may have modules of the same names. So ours are loaded
-apart, as _dinov2_model, _dinov2_heads and _dinov2_hub; the caller's are not touched, whether they were imported before
+apart, as _dinov2_model, _dinov2_hub and so on; the caller's are not touched, whether they were imported before
 or come after. A whole model can be pickled, but only a process that has called torch.hub.load can read it; state_dict()
 has no such limit. Apache License 2.0.
 """
@@ -36,4 +36,4 @@ def _load_apart(*names):
     return last
 
 
-globals().update(_load_apart("model", "heads", "hub").entry_points())
+globals().update(_load_apart("model", "heads", "mask2former", "hub").entry_points())

@@ -49,6 +49,7 @@ from PIL import Image
 
 import bench
 import data
+import eval_dense
 import eval_knn
 import eval_linear
 import eval_logreg
@@ -64,8 +65,8 @@ HERE = Path(__file__).parent
 CPU = torch.device("cpu")
 pytestmark = [pytest.mark.filterwarnings("ignore:The image decoding and encoding capabilities"),  # torchvision 0.29
               pytest.mark.filterwarnings("ignore:This DataLoader will create")]
-MODULES = ("bench", "data", "eval_knn", "eval_linear", "eval_logreg", "heads", "hub", "hubconf", "losses", "mask2former",
-           "model", "train", "visualize")
+MODULES = ("bench", "data", "eval_dense", "eval_knn", "eval_linear", "eval_logreg", "heads", "hub", "hubconf", "losses",
+           "mask2former", "model", "train", "visualize")
 torch.set_num_threads(1)  # tensors are tiny here: several threads wait for each other, for long where cores are busy
 
 
@@ -3254,9 +3255,9 @@ def test_hub_classifier_errors(tmp_path):
 
 
 def test_hub_entry_points(tmp_path, monkeypatch):
-    """All 25 official names and 8 of ours; the networks have the released keys and shapes, kwargs and layers are heard."""
+    """All 25 official names and 9 of ours; the networks have the released keys and shapes, kwargs and layers are heard."""
     points = hub.entry_points()
-    assert len(points) == 33 and all(points[n].__name__ == n and points[n].__doc__ for n in points)
+    assert len(points) == 34 and all(points[n].__name__ == n and points[n].__doc__ for n in points)
     for name in hub.RELEASED:
         with torch.device("meta"):
             vit, linear = points[name](pretrained=False), points[f"{name}_lc"](pretrained=False, layers=1)
@@ -4933,10 +4934,10 @@ def test_heads_segment_is_these_steps(tmp_path):
     assert_close(found.sum(0), torch.ones(37, 53), 1e-5)
     deep = heads.segment(network, data.widen(photo), recipe)
     assert_close(deep, found, 1e-3)
-    network.multiple = 32  # sides of 64 and 64
+    stretched = heads.Recipe(40, 70, 64, 64, multiple=32)  # to sides of 64 and 64
     view = (heads.resize_bytes(heads.resize_bytes(photo, (40, 57)), (64, 64)) / 255 - mean) / std
     expected = heads.resize(heads.slide(network, view[None], 64, 64), (37, 53)).softmax(1)[0]
-    assert_close(heads.segment(network, photo, heads.Recipe(40, 70, 64, 64)), expected, 1e-6)
+    assert_close(heads.segment(network, photo, stretched), expected, 1e-6)
 
 
 def test_heads_sizes_are_those_of_mmcv():
@@ -5216,11 +5217,7 @@ def test_m2f_whole_golden(m2f):
     """A whole image, then overlapping windows, enlarged to the original size, and their label map."""
     images = golden_dense["m2f_reduced/img"]
     dense_close("m2f_reduced/e2e_encode_decode", m2f(images))
-    total, count = torch.zeros(1, 7, 64, 96), torch.zeros(64, 96)
-    for x in (0, 32):  # heads.slide
-        total[..., x : x + 64] += m2f(images[..., x : x + 64])
-        count[:, x : x + 64] += 1
-    values = mask2former.resize(total / count, (50, 77))
+    values = heads.resize(heads.slide(m2f, images, 64, 32, batch_size=1), (50, 77))
     dense_close("m2f_reduced/e2e_slide_rescale", values)
     dense_close("m2f_reduced/e2e_prob", values.softmax(1))
     assert (values.argmax(1) != golden_dense["m2f_reduced/e2e_pred"]).float().mean() <= 1e-3
@@ -5384,3 +5381,35 @@ def test_m2f_loss_counts_the_masks_of_all_processes(monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     torch.manual_seed(0)
     assert_close(mask_losses(), alone * 2 / 3, 1e-5)
+
+
+def test_m2f_by_the_hub(tmp_path, monkeypatch):
+    """Its file, from torch.hub's folder and by name, with a small network in its place; and what has no head in it."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(hub, "Mask2Former", type("Small", (mask2former.Mask2Former,), dict(
+        __init__=lambda self: mask2former.Mask2Former.__init__(self, **M2F_TINY | dict(n_classes=150)))))
+    small = fill_by_names(hub.Mask2Former())
+    cache = tmp_path / "hub/checkpoints"
+    cache.mkdir(parents=True)
+    file = cache / "dinov2_vitg14_ade20k_m2f.pth"
+    torch.save(dict(meta=dict(best=np.float64(60)), state_dict=small.state_dict()), file)
+    images, make = randn(1, (1, 3, 64, 32))[0], hub.entry_points()["dinov2_vitg14_m2f"]
+    with torch.inference_mode():
+        expected = small(images)
+        for network, about in (hub.load_dense("dinov2_vitg14_m2f"), hub.load_dense(file), (make(), about_m2f())):
+            assert torch.equal(network(images), expected) and about == about_m2f()
+        assert not make(pretrained=False).training
+        photo = data.to_float(images.mul(50).add(128).clamp(0, 255).byte()) * 255
+        chances = heads.segment(make(weights=str(file)), photo[0].byte(), about.recipe._replace(short=64))
+    assert chances.shape == (150, 64, 32)
+    torch.save(model.build("vit_nano", patch_size=8, img_size=16).state_dict(), tmp_path / "vit.pth")
+    for call in (lambda: hub.load_dense(tmp_path / "vit.pth"), lambda: make(weights=str(tmp_path / "vit.pth"))):
+        with pytest.raises(ValueError, match="vit.pth has no dense head in it; name one beside it"):
+            call()
+    with pytest.raises(ValueError, match="holds no DINOv2 backbone"):
+        hub.load(file)
+
+
+def about_m2f() -> hub.About:
+    names = heads.CLASSES["ade20k"]
+    return hub.About("seg", "ade20k", names, heads.colours(150, "ade20k"), heads.RECIPES["ade20k", "m2f"])

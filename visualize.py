@@ -521,19 +521,18 @@ def legend(labels: np.ndarray, names: list[str], colours: list[tuple[int, int, i
     return picture
 
 
-def load_dense(args: argparse.Namespace, task: str, depth_range=None) -> tuple[heads.Dense, hub.About, dict]:
-    """The network that --model and --head name, what it is for, and what images it expects. Raises ValueError if its
+def load_dense(args: argparse.Namespace, task: str, depth_range=None) -> tuple:
+    """(network, hub.About, dict): the network that --model and --head name, what it is for, and what images it expects. Raises ValueError if its
     task is another, of "depth" and "seg"."""
-    device = pick_device(args.device)
-    if not args.head:
+    device, (_, ckpt) = pick_device(args.device), hub.read(args.model)
+    if not args.head and not hub.is_mask2former(ckpt):
         raise ValueError(f"{args.model} is a backbone; name its head by --head, a file or, of a released backbone, "
                          f"{'nyu_dpt or kitti_dpt' if task == 'depth' else 'ade20k_ms or voc2012_ms'}")
-    network, about = hub.load_dense(args.model, args.head, depth_range)
+    network, about = hub.load_dense(args.model, args.head or None, depth_range, ckpt)
     if about.task != task:
-        raise ValueError(f"{args.head} is a head of {'segmentation' if task == 'depth' else 'depth'}; draw with it by "
+        raise ValueError(f"{args.head or args.model} is a head of {'segmentation' if task == 'depth' else 'depth'}; draw with it by "
                          f"the command {'segment' if task == 'depth' else 'depth'}")
-    ckpt = {} if args.model in hub.RELEASED else hub.read(args.model)[1]  # a run may have had other images
-    return network.to(device), about, hub.image_rules(network.backbone, ckpt)
+    return network.to(device), about, hub.image_rules(network.backbone if args.head else network, ckpt)
 
 
 class Album:
