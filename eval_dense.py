@@ -179,7 +179,7 @@ def count_classes(pairs: Pairs) -> list[str]:
     most = -1
     for _, path in tqdm(pairs.items, desc=f"classes of {pairs.name}", leave=False,
                         disable=None if world()[0] == 0 else True):
-        numbers = read_numbers(path)
+        numbers = read_numbers(path).astype(np.int64)
         most = max(most, int(numbers[numbers != IGNORE].max(initial=-1)))
     if not 0 <= most < IGNORE:
         raise ValueError(f"the labels of {pairs.name} go up to {most}; they must be 0 to {IGNORE - 1}" if most >= 0 else

@@ -530,8 +530,8 @@ def load_dense(args: argparse.Namespace, task: str, depth_range=None) -> tuple:
                          f"{'nyu_dpt or kitti_dpt' if task == 'depth' else 'ade20k_ms or voc2012_ms'}")
     network, about = hub.load_dense(args.model, args.head or None, depth_range, ckpt)
     if about.task != task:
-        raise ValueError(f"{args.head or args.model} is a head of {'segmentation' if task == 'depth' else 'depth'}; draw with it by "
-                         f"the command {'segment' if task == 'depth' else 'depth'}")
+        other = ("segmentation", "segment") if task == "depth" else ("depth", "depth")
+        raise ValueError(f"{args.head or args.model} is a head of {other[0]}; draw with it by the command {other[1]}")
     return network.to(device), about, hub.image_rules(network.backbone if args.head else network, ckpt)
 
 
