@@ -4633,6 +4633,13 @@ def test_visual_depth_command(trained, dense_files, desk, capsys):
     assert np.abs(other - metres[0]).max() > 0.01 * np.ptp(metres[0])
     assert np.array_equal(pixels_of("fixed/a.png"), visualize.depth_colours(other, near, far))
 
+    ckpt = hub.read_pth(str(trained / "ckpt.pth"))
+    ckpt["config"] |= dict(mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5))  # a run on other images
+    torch.save(ckpt, "other.pth")
+    draw("depth", "in/a.png", "--model", "other.pth", *flags[2:], "--out", "other")
+    other = visualize.depth_of(network, images[0], {k: ckpt["config"][k] for k in ("mean", "std")})
+    assert np.abs(other - metres[0]).max() > 0.01 * np.ptp(metres[0])
+    assert np.array_equal(pixels_of("other/a.png"), visualize.depth_colours(other, other.min(), other.max()))
     draw("depth", "in/a.png", *flags[:-1], dense_files / "unknown.pth", "--depth-range", 2, 3, "--out", "range")
     assert 2000 <= pixels_of("range/a_depth.png").min() <= pixels_of("range/a_depth.png").max() <= 3000
     draw("depth", "in/a.png", *flags[:-1], dense_files / "x_kitti_dpt_head.pth", "--far", 0.0001, "--out", "dpt")
