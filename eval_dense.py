@@ -50,7 +50,8 @@ from heads import (
     gradient_loss, resize, resize_bytes, scaled_size, segment, segmentation_loss, sig_loss)
 from hub import DTYPES, pick_device, read_pth, write_file
 from visualize import (
-    Cell, depth_colours, file_names, label_colours, save, save_depth, save_labels, sheet, spread, to_rgb, zoom)
+    Cell, depth_bar, depth_colours, file_names, label_colours, legend, rows_of, save, save_depth, save_labels, sheet,
+    spread, to_rgb, under, zoom)
 
 IGNORE = 255  # the label of pixels that do not count
 GROUP = 2  # images in a loss
@@ -807,10 +808,11 @@ def depth_summary(pairs: Pairs, table: Tensor) -> dict:
 
 
 class Pictures:
-    """A folder with what was predicted for each image, and sheet.png, of 8 photographs, their targets and those."""
+    """A folder with what was predicted for each image, and sheet.png, of 8 photographs, their targets and those.
+    """
 
     def __init__(self, job: Job, folder: Path):
-        self.job, self.folder, self.rows = job, folder, []
+        self.job, self.folder, self.cells, self.targets = job, folder, [], []
         self.names = file_names([job.val.describe(i) for i in range(len(job.val))])
         self.shown = set(spread(len(job.val), 8))
 
@@ -821,16 +823,22 @@ class Pictures:
             drawn = [label_colours(x.numpy(), self.job.colours) for x in (target, predicted)]
         else:
             save_depth(path, predicted.numpy())
-            known = target[target > 0]
-            near, far = (known.min().item(), known.max().item()) if known.numel() else self.job.limits
+            known = torch.cat([target[target > 0], predicted.flatten()])  # one scale for both
+            near, far = known.min().item(), known.max().item()
             drawn = [depth_colours(x.numpy(), near, far) for x in (target, predicted)]
         if i in self.shown:
-            cells = [zoom(to_rgb(image), 320), *(zoom(Image.fromarray(d), 320) for d in drawn)]
-            self.rows.append([Cell(c, text) for c, text in zip(cells, (self.names[i], "target", "prediction"))])
+            cells = [zoom(to_rgb(image), 240), *(zoom(Image.fromarray(d), 240) for d in drawn)]
+            if self.job.task == "depth":
+                cells[2] = under(cells[2], depth_bar(near, far, cells[2].width))
+            self.targets.append(target.flatten().numpy())
+            self.cells += [Cell(c, text) for c, text in zip(cells, (self.names[i], "target", "prediction"))]
 
     def finish(self) -> None:
-        if self.rows and world()[0] == 0:
-            save(sheet(self.rows), self.folder / "sheet.png")
+        if self.cells and world()[0] == 0:
+            note = None
+            if self.job.task == "seg":
+                note = legend(np.concatenate(self.targets), self.job.val.classes, self.job.colours)
+            save(sheet(rows_of(self.cells, 6), footer=note), self.folder / "sheet.png")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
