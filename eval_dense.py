@@ -521,7 +521,7 @@ class Job:
             if self.task == "seg":
                 return SegmentationHead(dim, len(self.train.classes), 4 if self.args.decoder == "ms" else 1)
             if self.args.decoder == "dpt":
-                return DPTHead(dim, *self.limits)
+                return DPTHead(dim, *self.limits, channels=self.args.channels)
             return LinearDepthHead(dim, 4 if self.args.decoder == "linear4" else 1, *self.limits)
 
     def adopt(self, about: hub.About) -> None:
@@ -577,7 +577,7 @@ class HeadTraining:
         self.protocol = recipe._asdict() | dict(
             decoder=args.decoder, batch_size=args.batch_size, seed=args.seed, chosen_on=CHOSEN[job.task])
         if job.task == "depth":
-            self.protocol |= dict(gradient_weight=args.gradient_weight, depth_range=job.limits)
+            self.protocol |= dict(gradient_weight=args.gradient_weight, depth_range=job.limits, channels=args.channels)
         else:
             self.protocol |= dict(short=job.test.short, ratios=job.ratios)
         key = json.dumps([self.protocol, self.eval_every, job.model_hash, job.train.fingerprint, job.val.fingerprint,
@@ -859,6 +859,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "linear, ms (of 4 blocks, and of more scales)")
     add("--head", default="", help="a head to evaluate instead: a file, or of a released model one of "
         f"{', '.join(hub.DENSE_HEADS)}")
+    add("--channels", type=int, default=256, help="of the maps of dpt; fewer for small networks: its time goes with "
+        "their square")
     add("--depth-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="metres that a head can predict and that "
         "are evaluated; default: the data set's, 0.001 10")
     add("--depth-scale", type=float, default=1000.0, help="a metre in the 16-bit PNG of your own folders")
@@ -897,12 +899,12 @@ def check(args: argparse.Namespace) -> None:
     if args.decoder not in DECODERS[args.task]:
         raise ValueError(f"--decoder {args.decoder} is none of --task {args.task}; choose "
                          f"{' or '.join(DECODERS[args.task])}")
-    positive = [args.steps, args.lr, args.short, args.batch_size, args.depth_scale, *(args.crop or ()),
+    positive = [args.steps, args.lr, args.short, args.batch_size, args.depth_scale, args.channels, *(args.crop or ()),
                 *(args.ratios or ()), *(args.scales or ())]
     if any(v is not None and not v > 0 for v in positive) or min(
             args.weight_decay or 0, args.clip or 0, args.gradient_weight, args.eval_every, args.num_workers + 1) < 0:
-        raise ValueError("--steps, --lr, --short, --batch-size, --crop, --ratios, --scales, --depth-scale must be "
-                         "positive, --weight-decay, --clip, --gradient-weight, --eval-every 0 or more")
+        raise ValueError("--steps, --lr, --short, --batch-size, --crop, --ratios, --scales, --depth-scale, --channels "
+                         "must be positive, --weight-decay, --clip, --gradient-weight, --eval-every 0 or more")
     if args.warmup is not None and not 0 <= args.warmup <= 1 or args.ratios and args.ratios[0] > args.ratios[1]:
         raise ValueError("--warmup is a share, 0 to 1; --ratios are two numbers, the smaller first")
     if args.task == "seg" and (args.depth_range or args.gradient_weight or args.eval_crop):

@@ -522,8 +522,8 @@ def legend(labels: np.ndarray, names: list[str], colours: list[tuple[int, int, i
 
 
 def load_dense(args: argparse.Namespace, task: str, depth_range=None) -> tuple:
-    """(network, hub.About, dict): the network that --model and --head name, what it is for, and what images it expects. Raises ValueError if its
-    task is another, of "depth" and "seg"."""
+    """(network, hub.About, dict): what --model and --head name, what it is for, and what images it expects. Raises
+    ValueError if its task is another, of "depth" and "seg"."""
     device, (_, ckpt) = pick_device(args.device), hub.read(args.model)
     if not args.head and not hub.is_mask2former(ckpt):
         raise ValueError(f"{args.model} is a backbone; name its head by --head, a file or, of a released backbone, "
