@@ -11,6 +11,8 @@
     python bench.py logreg --every 4            # 45 values of C at once against every 4th one by scikit-learn
     python bench.py linear                      # a step of the grid of 52 classifiers against 52 modules and autograd
     python bench.py hub --name dinov2_vitg14    # loading a file of that size against reading its bytes; imports
+    python bench.py dense                       # a linear depth head of 4 blocks, convolved first or enlarged first
+    python bench.py m2f --repeats 1             # Mask2Former over ViT-g, 896x896 pixels: minutes on a CPU, 11 GB
     python bench.py data --json                 # the table as JSON
 
 Everything is measured in turn, several times over, in one process, `data` on one core: compare the ratios, which hold
@@ -19,6 +21,7 @@ on a noisy machine too. A GPU's part is measured if there is one. Apache License
 import io
 import itertools
 import json
+import multiprocessing
 import platform
 import random
 import resource
@@ -42,7 +45,9 @@ import data
 import eval_knn
 import eval_linear
 import eval_logreg
+import heads
 import hub
+import mask2former
 import train
 
 
@@ -373,11 +378,70 @@ def bench_hub(args, device: torch.device) -> list[dict]:
         for name, times in ways.items()]
 
 
+def enlarged_first(head: heads.LinearDepthHead, features: list) -> torch.Tensor:
+    """LinearDepthHead.forward in the official order: all channels are enlarged, then convolved."""
+    x = torch.cat([t for patches, cls in features for t in (patches, heads.expand(cls, patches))], 1)
+    x = F.relu(head.conv_depth(heads.resize(x, [4 * n for n in x.shape[-2:]]))) + 0.1
+    depths = torch.linspace(*head.depth_range, x.shape[1], device=x.device)
+    return (x * depths[:, None, None]).sum(1, keepdim=True) / x.sum(1, keepdim=True)
+
+
+def linear_depth(way: str, dim: int, device: torch.device):
+    """What makes depth of the features of a 480x640 photograph, padded to 35x46 patches."""
+    head = heads.LinearDepthHead(dim).to(device)
+    features = [(torch.randn(1, dim, 35, 46, device=device), torch.randn(1, dim, device=device)) for _ in range(4)]
+    return partial(head if way == "heads.LinearDepthHead" else partial(enlarged_first, head), features)
+
+
+def whole_mask2former(way: str, dim: int, device: torch.device):
+    """Mask2Former with random weights, which are made without the rules of initialisation: those take a minute."""
+    with torch.device("meta"):
+        network = mask2former.Mask2Former()
+    network.to_empty(device=device)
+    for name, value in network.state_dict().items():
+        if value.is_floating_point():
+            value.uniform_(0.5, 1.5) if value.ndim < 2 and not name.endswith("bias") else value.normal_(std=0.02)
+        else:
+            value.zero_()
+    return partial(network.eval(), torch.randn(1, 3, 896, 896, device=device))
+
+
+@torch.inference_mode()
+def run_alone(make, way: str, args, device: torch.device, results) -> None:
+    """In a process of its own: seconds of each call, and the most memory, in GB, before and with it."""
+    torch.manual_seed(0)
+    call = finished(make(way, args.dim, device), device)
+    peak = (lambda: torch.cuda.max_memory_allocated() / 1e9) if device.type == "cuda" else (
+        lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+    before, seconds = peak(), []
+    for _ in range(args.repeats):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    results.put(dict(way=way, s=statistics.median(seconds), GB_before=before, GB_most=peak()))
+
+
+def bench_memory(make, ways: tuple[str, ...], args, device: torch.device) -> list[dict]:
+    """Rows of {way, s, GB_before, GB_most}, each of a new process."""
+    context, rows = multiprocessing.get_context("spawn"), []
+    for way in ways:
+        results = context.SimpleQueue()
+        process = context.Process(target=run_alone, args=(make, way, args, device, results))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise ValueError(f"{way} ended with code {process.exitcode}; is the memory enough?")
+        rows.append(results.get())
+    return rows
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+DENSE_WAYS = ("heads.LinearDepthHead", "enlarged first, as officially")
 BENCHES = {"data": bench_data, "save": bench_save, "knn": bench_knn, "logreg": bench_logreg, "linear": bench_linear,
-           "hub": bench_hub}
+           "hub": bench_hub, "dense": partial(bench_memory, linear_depth, DENSE_WAYS),
+           "m2f": partial(bench_memory, whole_mask2former, ("Mask2Former over ViT-g, 896x896",))}
 
 
 def parse(argv: list[str] | None):
@@ -387,7 +451,8 @@ def parse(argv: list[str] | None):
     parser.add_argument("--preset", default="vits16_short", help="of train.py, for `save`")
     parser.add_argument("--images", type=int, default=100_000, help="for `knn`; `logreg` takes a fifth of it")
     parser.add_argument("--queries", type=int, default=5_000, help="images to classify, for `knn`")
-    parser.add_argument("--dim", type=int, default=384, help="width of the features, for `knn`, `logreg`, `linear`")
+    parser.add_argument("--dim", type=int, default=384, help="width of the features, for `knn`, `logreg`, `linear`, "
+                        "`dense`")
     parser.add_argument("--every", type=int, default=1, help="for `logreg`: scikit-learn fits every such value of C")
     parser.add_argument("--name", default="dinov2_vitg14", help="of a released model, for `hub`")
     parser.add_argument("--ours-only", action="store_true", help="for `knn` and `logreg`: compare with nothing")

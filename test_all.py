@@ -275,7 +275,7 @@ IMPORTS = {"model": set(), "losses": set(), "data": set(), "heads": set(), "mask
            "eval_dense": {"eval_knn", "heads", "hub", "data", "visualize"},
            "train": {"model", "losses", "data", "eval_knn", "hub"},
            "visualize": {"hub", "data", "eval_knn", "heads"},
-           "bench": {"data", "hub", "train", "eval_knn", "eval_linear", "eval_logreg"}}
+           "bench": {"data", "heads", "hub", "mask2former", "train", "eval_knn", "eval_linear", "eval_logreg"}}
 OPTIONAL = {"hub": {"safetensors", "onnxruntime", "onnxscript"}, "mask2former": {"scipy"}}
 
 
@@ -3534,7 +3534,7 @@ def test_bench_save(capsys):
 
 
 @pytest.mark.parametrize("what,flags,rows", [("knn", ["--images", 2000, "--queries", 20], 4), ("linear", [], 2),
-                                             ("hub", ["--name", "dinov2_vits14"], 4),
+                                             ("hub", ["--name", "dinov2_vits14"], 4), ("dense", [], 2),
                                              ("logreg", ["--images", 1000, "--every", 22], 3)])
 def test_bench_of_evaluations(what, flags, rows, capsys):
     bench.main([what, "--dim", "8", "--repeats", "1", "--json", *map(str, flags)])
