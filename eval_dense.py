@@ -25,6 +25,7 @@ import copy
 import hashlib
 import json
 import math
+import os
 import random
 import sys
 import time
@@ -46,12 +47,12 @@ import hub
 from data import SPLIT_FOLDERS, Parser, Source, hue, image_paths, make_loader, normalize, read_image, worker_count
 from eval_knn import add_record, join_processes, leave_processes, world
 from heads import (
-    CLASSES, RANGES, RECIPES, Dense, DPTHead, LinearDepthHead, Recipe, SegmentationHead, colours, estimate_depth,
-    gradient_loss, resize, resize_bytes, scaled_size, segment, segmentation_loss, sig_loss)
+    CLASSES, RANGES, RECIPES, Dense, DPTHead, LinearDepthHead, Recipe, SegmentationHead, colours, gradient_loss,
+    resize, resize_bytes, scaled_size, segment, segmentation_loss, sig_loss)
 from hub import DTYPES, pick_device, read_pth, write_file
 from visualize import (
-    Cell, depth_bar, depth_colours, file_names, label_colours, legend, rows_of, save, save_depth, save_labels, sheet,
-    spread, to_rgb, under, zoom)
+    Cell, depth_bar, depth_colours, depth_of, file_names, label_colours, legend, rows_of, save, save_depth, save_labels,
+    sheet, spread, to_rgb, under, zoom)
 
 IGNORE = 255  # the label of pixels that do not count
 GROUP = 2  # images in a loss
@@ -136,6 +137,8 @@ def open_pairs(root: str, task: str, split: str, depth_scale: float = 1000) -> P
     folder, train = Path(root).expanduser(), split == "TRAIN"
     if not folder.is_dir():
         raise ValueError(f"no such folder: {root}")
+    for name in ("ADEChallengeData2016", "VOC2012", "VOCdevkit/VOC2012"):  # the archives, unpacked here
+        folder = folder / name if task == "seg" and (folder / name).is_dir() else folder
     try:
         if task == "depth":
             for dataset, listing, parts in (("nyu", "nyu_{}.txt", ("", "")),
@@ -216,7 +219,7 @@ def matched(images: Path, targets: Path) -> list[tuple[str, str]]:
     for folder in (images, targets):
         if not folder.is_dir():
             raise ValueError(f"no such folder: {folder}")
-    photos, others = ({Path(path).relative_to(folder).with_suffix(""): path for path in image_paths([str(folder)])}
+    photos, others = ({Path(os.path.relpath(path, folder)).with_suffix(""): path for path in image_paths([str(folder)])}
                       for folder in (images, targets))
     for mine, theirs, where in ((photos, others, targets), (others, photos, images)):
         if alone := sorted(mine.keys() - theirs.keys()):
@@ -256,11 +259,11 @@ TRAININGS = {
 RATIOS = {"linear": (0.5, 2.0), "ms": (1.0, 3.0)}  # of the size of photographs in segmentation, to that in testing
 
 
-def learning_rate(step: int, steps: int, recipe: Training, task: str) -> float:
+def learning_rate(step: int, recipe: Training, task: str) -> float:
     """As a share of the largest: linear warm-up into a cosine (depth) or a straight line (segmentation) down to 0; both
     at once, as mmcv does it."""
-    down = 1e-8 + (1 - 1e-8) * 0.5 * (1 + math.cos(math.pi * step / steps)) if task == "depth" else 1 - step / steps
-    rising = step / max(recipe.warmup * steps, 1e-9)
+    passed, rising = step / recipe.steps, step / max(recipe.warmup * recipe.steps, 1e-9)
+    down = 1e-8 + (1 - 1e-8) * 0.5 * (1 + math.cos(math.pi * passed)) if task == "depth" else 1 - passed
     return down * (1 - (1 - rising) * (1 - recipe.start)) if rising < 1 else down
 
 
@@ -283,10 +286,16 @@ def window(rng: random.Random, size, crop) -> tuple[slice, slice]:
     return tuple(slice(start, start + wanted) for start, wanted in zip(starts, crop))
 
 
-def augment_depth(rng: random.Random, image: Tensor, depth: Tensor, crop, dataset: str = "") -> tuple[Tensor, Tensor]:
-    """A photograph (C, H, W), uint8 or uint16, and its depth (H, W): turned, mirrored, cut to `crop` (or less, where
-    there is less), coloured. Returns the photograph in [0, 1]. Of NYU's the white frame is cut off first."""
+def augment_depth(rng: random.Random, image: Tensor, depth: Tensor, crop, dataset: str = "",
+                  short: int = 0) -> tuple[Tensor, Tensor]:
+    """A photograph (C, H, W), uint8 or uint16, and its depth (H, W): resized to the short side `short`, unless that is
+    0, turned, mirrored, cut to `crop` (or less, where there is less), coloured. Returns the photograph in [0, 1]. Of
+    NYU's the white frame is cut off first."""
     x = image.float() / (65535 if image.dtype == torch.uint16 else 255)
+    if short:
+        size = scaled_size(*depth.shape, sys.maxsize, short)
+        x = TF.resize(x, list(size), InterpolationMode.BILINEAR, antialias=True)
+        depth = F.interpolate(depth[None, None], size=size, mode="nearest")[0, 0]
     if dataset == "nyu":
         x, depth = (v[..., 45:472, 43:608] for v in (x, depth))
     if rng.random() < 0.5:
@@ -451,7 +460,7 @@ class Job:
                 raise ValueError(f"{args.head or args.checkpoint} is for --task {about.task}")
         self.rules, self.model_hash = hub.image_rules(backbone, ckpt), hub.weights_hash(backbone)
         join_processes(self.device)
-        self.workers = worker_count(args.num_workers, world()[1])
+        self.workers = worker_count(args.num_workers, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.train, self.val = self.open_data()
         if self.trains:
             self.choose_recipe()
@@ -501,7 +510,8 @@ class Job:
         own = TRAININGS[data.dataset or "depth"] if args.task == "depth" else TRAININGS[args.decoder]
         crop = tuple(args.crop or own.crop)
         if args.task == "depth" and not args.crop and not data.dataset:  # photographs of any size
-            crop = tuple(map(min, crop, data.read(0)[1].shape))
+            size = data.read(0)[1].shape
+            crop = tuple(map(min, crop, scaled_size(*size, sys.maxsize, args.short) if args.short else size))
         given = {name: value for name, value in dict(
             steps=args.steps, warmup=args.warmup, lr=args.lr, weight_decay=args.weight_decay, clip=args.clip).items()
             if value is not None}
@@ -577,7 +587,8 @@ class HeadTraining:
         self.protocol = recipe._asdict() | dict(
             decoder=args.decoder, batch_size=args.batch_size, seed=args.seed, chosen_on=CHOSEN[job.task])
         if job.task == "depth":
-            self.protocol |= dict(gradient_weight=args.gradient_weight, depth_range=job.limits, channels=args.channels)
+            self.protocol |= dict(gradient_weight=args.gradient_weight, depth_range=job.limits, channels=args.channels,
+                                  short=args.short or 0)
         else:
             self.protocol |= dict(short=job.test.short, ratios=job.ratios)
         key = json.dumps([self.protocol, self.eval_every, job.model_hash, job.train.fingerprint, job.val.fingerprint,
@@ -626,7 +637,8 @@ class HeadTraining:
 
     def loader(self):
         job, args, recipe = self.job, self.job.args, self.job.recipe
-        augment = partial(augment_depth, dataset=job.train.dataset) if job.task == "depth" else partial(
+        augment = partial(augment_depth, dataset=job.train.dataset, short=args.short or 0)
+        augment = augment if job.task == "depth" else partial(
             augment_labels, short=job.test.short, long=job.test.long, ratios=job.ratios)
         pairs = TrainPairs(job.train, augment, recipe.crop, recipe.steps, args.batch_size, args.seed,
                            job.rules["mean"], job.rules["std"])
@@ -642,13 +654,13 @@ class HeadTraining:
         weight = self.job.args.gradient_weight
         return loss + weight * gradient_loss(depth, targets, most) if weight else loss
 
-    def step(self, images: Tensor, targets: Tensor) -> float:
+    def step(self, images: Tensor, targets: Tensor) -> Tensor:
         """One step of the optimiser. images (b, C, H, W) and targets (b, H, W) of this process; the mean loss of all is
         returned."""
-        job, recipe, rate = self.job, self.job.recipe, learning_rate(self.done, self.job.recipe.steps, self.job.recipe,
-                                                                     self.job.task)
+        job, recipe = self.job, self.job.recipe
         for group in self.optimizer.param_groups:
-            group.update(lr=recipe.lr * rate, betas=(first_beta(self.done, recipe.steps, job.task), 0.999))
+            group.update(lr=recipe.lr * learning_rate(self.done, recipe, job.task),
+                         betas=(first_beta(self.done, recipe.steps, job.task), 0.999))
         n_groups = -(-job.args.batch_size // GROUP)
         features = [job.features(part) for part in images.split(GROUP)]
         finish = batch_statistics(self.head.bn, features) if job.task == "seg" else lambda: None
@@ -667,11 +679,9 @@ class HeadTraining:
                 parameter.grad = part.view_as(parameter)
         if recipe.clip:
             nn.utils.clip_grad_norm_(self.head.parameters(), recipe.clip)
-        if not (loss := float(total)) < math.inf:
-            raise ValueError(f"the loss of step {self.done} is {loss}; choose a smaller --lr, or --dtype fp32")
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss
+        return total
 
     def run(self) -> dict:
         """All steps. Returns the measures of the chosen head, which is in the network afterwards."""
@@ -685,12 +695,14 @@ class HeadTraining:
                 loss = self.step(images.to(job.device, non_blocking=True), targets.to(job.device, non_blocking=True))
                 self.done += 1
                 bar.update()
-                if self.done % 20 == 0:
+                due = self.done % self.eval_every == 0 or self.done == steps
+                if due or self.done % 20 == 0:  # seldom: the loss makes the processor wait for the device
+                    if not (loss := float(loss)) < math.inf:
+                        raise ValueError(f"the loss of step {self.done} is {loss}; choose a smaller --lr")
                     bar.set_postfix_str(f"loss {loss:.3f}" + (f", {self.shown()}" if self.curve else ""))
-                if self.done % self.eval_every == 0 or self.done == steps:
+                if due:
                     self.validate()
-                    self.save()
-                elif self.done % 500 == 0:
+                if due or self.done % 500 == 0:
                     self.save()
         self.head.load_state_dict(self.weights)
         return self.chosen
@@ -766,21 +778,21 @@ def evaluate(job: Job, predictions: str = "") -> dict:
     for i, (image, target, error) in zip(rows, bar):
         if error:
             raise ValueError(error)
-        image, target = image.to(job.device), target.to(job.device)
+        target = target.to(job.device)
         if job.task == "seg":
-            predicted = segment(job.predict, image, job.test, job.rules["mean"], job.rules["std"]).argmax(0)
+            mean, std = job.rules["mean"], job.rules["std"]
+            predicted = segment(job.predict, image.to(job.device), job.test, mean, std).argmax(0)
             counts += count_labels(predicted, target, counts.shape[1])
         else:
-            scaled = image[None].float() / (65535 if image.dtype == torch.uint16 else 255)
-            predicted = estimate_depth(job.predict, normalize(scaled, job.rules["mean"], job.rules["std"]),
-                                       job.args.flip is not False)[0, 0]
+            flip = job.args.flip is not False
+            predicted = depth_of(job.predict, image, job.rules, job.device, job.args.short or 0, flip).to(job.device)
             low, high = job.limits
             valid = (target > low) & (target < high) & crop_of(target, job.crop)
             known = target[valid].double()
             moments = torch.stack([known.mean(), (known**2).mean()])
             table[i] = torch.cat([depth_measures(predicted, target, valid), moments])
         if pictures:
-            pictures.add(i, image.cpu(), target.cpu(), predicted.cpu())
+            pictures.add(i, image, target.cpu(), predicted.cpu())
     if n_ranks > 1:
         dist.all_reduce(table)
         dist.all_reduce(counts)
@@ -872,7 +884,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--clip", type=float, help="largest norm of the gradient; 0: any")
     add("--crop", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of training, in pixels; in segmentation the "
         "windows of testing are as large as its short side")
-    add("--short", type=int, help="segmentation: short side of photographs in testing, and in training times --ratios")
+    add("--short", type=int, help="short side of photographs, in training times --ratios; depth: default as they are")
     add("--ratios", type=float, nargs=2, metavar=("MIN", "MAX"), help="segmentation: of random sizes in training")
     add("--gradient-weight", type=float, default=0.0, help="depth: of the gradient loss; officially 0.5, but in vain")
     add("--scales", type=float, nargs="+", help="segmentation: sizes of photographs in testing, times --short")
@@ -909,8 +921,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--warmup is a share, 0 to 1; --ratios are two numbers, the smaller first")
     if args.task == "seg" and (args.depth_range or args.gradient_weight or args.eval_crop):
         raise ValueError("--depth-range, --gradient-weight and --eval-crop are of --task depth")
-    if args.task == "depth" and (args.short or args.ratios or args.scales):
-        raise ValueError("--short, --ratios and --scales are of --task seg")
+    if args.task == "depth" and (args.ratios or args.scales):
+        raise ValueError("--ratios and --scales are of --task seg")
     if args.predictions and Path(args.predictions).is_file():
         raise ValueError(f"--predictions {args.predictions} is a file; name a folder")
 

@@ -559,12 +559,13 @@ class Album:
 
 
 @torch.inference_mode()
-def depth_of(network: heads.Dense, image: Tensor, rules: dict, size: int = 0, flip: bool = False) -> np.ndarray:
-    """Metres (H, W) of an image (C, H, W), uint8 or uint16; predicted at the short side `size`, unless that is 0."""
+def depth_of(network, image: Tensor, rules: dict, device, size: int = 0, flip: bool = False) -> Tensor:
+    """Metres (H, W) on the CPU of an image (C, H, W), uint8 or uint16, there; predicted by `network`, as heads.Dense,
+    on `device`, at the short side `size`, unless that is 0."""
     fit = plan_fit(*image.shape[-2:], 1, size=(size,) if size else ())  # the network itself pads to patches
-    x = fit_image(image, fit, rules["mean"])[None].to(next(network.parameters()).device)
+    x = fit_image(image, fit, rules["mean"])[None].to(device)
     x = heads.estimate_depth(network, normalize(to_float(x), rules["mean"], rules["std"]), flip)
-    return heads.resize(x, image.shape[-2:])[0, 0].cpu().numpy()
+    return heads.resize(x, image.shape[-2:])[0, 0].cpu()
 
 
 def depth(args: argparse.Namespace) -> None:
@@ -573,10 +574,12 @@ def depth(args: argparse.Namespace) -> None:
         raise ValueError("--size is a side in pixels, or 0; --near and --far are metres, --far the more")
     album = Album(args, "_depth", 4)
     network, _, rules = load_dense(args, "depth", args.depth_range)
+    device = next(network.parameters()).device
     side = min(WIDTH // (2 * album.in_a_row) - GAP, 480)
     for path, image in album.each(rules["in_chans"]):
-        metres = depth_of(network, image, rules, args.size, bool(args.flip))
-        hub.check_finite(torch.from_numpy(metres), f"{args.model} with {args.head}")
+        metres = depth_of(network, image, rules, device, args.size, bool(args.flip))
+        hub.check_finite(metres, f"{args.model} with {args.head}")
+        metres = metres.numpy()
         near = metres.min().item() if args.near is None else args.near
         far = max(metres.max().item() if args.far is None else args.far, near)
         drawn = Image.fromarray(depth_colours(metres, near, far))
