@@ -219,8 +219,9 @@ def matched(images: Path, targets: Path) -> list[tuple[str, str]]:
     for folder in (images, targets):
         if not folder.is_dir():
             raise ValueError(f"no such folder: {folder}")
-    photos, others = ({Path(os.path.relpath(path, folder)).with_suffix(""): path for path in image_paths([str(folder)])}
-                      for folder in (images, targets))
+    roots = images.resolve(), targets.resolve()
+    photos, others = ({Path(path).relative_to(root).with_suffix(""): path for path in image_paths([str(root)])}
+                      for root in roots)
     for mine, theirs, where in ((photos, others, targets), (others, photos, images)):
         if alone := sorted(mine.keys() - theirs.keys()):
             raise ValueError(f"{len(alone)} of the {len(mine)} files of pairs have no partner in {where}, the first: "
