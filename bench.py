@@ -423,7 +423,7 @@ def run_alone(make, way: str, args, device: torch.device, results) -> None:
 
 def bench_memory(make, ways: tuple[str, ...], args, device: torch.device) -> list[dict]:
     """Rows of {way, s, GB_before, GB_most}, each of a new process."""
-    context, rows = multiprocessing.get_context("spawn"), []
+    context, rows = multiprocessing.get_context("fork" if device.type == "cpu" else "spawn"), []
     for way in ways:
         results = context.SimpleQueue()
         process = context.Process(target=run_alone, args=(make, way, args, device, results))

@@ -4048,7 +4048,7 @@ def test_eval_logreg_gradient_and_curvature():
 
 def test_eval_logreg_without_flags(trained, tmp_path):
     """C is chosen on the official tenth of the training images; one and two processes and scikit-learn agree."""
-    flags = [trained / "ckpt.pth", "--out", tmp_path / "results", "--cs", 0.001, 0.1]
+    flags = [trained / "ckpt.pth", "--out", tmp_path / "results", "--cs", 1e-5, 1e-3]
     alone = eval_logreg.main([str(f) for f in flags])
     Launched(tmp_path / "log", eval_logreg.main, *flags, world=2).wait()
     saved = [json.loads(line) for line in (tmp_path / "results").read_text().splitlines()]
@@ -4062,7 +4062,7 @@ def test_eval_logreg_without_flags(trained, tmp_path):
         x, labels = e.labelled(e.train, e.train_labels)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     held, rows = order[:143], order[143:]
-    models = eval_logreg.fit(eval_logreg.Principal(x.clone()), labels, [0.001, 0.1], rows)
+    models = eval_logreg.fit(eval_logreg.Principal(x.clone()), labels, [1e-5, 1e-3], rows)
     expected = eval_logreg.accuracies(models, x[held], labels[held], 10)["top1"]
     assert list(alone["figures"].values()) == pytest.approx(expected.tolist())
 
