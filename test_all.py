@@ -326,13 +326,14 @@ def test_readme_commands_parse():
     """Every training and evaluation command of the README names existing presets and flags."""
     commands = readme_commands()
     assert sum("train.py" in c for c in commands) >= 5 and all(
-        any(f"eval_{name}.py" in c for c in commands) for name in ("knn", "linear", "logreg"))
+        any(f"eval_{name}.py" in c for c in commands) for name in ("knn", "linear", "logreg", "dense"))
     for command in commands:
         script, *argv = shlex.split(command[re.search(r"\w+\.py", command).start() :])
         if script == "train.py" and "--help" not in argv:
             train.check(train.parse(argv)[0], 1)
         if script.startswith("eval_"):
-            dict(eval_knn=eval_knn, eval_linear=eval_linear, eval_logreg=eval_logreg)[script[:-3]].parse(argv)
+            programs = dict(eval_knn=eval_knn, eval_linear=eval_linear, eval_logreg=eval_logreg, eval_dense=eval_dense)
+            programs[script[:-3]].parse(argv)
         if script == "bench.py":
             bench.parse(argv)
         if script == "data.py" and "/data/" not in command:
@@ -342,13 +343,16 @@ def test_readme_commands_parse():
 
 def test_readme_hub_and_picture_commands_run(trained, tmp_path, monkeypatch, cache):
     """All that need neither a download nor an optional package that is absent, literally, in a folder with a run in
-    out/ and two photographs."""
+    out/, two photographs, and dense heads."""
     shutil.copytree(trained, tmp_path / "out")
     shutil.copytree(trained, tmp_path / "out_photos")
+    for name, head in (("depth_linear", heads.LinearDepthHead(64, 1)), ("seg_ms", heads.SegmentationHead(64, 5, 4))):
+        about = dict(dim=64, dataset="", depth_range=(0.001, 10), classes=list("abcde"), recipe=(32, 99, 32, 16))
+        torch.save(dict(state_dict=head.state_dict(), about=about), tmp_path / f"out_photos/ckpt.{name}_head.pth")
     write_images(tmp_path / "photos", ["china.png", "flower.png"], size=(32, 40))
     monkeypatch.chdir(tmp_path)
     written = {"curves.png", "visualize-neighbours.png", "pca.png", "visualize-similarity.png", "features.npz",
-               "out_hf/config.json", "out/vit.pt2"}
+               "visualize-depth.png", "segment.png", "out_hf/config.json", "out/vit.pt2"}
     for command in readme_commands():
         argv = shlex.split(command.replace("/my/photos", "photos").replace("320,250", "30,20"))[1:]
         if argv[0] not in ("hub.py", "visualize.py") or "--help" in argv or "dinov2" in command:
