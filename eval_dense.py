@@ -508,9 +508,7 @@ class Job:
         self.recipe = own._replace(crop=crop, **given)
         test = RECIPES.get((data.dataset, args.decoder), RECIPES.get(("ade20k", args.decoder), Recipe()))
         test = test._replace(short=args.short or test.short)
-        if args.crop:
-            test = test._replace(crop=min(crop), stride=max(round(test.stride / test.crop * min(crop)), 1))
-        self.test = test if args.task == "seg" else None
+        self.test = cut(test, args.crop) if args.task == "seg" else None
         self.limits = tuple(args.depth_range or RANGES.get(data.dataset, RANGES["nyu"]))
         self.ratios = tuple(args.ratios or RATIOS.get(args.decoder, ()))
 
@@ -529,7 +527,7 @@ class Job:
         if self.task == "depth":
             self.test, self.limits = None, self.network.decode_head.depth_range
             return
-        self.test = about.recipe._replace(**dict(short=self.args.short) if self.args.short else {})
+        self.test = cut(about.recipe._replace(short=self.args.short or about.recipe.short), self.args.crop)
         if self.val.dataset and self.val.dataset != about.dataset:
             raise ValueError(f"{self.args.head or self.args.checkpoint} knows the classes of "
                              f"{about.dataset or 'other data'}, not those of {self.val.name}")
@@ -561,6 +559,12 @@ class Job:
             return self.network(images).float()
 
 
+def cut(test: Recipe, crop) -> Recipe:
+    """With windows as large as the short side of `crop`, if that is given, and overlapping as much."""
+    side = min(crop or [test.crop])
+    return test._replace(crop=side, stride=max(round(test.stride / test.crop * side), 1))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -581,7 +585,7 @@ class HeadTraining:
         else:
             self.protocol |= dict(short=job.test.short, ratios=job.ratios)
         key = json.dumps([self.protocol, self.eval_every, job.model_hash, job.train.fingerprint, job.val.fingerprint,
-                          job.train.classes, args.dtype])
+                          job.train.classes, args.dtype, job.test, job.crop, args.flip])
         digest = hashlib.sha256(key.encode()).hexdigest()[:8]
         self.path = Path(f"{job.stem()}.eval_dense.{digest}.resume")
 
@@ -627,7 +631,8 @@ class HeadTraining:
     def loader(self):
         job, args, recipe = self.job, self.job.args, self.job.recipe
         augment = partial(augment_depth, dataset=job.train.dataset) if job.task == "depth" else partial(
-            augment_labels, short=job.test.short, long=job.test.long, ratios=job.ratios)
+            augment_labels, short=job.test.short, ratios=job.ratios,
+            long=4 * job.test.short if args.decoder == "linear" else job.test.long)  # 2048 to 512, unlike in testing
         pairs = TrainPairs(job.train, augment, recipe.crop, recipe.steps, args.batch_size, args.seed,
                            job.rules["mean"], job.rules["std"])
         return make_loader(pairs, job.workers, batch_size=None, sampler=range(self.done, recipe.steps),
@@ -768,17 +773,21 @@ def evaluate(job: Job, predictions: str = "") -> dict:
             raise ValueError(error)
         image, target = image.to(job.device), target.to(job.device)
         if job.task == "seg":
-            predicted = segment(job.predict, image, job.test, job.rules["mean"], job.rules["std"]).argmax(0)
+            scores = segment(job.predict, image, job.test, job.rules["mean"], job.rules["std"])
+            predicted = scores.argmax(0)
             counts += count_labels(predicted, target, counts.shape[1])
         else:
             scaled = image[None].float() / (65535 if image.dtype == torch.uint16 else 255)
-            predicted = estimate_depth(job.predict, normalize(scaled, job.rules["mean"], job.rules["std"]),
-                                       job.args.flip is not False)[0, 0]
+            predicted = scores = estimate_depth(job.predict, normalize(scaled, job.rules["mean"], job.rules["std"]),
+                                                job.args.flip is not False)[0, 0]
             low, high = job.limits
             valid = (target > low) & (target < high) & crop_of(target, job.crop)
             known = target[valid].double()
             moments = torch.stack([known.mean(), (known**2).mean()])
             table[i] = torch.cat([depth_measures(predicted, target, valid), moments])
+        if not scores.isfinite().all():
+            raise ValueError(f"the predictions for {pairs.describe(i)} are not finite; choose a smaller --lr, another "
+                             "head, or --dtype fp32")
         if pictures:
             pictures.add(i, image.cpu(), target.cpu(), predicted.cpu())
     if n_ranks > 1:
@@ -907,10 +916,15 @@ def check(args: argparse.Namespace) -> None:
                          "must be positive, --weight-decay, --clip, --gradient-weight, --eval-every 0 or more")
     if args.warmup is not None and not 0 <= args.warmup <= 1 or args.ratios and args.ratios[0] > args.ratios[1]:
         raise ValueError("--warmup is a share, 0 to 1; --ratios are two numbers, the smaller first")
-    if args.task == "seg" and (args.depth_range or args.gradient_weight or args.eval_crop):
-        raise ValueError("--depth-range, --gradient-weight and --eval-crop are of --task depth")
+    if args.task == "seg" and (args.depth_range or args.gradient_weight or args.eval_crop or args.depth_scale != 1000):
+        raise ValueError("--depth-range, --depth-scale, --gradient-weight and --eval-crop are of --task depth")
     if args.task == "depth" and (args.short or args.ratios or args.scales):
         raise ValueError("--short, --ratios and --scales are of --task seg")
+    if args.channels != 256 and (args.decoder != "dpt" or args.head):
+        raise ValueError("--channels is of --decoder dpt, when it is trained")
+    trained = ("steps", "lr", "weight_decay", "warmup", "clip", "ratios", *["crop"] * (args.task == "depth"))
+    if args.head and (idle := [name for name in trained if getattr(args, name) is not None]):
+        raise ValueError(f"--{idle[0].replace('_', '-')} is of training; with --head nothing is trained")
     if args.predictions and Path(args.predictions).is_file():
         raise ValueError(f"--predictions {args.predictions} is a file; name a folder")
 
