@@ -519,9 +519,7 @@ class Job:
         self.recipe = own._replace(crop=crop, **given)
         test = RECIPES.get((data.dataset, args.decoder), RECIPES.get(("ade20k", args.decoder), Recipe()))
         test = test._replace(short=args.short or test.short)
-        if args.crop:
-            test = test._replace(crop=min(crop), stride=max(round(test.stride / test.crop * min(crop)), 1))
-        self.test = test if args.task == "seg" else None
+        self.test = cut(test, args.crop) if args.task == "seg" else None
         self.limits = tuple(args.depth_range or RANGES.get(data.dataset, RANGES["nyu"]))
         self.ratios = tuple(args.ratios or RATIOS.get(args.decoder, ()))
 
@@ -540,7 +538,7 @@ class Job:
         if self.task == "depth":
             self.test, self.limits = None, self.network.decode_head.depth_range
             return
-        self.test = about.recipe._replace(**dict(short=self.args.short) if self.args.short else {})
+        self.test = cut(about.recipe._replace(short=self.args.short or about.recipe.short), self.args.crop)
         if self.val.dataset and self.val.dataset != about.dataset:
             raise ValueError(f"{self.args.head or self.args.checkpoint} knows the classes of "
                              f"{about.dataset or 'other data'}, not those of {self.val.name}")
@@ -571,6 +569,22 @@ class Job:
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             return self.network(images).float()
 
+    def see(self, image: Tensor) -> Tensor | None:
+        """Depth in metres, float32, or classes, int64, of an image (C, H, W), uint8 or uint16, all on the CPU: (H, W).
+        None if they are not finite."""
+        if self.task == "depth":
+            depth = depth_of(self.predict, image, self.rules, self.device, self.args.short or 0,
+                             self.args.flip is not False)
+            return depth if depth.isfinite().all() else None
+        chances = segment(self.predict, image.to(self.device), self.test, self.rules["mean"], self.rules["std"])
+        return chances.argmax(0).cpu() if chances.isfinite().all() else None
+
+
+def cut(test: Recipe, crop) -> Recipe:
+    """With windows as large as the short side of `crop`, if that is given, and overlapping as much."""
+    side = min(crop or [test.crop])
+    return test._replace(crop=side, stride=max(round(test.stride / test.crop * side), 1))
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
@@ -593,7 +607,7 @@ class HeadTraining:
         else:
             self.protocol |= dict(short=job.test.short, ratios=job.ratios)
         key = json.dumps([self.protocol, self.eval_every, job.model_hash, job.train.fingerprint, job.val.fingerprint,
-                          job.train.classes, args.dtype])
+                          job.train.classes, args.dtype, job.test, job.crop, args.flip])
         digest = hashlib.sha256(key.encode()).hexdigest()[:8]
         self.path = Path(f"{job.stem()}.eval_dense.{digest}.resume")
 
@@ -639,8 +653,9 @@ class HeadTraining:
     def loader(self):
         job, args, recipe = self.job, self.job.args, self.job.recipe
         augment = partial(augment_depth, dataset=job.train.dataset, short=args.short or 0)
-        augment = augment if job.task == "depth" else partial(
-            augment_labels, short=job.test.short, long=job.test.long, ratios=job.ratios)
+        if job.task == "seg":
+            long = 4 * job.test.short if args.decoder == "linear" else job.test.long  # 2048 to 512, unlike in testing
+            augment = partial(augment_labels, short=job.test.short, long=long, ratios=job.ratios)
         pairs = TrainPairs(job.train, augment, recipe.crop, recipe.steps, args.batch_size, args.seed,
                            job.rules["mean"], job.rules["std"])
         return make_loader(pairs, job.workers, batch_size=None, sampler=range(self.done, recipe.steps),
@@ -728,9 +743,11 @@ def batch_statistics(bn: nn.BatchNorm2d, features: list):
     """Has a batch normalisation in eval mode use the mean and variance of all features of the batch, of all processes;
     features do not depend on anything that is trained, so these are constants. Returns what ends that, and takes them
     into its running mean and variance."""
-    sums = torch.zeros(3, bn.num_features, dtype=torch.float64, device=bn.weight.device)
+    device = bn.weight.device
+    exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    sums = torch.zeros(3, bn.num_features, dtype=exact, device=device)
     for group in features:
-        x = torch.cat([patches for patches, _ in group], 1).double()  # (b, C, h, w)
+        x = torch.cat([patches for patches, _ in group], 1).to(exact)  # (b, C, h, w)
         sums += torch.stack([x.sum((0, 2, 3)), (x**2).sum((0, 2, 3)), torch.full_like(sums[0], x[:, 0].numel())])
     if world()[1] > 1:
         dist.all_reduce(sums)
@@ -772,31 +789,31 @@ def evaluate(job: Job, predictions: str = "") -> dict:
     pairs, (rank, n_ranks) = job.val, world()
     rows = list(range(rank, len(pairs), n_ranks))
     pictures = Pictures(job, Path(predictions)) if predictions else None
-    table = torch.zeros(len(pairs), len(DEPTH_MEASURES) + 2, dtype=torch.float64, device=job.device)
-    counts = torch.zeros(3, len(pairs.classes or [0]), dtype=torch.int64, device=job.device)
+    table = torch.zeros(len(pairs), len(DEPTH_MEASURES) + 2, dtype=torch.float64)
+    counts = torch.zeros(3, len(pairs.classes or [0]), dtype=torch.int64)
     loader = make_loader(EvalPairs(pairs, rows), job.workers if len(rows) > 8 else 0, batch_size=None)
     bar = tqdm(loader, desc=f"evaluates {pairs.name}", leave=False, disable=None if rank == 0 else True)
     for i, (image, target, error) in zip(rows, bar):
         if error:
             raise ValueError(error)
-        target = target.to(job.device)
+        predicted = job.see(image)
+        if predicted is None:
+            raise ValueError(f"the predictions for {pairs.describe(i)} are not finite; choose a smaller --lr, another "
+                             "head, or --dtype fp32")
         if job.task == "seg":
-            mean, std = job.rules["mean"], job.rules["std"]
-            predicted = segment(job.predict, image.to(job.device), job.test, mean, std).argmax(0)
             counts += count_labels(predicted, target, counts.shape[1])
         else:
-            flip = job.args.flip is not False
-            predicted = depth_of(job.predict, image, job.rules, job.device, job.args.short or 0, flip).to(job.device)
             low, high = job.limits
             valid = (target > low) & (target < high) & crop_of(target, job.crop)
             known = target[valid].double()
             moments = torch.stack([known.mean(), (known**2).mean()])
             table[i] = torch.cat([depth_measures(predicted, target, valid), moments])
         if pictures:
-            pictures.add(i, image, target.cpu(), predicted.cpu())
-    if n_ranks > 1:
-        dist.all_reduce(table)
-        dist.all_reduce(counts)
+            pictures.add(i, image, target, predicted)
+    for numbers in (table, counts) if n_ranks > 1 else ():
+        total = numbers.to(job.device)
+        dist.all_reduce(total)
+        numbers.copy_(total)
     if pictures:
         pictures.finish()
     if job.task == "depth":
@@ -920,10 +937,15 @@ def check(args: argparse.Namespace) -> None:
                          "must be positive, --weight-decay, --clip, --gradient-weight, --eval-every 0 or more")
     if args.warmup is not None and not 0 <= args.warmup <= 1 or args.ratios and args.ratios[0] > args.ratios[1]:
         raise ValueError("--warmup is a share, 0 to 1; --ratios are two numbers, the smaller first")
-    if args.task == "seg" and (args.depth_range or args.gradient_weight or args.eval_crop):
-        raise ValueError("--depth-range, --gradient-weight and --eval-crop are of --task depth")
+    if args.task == "seg" and (args.depth_range or args.gradient_weight or args.eval_crop or args.depth_scale != 1000):
+        raise ValueError("--depth-range, --depth-scale, --gradient-weight and --eval-crop are of --task depth")
     if args.task == "depth" and (args.ratios or args.scales):
         raise ValueError("--ratios and --scales are of --task seg")
+    if args.channels != 256 and (args.decoder != "dpt" or args.head):
+        raise ValueError("--channels is of --decoder dpt, when it is trained")
+    trained = ("steps", "lr", "weight_decay", "warmup", "clip", "ratios", *["crop"] * (args.task == "depth"))
+    if args.head and (idle := [name for name in trained if getattr(args, name) is not None]):
+        raise ValueError(f"--{idle[0].replace('_', '-')} is of training; with --head nothing is trained")
     if args.predictions and Path(args.predictions).is_file():
         raise ValueError(f"--predictions {args.predictions} is a file; name a folder")
 

@@ -5424,3 +5424,354 @@ def test_m2f_by_the_hub(tmp_path, monkeypatch):
 def about_m2f() -> hub.About:
     names = heads.CLASSES["ade20k"]
     return hub.About("seg", "ade20k", names, heads.colours(150, "ade20k"), heads.RECIPES["ade20k", "m2f"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Depth and segmentation of eval_dense.py
+
+
+def dense(*argv) -> dict:
+    return eval_dense.main([str(a) for a in argv])
+
+
+def put(path: Path, pixels, palette: bool = False) -> Path:
+    """A file of an array, by its suffix; with `palette` an indexed PNG in the colours of VOC."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, pixels)
+    else:
+        picture = Image.fromarray(np.asarray(pixels))
+        if palette:
+            picture.putpalette([c for colour in heads.colours(256) for c in colour])
+        picture.save(path)
+    return path
+
+
+def noise(seed: int, *shape: int, high: int = 256, dtype=np.uint8) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, high, shape, dtype=dtype)
+
+
+@pytest.fixture(scope="session")
+def dense_pairs(tmp_path_factory) -> Path:
+    """18 pieces, 48 x 64, of scikit-learn's two photographs, 14 to train with. Depth: 1 m and 6 m times the smoothed
+    brightness; classes: the thirds of that brightness."""
+    root, pieces = tmp_path_factory.mktemp("pairs"), []
+    for photo in photographs():
+        small = np.asarray(Image.fromarray(photo.permute(1, 2, 0).numpy()).resize((213, 142), Image.BOX))
+        pieces += [small[y : y + 48, x : x + 64] for y in (0, 48, 94) for x in (0, 64, 128)]
+    bright = torch.from_numpy(np.stack(pieces)).float().mean(-1, keepdim=True).movedim(-1, 1) / 255
+    pad = torch.nn.functional.pad(bright, [4] * 4, mode="replicate")
+    bright = torch.nn.functional.avg_pool2d(pad, 9, 1)[:, 0].numpy()
+    thirds = np.digitize(bright, np.quantile(bright, [1 / 3, 2 / 3]))
+    for i, piece in enumerate(pieces):
+        end = f"{'val' if i % 4 == 3 else 'train'}/{i:02d}.png"
+        put(root / "images" / end, piece)
+        put(root / "depth" / end, (1000 + 6000 * bright[i]).round().astype(np.uint16))
+        put(root / "labels" / end, thirds[i].astype(np.uint8))
+    (root / "classes.txt").write_text("dark\nmiddling\n\nbright\n")
+    return root
+
+
+@pytest.fixture
+def dense_vit(desk) -> Path:
+    """A small backbone with random weights, in a folder of its own."""
+    torch.manual_seed(0)
+    vit = model.build("vit_nano", patch_size=8, img_size=32)
+    (desk / "model").mkdir()
+    torch.save(vit.state_dict(), desk / "model/vit.pth")
+    return desk / "model/vit.pth"
+
+
+QUICK = ("--num-workers", 0, "--device", "cpu", "--eval-every", 2, "--steps", 4, "--batch-size", 4, "--crop", 32, 32)
+TASKS = {"depth": ("--task", "depth"), "seg": ("--task", "seg", "--short", 32)}
+
+
+# Measures
+
+
+def test_eval_dense_depth_measures_golden():
+    gt, pred = golden_dense["depth_metrics/gt"], golden_dense["depth_metrics/pred"]
+    measures = eval_dense.depth_measures(pred[0], gt[0], (gt[0] > 0.001) & (gt[0] < 10))
+    keys = set(golden_dense.keys("depth_metrics/")) - {"gt", "pred"}
+    assert keys == set(eval_dense.DEPTH_MEASURES)
+    for name, value in zip(eval_dense.DEPTH_MEASURES, measures):
+        assert_close(value, golden_dense[f"depth_metrics/{name}"][0], 1e-5, name)
+
+
+@pytest.mark.parametrize("name, size, rows, columns", [
+    ("nyu", (480, 640), (45, 471), (41, 601)), ("garg", (352, 1216), (143, 349), (43, 1172)),
+    ("eigen", (352, 1216), (117, 321), (43, 1172)), ("none", (5, 7), (0, 5), (0, 7)),
+    ("garg", (375, 1242), (int(0.40810811 * 375), int(0.99189189 * 375)),
+     (int(0.03594771 * 1242), int(0.96405229 * 1242)))])
+def test_eval_dense_crops(name, size, rows, columns):
+    expected = torch.zeros(size, dtype=torch.bool)
+    expected[slice(*rows), slice(*columns)] = True
+    assert torch.equal(eval_dense.crop_of(torch.ones(size), name), expected)
+
+
+def plain_depth(p: np.ndarray, d: np.ndarray) -> dict[str, float]:
+    """The measures of one image's known pixels, as they are written in the papers."""
+    p, d = p.astype(np.float64), d.astype(np.float64)
+    worse, e = np.maximum(p / d, d / p), np.log(p) - np.log(d)
+    return dict(a1=np.mean(worse < 1.25), a2=np.mean(worse < 1.25**2), a3=np.mean(worse < 1.25**3),
+                abs_rel=np.mean(abs(p - d) / d), sq_rel=np.mean((p - d) ** 2 / d), rmse=np.sqrt(np.mean((p - d) ** 2)),
+                rmse_log=np.sqrt(np.mean(e**2)), log_10=np.mean(abs(np.log10(p) - np.log10(d))), silog=100 * np.std(e))
+
+
+def test_eval_dense_depth_summary_is_a_mean_over_images():
+    """Not over pixels; images without a known pixel are left out."""
+    rng, table, expected = np.random.default_rng(0), [], []
+    for n_known in (1, 100, 0, 7):
+        p, d = (torch.from_numpy(rng.uniform(0.5, 9, (10, 12)).astype(np.float32)) for _ in range(2))
+        valid = torch.arange(120).view(10, 12) < n_known
+        known = d[valid].double()
+        table.append(torch.cat([eval_dense.depth_measures(p, d, valid),
+                                torch.stack([known.mean(), (known**2).mean()])]))
+        if n_known:
+            expected.append(plain_depth(p[valid].numpy(), d[valid].numpy()) | dict(d=d[valid].double().numpy()))
+    result = eval_dense.depth_summary(types.SimpleNamespace(name="x"), torch.stack(table))
+    for name in eval_dense.DEPTH_MEASURES:
+        assert result[name] == pytest.approx(np.mean([e[name] for e in expected]), abs=1e-6), name
+    middle = np.mean([e["d"].mean() for e in expected])
+    constant = dict(depth=middle, rmse=np.mean([np.sqrt(np.mean((e["d"] - middle) ** 2)) for e in expected]))
+    assert result["images_left_out"] == 1 and result["constant_everywhere"] == pytest.approx(constant)
+    with pytest.raises(ValueError, match="no image of x has a pixel with a depth in the range"):
+        eval_dense.depth_summary(types.SimpleNamespace(name="x"), torch.stack(table[2:3]))
+
+
+def test_eval_dense_segmentation_measures_equal_confusion_matrix():
+    """Also of images of several sizes; class 4 occurs nowhere, 5 is predicted alone, 6 never predicted."""
+    from sklearn.metrics import confusion_matrix
+    rng, counts, matrix = np.random.default_rng(1), torch.zeros(3, 7, dtype=torch.int64), np.zeros((7, 7), int)
+    for shape in ((9, 14), (20, 5), (3, 3)):
+        labels, answers = rng.choice([0, 1, 2, 3, 6, 255], shape), rng.choice([0, 1, 2, 3, 5], shape)
+        answers = np.where(rng.random(shape) < 0.5, np.where(labels > 3, 0, labels), answers)
+        counts += eval_dense.count_labels(torch.from_numpy(answers), torch.from_numpy(labels.astype(np.uint8)), 7)
+        known = labels != 255
+        matrix += confusion_matrix(labels[known], answers[known], labels=range(7))
+    result = eval_dense.segmentation_measures(counts)
+    right, labelled, answered = np.diag(matrix), matrix.sum(1), matrix.sum(0)
+    iou = [100 * r / (a + b - r) if a + b else None for r, a, b in zip(right, labelled, answered)]
+    assert [None if v is None else round(v, 4) for v in iou] == result["IoU"]
+    assert iou[4] is None and iou[5] == iou[6] == 0
+    assert result["mIoU"] == pytest.approx(np.mean([v for v in iou if v is not None]))
+    assert result["aAcc"] == pytest.approx(100 * right.sum() / matrix.sum())
+    assert result["mAcc"] == pytest.approx(np.mean([100 * right[k] / labelled[k] for k in range(7) if labelled[k]]))
+
+
+# Data sets on disk
+
+
+def test_eval_dense_nyu_on_disk(tmp_path):
+    for i in range(3):
+        put(tmp_path / f"room_{i}/rgb_{i}.png", noise(i, 6, 8, 3))
+        put(tmp_path / f"room_{i}/sync_depth_{i}.png", noise(i, 6, 8, high=9000, dtype=np.uint16) * (i < 2))
+    line = "{0}room_{1}/rgb_{1}.png {0}room_{1}/sync_depth_{1}.png 518.8579\n"
+    (tmp_path / "nyu_train.txt").write_text(line.format("/", 1) + "\n" + line.format("", 0))
+    (tmp_path / "nyu_test.txt").write_text(line.format("/", 2))
+    pairs, val = (eval_dense.open_pairs(str(tmp_path), "depth", split) for split in ("TRAIN", "VAL"))
+    assert (pairs.dataset, len(pairs), len(val)) == ("nyu", 2, 1)
+    assert [Path(p).name for item in pairs.items for p in item] == [
+        "rgb_0.png", "sync_depth_0.png", "rgb_1.png", "sync_depth_1.png"]
+    image, depth = pairs.read(0)
+    assert torch.equal(image, torch.from_numpy(noise(0, 6, 8, 3)).permute(2, 0, 1))
+    assert_close(depth, noise(0, 6, 8, high=9000, dtype=np.uint16) / 1000, 1e-6)
+    assert not val.read(0)[1].any()
+    (tmp_path / "nyu_test.txt").unlink()
+    with pytest.raises(ValueError, match=r"nyu_test.txt cannot be read \(No such file"):
+        eval_dense.open_pairs(str(tmp_path), "depth", "VAL")
+    for text, says in (("a b 1\n", "names 2 files that do not exist, the first: .*/a$"), ("\n", "names no pairs"),
+                       ("a\n", "has a line 'a'; lines are `photo depth focal`")):
+        (tmp_path / "nyu_train.txt").write_text(text)
+        with pytest.raises(ValueError, match=f"nyu_train.txt {says}"):
+            eval_dense.open_pairs(str(tmp_path), "depth", "TRAIN")
+
+
+def test_eval_dense_kitti_on_disk(tmp_path):
+    """Rows without a depth are left out; of photograph and depth the lowest 352 rows and the middle 1216 columns are
+    taken."""
+    y, x = np.mgrid[:375, :1242]
+    put(tmp_path / "input/day/drive/image_02/data/7.png", np.stack([x % 256, y % 256, x // 256], -1).astype(np.uint8))
+    put(tmp_path / "gt_depth/drive/proj_depth/groundtruth/image_02/7.png", (x + 10 * y).astype(np.uint16))
+    put(tmp_path / "input/small.png", noise(0, 100, 1300, 3))
+    put(tmp_path / "gt_depth/small.png", noise(0, 100, 1300, dtype=np.uint16))
+    (tmp_path / "kitti_eigen_train.txt").write_text("small.png small.png 1")
+    (tmp_path / "kitti_eigen_test.txt").write_text(
+        "day/drive/image_02/data/7.png drive/proj_depth/groundtruth/image_02/7.png 721\nday/drive/8.png None 721\n")
+    pairs = eval_dense.open_pairs(str(tmp_path), "depth", "VAL")
+    image, depth = pairs.read(0)
+    assert (pairs.dataset, len(pairs), image.shape, depth.shape) == ("kitti", 1, (3, 352, 1216), (352, 1216))
+    columns, rows = 256 * image[2].int() + image[0], 23 + torch.arange(352)[:, None].expand(-1, 1216)
+    assert torch.equal(columns, 13 + torch.arange(1216, dtype=torch.int32).expand(352, -1))
+    assert torch.equal(depth, (columns + 10 * rows) / 256)
+    with pytest.raises(ValueError, match="small.png is smaller than the 352x1216 pixels that KITTI"):
+        eval_dense.open_pairs(str(tmp_path), "depth", "TRAIN").read(0)
+
+
+def test_eval_dense_ade20k_on_disk(tmp_path, cache):
+    raw = np.array([[0, 1, 2], [150, 255, 77]], np.uint8)
+    for part in ("training", "validation"):
+        put(tmp_path / f"images/{part}/a.jpg", noise(0, 2, 3, 3))
+        put(tmp_path / f"annotations/{part}/a.png", raw)
+    for split in ("TRAIN", "VAL"):
+        pairs = eval_dense.open_pairs(str(tmp_path), "seg", split)
+        assert (pairs.dataset, len(pairs), len(pairs.classes)) == ("ade20k", 1, 150)
+        assert pairs.read(0)[1].tolist() == [[255, 0, 1], [149, 255, 76]]
+    raw[0, 0] = 151
+    put(tmp_path / "annotations/training/a.png", raw)
+    with pytest.raises(ValueError, match="annotations/training/a.png has the label 150, but the 150 classes are num"):
+        eval_dense.open_pairs(str(tmp_path), "seg", "TRAIN").read(0)
+    shutil.rmtree(tmp_path / "images/validation")
+    with pytest.raises(ValueError, match="no such folder: .*images/validation"):
+        eval_dense.open_pairs(str(tmp_path), "seg", "VAL")
+
+
+def test_eval_dense_voc2012_on_disk(tmp_path):
+    """Photographs of train and aug; the numbers of the palette are the classes."""
+    labels = np.array([[0, 20], [255, 7]], np.uint8)
+    for part, folder, name in (("train", "SegmentationClass", "a"), ("aug", "SegmentationClassAug", "b"),
+                               ("val", "SegmentationClass", "c")):
+        put(tmp_path / f"JPEGImages/{name}.jpg", noise(0, 2, 2, 3))
+        put(tmp_path / folder / f"{name}.png", labels, palette=True)
+        listing = tmp_path / f"ImageSets/Segmentation/{part}.txt"
+        listing.parent.mkdir(parents=True, exist_ok=True)
+        listing.write_text(f"{name}\n")
+    assert Image.open(tmp_path / "SegmentationClass/a.png").mode == "P"
+    pairs, val = (eval_dense.open_pairs(str(tmp_path), "seg", split) for split in ("TRAIN", "VAL"))
+    assert [Path(p).stem for p, _ in pairs.items] == ["a", "b"] and [Path(p).stem for p, _ in val.items] == ["c"]
+    assert (pairs.dataset, len(pairs.classes)) == ("voc2012", 21)
+    assert all(p.read(i)[1].tolist() == labels.tolist() for p, i in ((pairs, 0), (pairs, 1), (val, 0)))
+    shutil.rmtree(tmp_path / "SegmentationClassAug")
+    with pytest.raises(ValueError, match="names 1 files that do not exist, the first: .*SegmentationClassAug/b.png"):
+        eval_dense.open_pairs(str(tmp_path), "seg", "TRAIN")
+    (tmp_path / "ImageSets/Segmentation/aug.txt").unlink()
+    assert len(eval_dense.open_pairs(str(tmp_path), "seg", "TRAIN")) == 1
+
+
+def test_eval_dense_plain_folders(tmp_path, cache):
+    """Parts of several names, sub-folders, deep photographs, depth as an array; folders without parts."""
+    deep = noise(0, 4, 6, high=65536, dtype=np.uint16)
+    metres = np.array([[1.5, np.nan, -2, np.inf, 0, 70]] * 4, np.float32)
+    for part in ("training", "valid"):
+        put(tmp_path / f"images/{part}/x/a.png", deep)
+        put(tmp_path / f"images/{part}/b.jpg", noise(1, 4, 6, 3))
+        put(tmp_path / f"depth/{part}/x/a.npy", metres)
+        put(tmp_path / f"depth/{part}/b.png", deep)
+        put(tmp_path / f"labels/{part}/x/a.png", np.full((4, 6), 2, np.uint8), palette=True)
+        put(tmp_path / f"labels/{part}/b.npy", noise(1, 4, 6, high=2, dtype=np.int64))
+    for split in ("TRAIN", "VAL"):
+        pairs = eval_dense.open_pairs(str(tmp_path), "depth", split, depth_scale=500)
+        read = {Path(pairs.describe(i)).name: pairs.read(i) for i in range(len(pairs))}
+        image, depth = read["a.png"]
+        assert image.dtype == torch.uint16 and image.shape == (3, 4, 6)
+        assert depth.tolist() == [[1.5, 0, 0, 0, 0, 70]] * 4
+        assert_close(read["b.jpg"][1], deep / 500, 1e-5)
+        pairs = eval_dense.open_pairs(str(tmp_path), "seg", split)
+        assert pairs.classes is None and eval_dense.count_classes(pairs) == ["class 0", "class 1", "class 2"]
+    (tmp_path / "classes.txt").write_text(" one \n\ntwo\nthree")
+    assert eval_dense.open_pairs(str(tmp_path), "seg", "TRAIN").classes == ["one", "two", "three"]
+    flat = tmp_path / "images/training", tmp_path / "depth/training"
+    for folder in flat:
+        shutil.copytree(folder, tmp_path / "flat" / folder.parent.name)
+    assert len(eval_dense.open_pairs(str(tmp_path / "flat"), "depth", "TRAIN")) == 2
+    assert eval_dense.open_pairs(str(tmp_path / "flat"), "depth", "VAL") is None
+
+
+def spoil(root: Path, what: str) -> None:
+    """Something that is wrong with a copy of `dense_pairs`."""
+    label, depth = root / "labels/train/00.png", root / "depth/train/00.png"
+    if what == "no partner":
+        label.unlink()
+    elif what == "no photograph":
+        put(root / "labels/train/more.png", np.zeros((4, 4), np.uint8))
+    elif what == "sizes":
+        put(label, np.zeros((48, 63), np.uint8))
+    elif what == "colours":
+        put(label, np.zeros((48, 64, 3), np.uint8))
+    elif what == "label":
+        put(label, np.full((48, 64), 3, np.uint8))
+    elif what == "negative":
+        label.unlink(), put(label.with_suffix(".npy"), np.full((48, 64), -1))
+    elif what == "fractions":
+        label.unlink(), put(label.with_suffix(".npy"), np.full((48, 64), 0.5))
+    elif what == "damaged":
+        depth.write_bytes(depth.read_bytes()[:300])
+    elif what == "photograph damaged":
+        (root / "images/train/00.png").write_bytes(b"none")
+    elif what == "no val":
+        shutil.rmtree(root / "images/val")
+    elif what == "no train":
+        shutil.rmtree(root / "images/train")
+    elif what == "classes":
+        (root / "classes.txt").write_text("\n")
+    elif what in ("ignored", "all ignored"):
+        (root / "classes.txt").unlink()
+        for path in (root / "labels").rglob("val/*.png" if what == "ignored" else "*.png"):
+            put(path, np.full((48, 64), 255, np.uint8))
+    elif what == "unknown":
+        for path in (root / "depth/val").iterdir():
+            put(path, np.zeros((48, 64), np.uint16))
+
+
+@pytest.mark.parametrize("task, what, text", [
+    ("seg", "no partner", "1 of the 14 files of pairs have no partner in .*labels/train, the first: .*images/train/00"),
+    ("seg", "no photograph", "1 of the 15 files of .* no partner in .*images/train, the first: .*train/more.png"),
+    ("seg", "sizes", "images/train/00.png has 48x64 pixels, .*labels/train/00.png has 48x63; .* of one size"),
+    ("seg", "colours", r"labels/train/00.png has the shape \(48, 64, 3\).* as a grey or palette PNG"),
+    ("seg", "label", r"labels/train/00.png has the label 3, but the 3 classes are numbered from 0 to 2 \(255"),
+    ("seg", "negative", "labels/train/00.npy: labels are whole numbers, 0 or more, not int64 from -1"),
+    ("seg", "fractions", "labels/train/00.npy: labels are whole numbers, 0 or more, not float64 from 0.5"),
+    ("depth", "damaged", "depth/train/00.png cannot be read"),
+    ("depth", "photograph damaged", "images/train/00.png cannot be read as an image"),
+    ("seg", "no val", "has no part to evaluate with, such as images/val; name one by --val"),
+    ("depth", "no train", "has no part to train with, such as images/train"),
+    ("seg", "classes", "classes.txt names 0 classes; it must be 1 to 255"),
+    ("seg", "ignored", "all pixels of .*VAL.* are labelled 255, which is to be ignored"),
+    ("seg", "all ignored", "all pixels of .*TRAIN.* are labelled 255, which is to be ignored"),
+    ("depth", "unknown", "no image of .*VAL.* has a pixel with a depth in the range that is evaluated")])
+def test_eval_dense_wrong_data_is_named(task, what, text, dense_pairs, dense_vit, desk):
+    root = Path(shutil.copytree(dense_pairs, desk / "pairs"))
+    spoil(root, what)
+    with pytest.raises(ValueError, match=text):
+        dense(dense_vit, "--data", root, *TASKS[task], *QUICK, "--batch-size", 14)
+    assert [p.name for p in dense_vit.parent.iterdir()] == ["vit.pth"]
+
+
+@pytest.mark.parametrize("argv, text", [
+    (("--task", "depth", "--data", "nowhere"), "no such folder: nowhere"),
+    (("--task", "depth", "--data", "."), "none of the known data sets for --task depth, and has no folders images/"),
+    (("--task", "seg", "--data", "{depth}"), "has no folders images/ and labels/; see --help"),
+    (("--task", "seg", "--decoder", "dpt"), "--decoder dpt is none of --task seg; choose linear or ms"),
+    (("--task", "depth", "--data", "{flat}", "--val", "{flat}"), "has pairs of --data .* in it; name others"),
+    (("--task", "depth", "--data", "{flat}"), "has no part to evaluate with, such as images/val; name one by --val"),
+    (("--task", "seg", "--gradient-weight", 1), "are of --task depth"),
+    (("--task", "depth", "--scales", 1), "are of --task seg"),
+    (("--task", "depth", "--steps", 0), "must be positive"), (("--task", "depth", "--warmup", 2), "is a share, 0 to 1"),
+    (("--task", "seg", "--ratios", 2, 1), "the smaller first"),
+    (("--task", "depth", "--depth-range", 9, 1), "two positive numbers"),
+    (("--task", "seg", "--head", "x", "--lr", 1), "--lr is of training; with --head nothing is trained"),
+    (("--task", "depth", "--decoder", "linear4"), "--channels is of --decoder dpt"),
+    (("--task", "seg", "--depth-scale", 5), "are of --task depth"),
+    (("--task", "depth", "--predictions", "{file}"), "is a file; name a folder"),
+    (("--task", "depth", "--out", "none/x"), "--out none/x cannot be written: No such file"),
+    (("--task", "depth", "--device", "tpu"), "is no device"),
+    (("--task", "depth", "--head", "no.pth"), "no such dense head: no.pth"),
+    (("--task", "depth", "--lr", 1e30, "--clip", 0), "predictions for .*03.png are not finite; choose a smaller"),
+    (("--task", "seg", "--lr", 1e30, "--steps", 9, "--eval-every", 9), "the loss of step .* is .*; choose a smaller")])
+def test_eval_dense_wrong_flags_are_named(argv, text, dense_pairs, dense_vit, desk):
+    (desk / "file").touch()
+    half = Path(shutil.copytree(dense_pairs, desk / "half"))
+    shutil.rmtree(half / "labels")
+    for name in ("images", "depth"):
+        shutil.copytree(dense_pairs / name / "val", desk / "flat" / name)
+    argv = [str(a).format(flat=desk / "flat", depth=half, file=desk / "file") for a in argv]
+    with pytest.raises(ValueError, match=text):
+        dense(dense_vit, *([] if "--data" in argv else ["--data", dense_pairs]), *(() if "--head" in argv else QUICK),
+              *(["--channels", 8] if "linear4" in argv else []), *argv)
+
+
+def test_eval_dense_wrong_input_is_one_line_and_exit_code_2(dense_pairs, dense_vit, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["eval_dense.py", str(dense_vit), "--task", "seg", "--data", "nowhere"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(HERE / "eval_dense.py"), run_name="__main__")
+    assert end.value.code == 2 and capsys.readouterr().err == "error: no such folder: nowhere\n"
