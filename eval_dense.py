@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 import hub
 from data import SPLIT_FOLDERS, Parser, Source, hue, image_paths, make_loader, normalize, read_image, worker_count
-from eval_knn import add_record, join_processes, leave_processes, world
+from eval_knn import add_record, check_out, join_processes, leave_processes, results_stem, world
 from heads import (
     CLASSES, RANGES, RECIPES, Dense, DPTHead, LinearDepthHead, Recipe, SegmentationHead, colours, gradient_loss,
     resize, resize_bytes, scaled_size, segment, segmentation_loss, sig_loss)
@@ -443,11 +443,7 @@ class Job:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.task, self.began = args, args.task, time.time()
-        if args.out:
-            try:
-                Path(args.out).open("a").close()
-            except OSError as error:
-                raise ValueError(f"--out {args.out} cannot be written: {error.strerror}") from None
+        check_out(args.out)
         self.device, self.dtype = pick_device(args.device), DTYPES[args.dtype]
         self.path, ckpt = hub.read(args.checkpoint)
         self.step = ckpt.get("step")
@@ -548,10 +544,7 @@ class Job:
         self.val.classes = about.classes
 
     def stem(self) -> Path:
-        """Where results go: as --out says, else beside the checkpoint, or, of a released model by name, here."""
-        if self.args.out:
-            return Path(self.args.out).with_suffix("")
-        return Path(self.path).with_suffix("") if Path(self.args.checkpoint).exists() else Path(self.args.checkpoint)
+        return results_stem(self.args, self.path)
 
     def say(self, text: str) -> None:
         if world()[0] == 0:

@@ -310,11 +310,7 @@ class Evaluation:
 
     def __init__(self, name: str, args: argparse.Namespace, margin: bool = True):
         self.name, self.args, self.began, self.left_out = name, args, time.time(), {}
-        if args.out:
-            try:
-                Path(args.out).open("a").close()
-            except OSError as error:
-                raise ValueError(f"--out {args.out} cannot be written: {error.strerror}") from None
+        check_out(args.out)
         self.device, self.dtype = pick_device(args.device), DTYPES[args.dtype]
         self.path, ckpt = hub.read(args.checkpoint)
         self.model = hub.load(self.path, ckpt).to(self.device)
@@ -402,10 +398,7 @@ class Evaluation:
         self.left_out[source.name] = say_left_out(source, labels, ok)
 
     def stem(self) -> Path:
-        """Where results go: as --out says, else beside the checkpoint, or, of a released model by name, here."""
-        if self.args.out:
-            return Path(self.args.out).with_suffix("")
-        return Path(self.path).with_suffix("") if Path(self.args.checkpoint).exists() else Path(self.args.checkpoint)
+        return results_stem(self.args, self.path)
 
     def report(self, protocol: dict, result: dict, columns: dict[str, str]) -> None:
         """Adds a line to the file of results and prints a one-line table, `columns`, or with --json that line."""
@@ -419,6 +412,22 @@ class Evaluation:
             left_out=self.left_out, result=result,
             model=dict(checkpoint=self.args.checkpoint, sha256=self.model_hash, step=self.step))
         add_record(path, record, columns, self.args.json, self.device, self.began)
+
+
+def check_out(out: str) -> None:
+    if out:
+        try:
+            Path(out).open("a").close()
+        except OSError as error:
+            raise ValueError(f"--out {out} cannot be written: {error.strerror}") from None
+
+
+def results_stem(args: argparse.Namespace, path: str) -> Path:
+    """Where results go, but for the suffix: as --out says, else beside the checkpoint, or, of a released model by name,
+    here."""
+    if args.out:
+        return Path(args.out).with_suffix("")
+    return Path(path).with_suffix("") if Path(args.checkpoint).exists() else Path(args.checkpoint)
 
 
 def add_record(path: Path, record: dict, columns: dict[str, str], as_json: bool, device, began: float) -> None:
