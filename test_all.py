@@ -5771,3 +5771,235 @@ def test_eval_dense_wrong_input_is_one_line_and_exit_code_2(dense_pairs, dense_v
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(HERE / "eval_dense.py"), run_name="__main__")
     assert end.value.code == 2 and capsys.readouterr().err == "error: no such folder: nowhere\n"
+
+
+# Recipes
+
+
+class Coins:
+    """Random numbers whose random() is as given; the others, by a seed, are noted."""
+
+    def __init__(self, seed: int, *coins: bool):
+        self.coins, self.rest, self.drawn = [0.1 if c else 0.9 for c in coins], random.Random(seed), []
+
+    def random(self) -> float:
+        return self.coins.pop(0)
+
+    def uniform(self, low: float, high: float) -> float:
+        self.drawn.append((low, high, self.rest.uniform(low, high)))
+        return self.drawn[-1][2]
+
+    def randint(self, low: int, high: int) -> int:
+        return self.rest.randint(low, high)
+
+
+@pytest.mark.parametrize("task, steps, warm, start", [("depth", 38400, 12800, 1e-3), ("seg", 40000, 1500, 1e-6)])
+def test_eval_dense_schedules(task, steps, warm, start):
+    """Those of the configurations: cosine to 1e-8, or a straight line to 0, times a linear warm-up; Adam's first beta
+    0.95, 0.85 after three tenths, 0.95."""
+    recipe = eval_dense.TRAININGS["nyu" if task == "depth" else "ms"]
+    assert recipe.steps == steps and recipe.start == start and recipe.warmup * steps == pytest.approx(warm)
+    between = lambda a, b, share: b + (a - b) * (1 + math.cos(math.pi * share)) / 2  # noqa: E731
+    bottom = int(0.3 * steps) - 1
+    for t in (0, 1, 700, 1499, 1500, 5000, bottom, bottom + 1, 12799, 12800, 20000, steps - 1):
+        rate = between(1, 1e-8, t / steps) if task == "depth" else 1 - t / steps
+        if t < warm:
+            rate *= 1 - (1 - t / warm) * (1 - start)
+        beta = between(0.95, 0.85, t / bottom) if t <= bottom else between(
+            0.85, 0.95, (t - bottom) / (steps - 1 - bottom))
+        assert eval_dense.learning_rate(t, steps, recipe, task) == pytest.approx(rate, rel=1e-9)
+        assert eval_dense.first_beta(t, steps, task) == pytest.approx(beta if task == "depth" else 0.9, rel=1e-9)
+    for short in (1, 2, 3):  # of a few steps too
+        assert all(0 < eval_dense.learning_rate(t, short, recipe, task) <= 1 and
+                   0.85 <= eval_dense.first_beta(t, short, task) <= 0.95 for t in range(short))
+
+
+RECIPE_ROWS = {  # steps, rate, decay, clip, crop; range of depth or short side, windows, stride, scales, ratios, flip
+    ("depth", "nyu", "linear4"): (38400, 1e-4, 0.01, 35, (416, 544), (0.001, 10)),
+    ("depth", "kitti", "dpt"): (38400, 1e-4, 0.01, 35, (352, 704), (0.001, 80)),
+    ("depth", "", "linear"): (38400, 1e-4, 0.01, 35, (416, 500), (0.001, 10)),
+    ("seg", "ade20k", "linear"): (40000, 1e-3, 1e-4, 0, (512, 512), (512, 512, 341, (1,), (0.5, 2), False)),
+    ("seg", "voc2012", "linear"): (40000, 1e-3, 1e-4, 0, (512, 512), (512, 512, 341, (1,), (0.5, 2), False)),
+    ("seg", "", "ms"): (40000, 1e-3, 1e-4, 0, (640, 640), (640, 640, 320, (1, 1.32, 1.73, 2.28, 3), (1, 3), True))}
+
+
+@pytest.mark.parametrize("task, dataset, decoder", RECIPE_ROWS)
+def test_eval_dense_default_recipes(task, dataset, decoder):
+    args = eval_dense.parse(["ckpt.pth", "--task", task, "--data", "x", "--decoder", decoder])
+    train = types.SimpleNamespace(dataset=dataset, read=lambda i: (None, torch.zeros(600, 500)))
+    job = types.SimpleNamespace(args=args, task=task, train=train)
+    eval_dense.Job.choose_recipe(job)
+    r = job.recipe
+    row = (r.steps, r.lr, r.weight_decay, r.clip, r.crop)
+    if task == "depth":
+        assert RECIPE_ROWS[task, dataset, decoder] == (*row, job.limits) and job.test is None
+    else:
+        t = job.test
+        assert RECIPE_ROWS[task, dataset, decoder] == (*row, (t.short, t.crop, t.stride, t.ratios, job.ratios, t.flip))
+    assert args.batch_size == 16 and args.gradient_weight == 0 and args.channels == 256
+
+
+def test_eval_dense_training_follows_its_recipe(dense_pairs, dense_vit, monkeypatch):
+    """Rates and betas that the optimiser gets, norms of gradients, sizes of photographs in training."""
+    seen, norms, step, augment = [], [], torch.optim.AdamW.step, eval_dense.augment_labels
+
+    def noted(self, *a):
+        seen.extend((g["lr"], *g["betas"], g["weight_decay"]) for g in self.param_groups)
+        norms.append(math.sqrt(sum(p.grad.square().sum() for g in self.param_groups for p in g["params"])))
+        return step(self, *a)
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    flags = (*QUICK, "--steps", 10, "--eval-every", 10, "--batch-size", 2)
+    dense(dense_vit, "--data", dense_pairs, "--task", "depth", *flags, "--lr", 0.5, "--weight-decay", 0.25, "--clip",
+          1e-3, "--warmup", 0.4)
+    recipe = eval_dense.DEPTH._replace(warmup=0.4)
+    assert seen == [(0.5 * eval_dense.learning_rate(t, 10, recipe, "depth"), eval_dense.first_beta(t, 10, "depth"),
+                     0.999, 0.25) for t in range(10)]
+    assert max(norms) < 1.001e-3
+    sizes = []
+    monkeypatch.setattr(eval_dense, "augment_labels", lambda *a, **k: sizes.append(k) or augment(*a, **k))
+    for decoder, long in (("linear", 4 * 20), ("ms", 99999999)):
+        dense(dense_vit, "--data", dense_pairs, "--task", "seg", "--decoder", decoder, *flags, "--steps", 1,
+              "--short", 20)
+        assert sizes[-1] == dict(short=20, long=long, ratios=eval_dense.RATIOS[decoder])
+
+
+def coordinates(height: int, width: int, dtype=torch.uint16) -> torch.Tensor:
+    """A photograph whose first two channels are column and row, times 64."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return (64 * torch.stack([columns, rows, columns])).to(dtype)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("dataset, size, crop", [("", (60, 90), (40, 50)), ("nyu", (480, 640), (416, 544)),
+                                                 ("", (30, 40), (35, 40))])
+def test_eval_dense_photograph_and_depth_stay_together(turned, mirrored, dataset, size, crop):
+    photo = coordinates(*size)
+    depth = (photo[0].float() + 1000 * photo[1].float()) / 64 + 1e6  # 0 is what comes from outside
+    x, d = eval_dense.augment_depth(Coins(3, turned, mirrored, False), photo, depth, crop, dataset)
+    assert x.shape == (3, *map(min, crop, size)) and d.shape == x.shape[1:]
+    known = d > 0
+    columns, rows = (d - 1e6) % 1000, ((d - 1e6) / 1000).floor()
+    far = [(x[i] * 65535 / 64 - place).abs()[known] for i, place in enumerate((columns, rows))]
+    if not turned:
+        assert known.all() and max(f.max() for f in far) < 0.01
+        assert (columns.diff(dim=1) == (-1 if mirrored else 1)).all() and (rows.diff(dim=0) == 1).all()
+    else:
+        assert known.float().mean() > 0.9 and ((rows.diff(dim=1) != 0).any() or size[0] < 50)
+        assert all(f.quantile(0.97) < 0.75 for f in far)  # but for the rim, where photographs fade to 0
+        angle = math.degrees(math.atan((rows[:, -9] - rows[:, 9]).median() / (columns[:, -9] - columns[:, 9]).median()))
+        assert 0.2 < abs(angle) < 2.6 or size[0] < 50
+    if dataset == "nyu":  # the white frame is cut off
+        assert columns[known].min() >= 43 and columns.max() < 608 and rows[known].min() >= 45 and rows.max() < 472
+
+
+def test_eval_dense_colours_of_depth_photographs():
+    """The power of values up to 255, then factors for all and for each channel; of KITTI narrower ones."""
+    image = torch.from_numpy(noise(0, 3, 5, 7))
+    for dataset, spread in (("nyu", 0.25), ("kitti", 0.1), ("", 0.25)):
+        big = torch.nn.functional.pad(image, (43, 32, 45, 8)) if dataset == "nyu" else image
+        rng = Coins(5, False, False, True)
+        x, _ = eval_dense.augment_depth(rng, big, torch.ones(big.shape[1:]), (5, 7), dataset)
+        ranges = [draw[:2] for draw in rng.drawn]
+        assert ranges == [(0.9, 1.1), (1 - spread, 1 + spread)] + [(0.9, 1.1)] * 3
+        gamma, bright, *shades = (draw[2] for draw in rng.drawn)
+        expected = image.numpy().astype(np.float64) ** gamma * bright * np.reshape(shades, (3, 1, 1))
+        if dataset != "nyu":
+            assert_close(x, expected.clip(0, 255) / 255, 1e-5)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_eval_dense_photograph_and_labels_stay_together(mirrored, seed):
+    photo, sizes = coordinates(100, 160), []
+    for channel in (0, 1):  # column and row
+        rng = Coins(seed, mirrored, *[False] * 5)
+        labels = (photo[channel].int() // 64).to(torch.uint8)
+        x, y = eval_dense.augment_labels(rng, photo, labels, (90, 90), 100, 400, (0.7, 2.0))
+        assert rng.drawn[0][:2] == (0.7, 2.0) and not rng.coins
+        ratio = rng.drawn[0][2]
+        assert x.shape[1:] == y.shape == (min(90, int(int(100 * ratio) + 0.5)), min(90, y.shape[1]))
+        assert (x[channel] * 65535 / 64 - y.float()).abs().max() < 0.5 + 1 / ratio
+        slope = y.float().diff(dim=1 - channel).mean().item()
+        assert slope == pytest.approx((-1 if mirrored and channel == 0 else 1) / ratio, rel=0.1)
+        sizes.append(x.shape)
+    assert sizes[0] == sizes[1]
+
+
+def test_eval_dense_sizes_of_training_photographs():
+    """Both limits times the ratio, the short side as mmcv rounds it."""
+    for size, short, long, ratio, expected in (
+            ((100, 160), 64, 256, 1.0, (64, 102)), ((20, 100), 64, 256, 1.0, (51, 256)),
+            ((20, 100), 64, 256, 0.5, (26, 128)), ((48, 64), 32, 999, 2.0, (64, 85))):
+        x, y = eval_dense.augment_labels(random.Random(0), torch.zeros(3, *size, dtype=torch.uint8),
+                                         torch.zeros(size, dtype=torch.uint8), (999, 999), short, long, (ratio, ratio))
+        assert x.shape == (3, *expected) and y.shape == expected
+
+
+def test_eval_dense_crops_of_one_class_are_drawn_again():
+    """What is ignored does not count; with no better place the tenth is taken."""
+    labels = torch.zeros(64, 64, dtype=torch.uint8)
+    labels[:, 32:] = 1
+    labels[::2] = 255  # half of every crop
+    image, shares = torch.zeros(3, 64, 64, dtype=torch.uint8), []
+    for seed in range(100):
+        _, y = eval_dense.augment_labels(random.Random(seed), image, labels, (32, 32), 64, 64, (1, 1))
+        counts = y[y != 255].long().bincount(minlength=2)
+        shares.append((counts.max() / counts.sum()).item())
+    assert sum(s >= 0.75 for s in shares) <= 5 and max(shares) > 0.7  # 55 would be, of first draws
+    for y in (torch.zeros_like(labels), torch.full_like(labels, 255)):
+        cropped = eval_dense.augment_labels(random.Random(0), image, y, (32, 32), 64, 64, (1, 1))[1]
+        assert torch.equal(cropped, y[:32, :32])
+
+
+def slow_distortion(pixel, shift, gain, saturation, turn, first: bool) -> list[float]:
+    import colorsys
+    cut = lambda v: min(max(v, 0.0), 1.0)  # noqa: E731
+    pixel = [cut(v + shift) for v in pixel]
+    if first:
+        pixel = [cut(v * gain) for v in pixel]
+    h, s, v = colorsys.rgb_to_hsv(*pixel)
+    pixel = colorsys.hsv_to_rgb((h + turn) % 1, min(s * saturation, 1), v)
+    return list(pixel) if first else [cut(v * gain) for v in pixel]
+
+
+@pytest.mark.parametrize("coins", [(1, 1, 1, 1, 1), (1, 0, 1, 1, 1), (0, 1, 1, 0, 0), (0, 0, 0, 1, 0), (0, 0, 0, 0, 1),
+                                   (1, 0, 0, 0, 0), (0, 0, 0, 0, 0)])
+def test_eval_dense_distortion_equals_slow_one(coins):
+    """Also of grey pixels, black ones, and those with two equal channels."""
+    brightness, first, contrast, saturation, hue = coins
+    pixels = torch.cat([torch.rand(60, 3, generator=torch.Generator().manual_seed(0)), torch.eye(3), torch.zeros(1, 3),
+                        torch.full((2, 3), 0.4), torch.tensor([[0.2, 0.7, 0.7], [1, 0.5, 1]])])
+    for seed in range(3):
+        rng = Coins(seed, *coins)
+        out = eval_dense.distort(rng, pixels.T[..., None].clone())
+        drawn = dict(zip([name for name, on in zip(("shift", "gain", "saturation", "turn"), (
+            brightness, contrast, saturation, hue)) if on], rng.drawn))
+        for name, low, high in (("shift", -32 / 255, 32 / 255), ("gain", 0.5, 1.5), ("saturation", 0.5, 1.5),
+                                ("turn", -18 / 180, 18 / 180)):
+            assert name not in drawn or drawn[name][:2] == pytest.approx((low, high))
+        values = {k: drawn[k][2] if k in drawn else off for k, off in (
+            ("shift", 0), ("gain", 1), ("saturation", 1), ("turn", 0))}
+        expected = torch.tensor([slow_distortion(p, **values, first=bool(first)) for p in pixels.tolist()])
+        assert_close(out[..., 0].T, expected, 1e-5)
+    grey = eval_dense.distort(Coins(0, 1, 1, 1, 1, 1), torch.rand(1, 4, 4))
+    assert grey.shape == (1, 4, 4) and 0 <= grey.min() and grey.max() <= 1
+
+
+def test_eval_dense_samples_go_by_their_number(dense_pairs, cache):
+    """Whatever the step, the size of the batch and the number of processes; what a crop lacks is 0 in the photograph,
+    unknown in the target. Of every pass each photograph comes once."""
+    for task, augment, absent in (("depth", eval_dense.augment_depth, 0), (
+            "seg", partial(eval_dense.augment_labels, short=40, long=99, ratios=(1, 1)), 255)):
+        pairs = eval_dense.open_pairs(str(dense_pairs), task, "TRAIN")
+        make = partial(eval_dense.TrainPairs, pairs, augment, (60, 70), 7, seed=0, mean=data.MEAN, std=data.STD)
+        four, two = make(batch_size=4), make(batch_size=2)
+        images, targets, error = four[1]
+        assert images.shape == (4, 3, 60, 70) and targets.shape == (4, 60, 70) and error == ""
+        later, earlier = two[3], two[2]
+        assert all(torch.equal(x, torch.cat([a, b])) for x, a, b in zip((images, targets), earlier, later))
+        assert not torch.equal(make(batch_size=4, seed=1)[1][0], images)
+        height, width = (48, 64) if task == "depth" else (40, 53)
+        for part, value in ((images, 0), (targets, absent)):
+            assert (part[..., height:, :] == value).all() and (part[..., width:] == value).all()
+        assert sorted(pairs.pick(s, 0) for s in range(14)) == list(range(14))
