@@ -6010,8 +6010,8 @@ def test_eval_dense_samples_go_by_their_number(dense_pairs, cache):
 
 TRAINED_HEADS = {  # flags; part of a constant's, or the commonest class's, errors that is left at most
     "depth linear": ("--task", "depth", "--steps", 130, "--lr", 0.03, "--batch-size", 2, "--crop", 32, 32),
-    "depth dpt": ("--task", "depth", "--decoder", "dpt", "--channels", 8, "--steps", 130, "--lr", 0.01,
-                  "--batch-size", 2, "--crop", 32, 32),
+    "depth dpt": ("--task", "depth", "--decoder", "dpt", "--channels", 8, "--steps", 150, "--lr", 0.01,
+                  "--batch-size", 2, "--crop", 16, 24),
     "seg linear": ("--task", "seg", "--steps", 50, "--lr", 0.05, "--batch-size", 4, "--short", 48, "--crop", 48, 48),
     "seg ms": ("--task", "seg", "--decoder", "ms", "--steps", 50, "--lr", 0.05, "--batch-size", 4, "--short", 48,
                "--crop", 48, 48, "--scales", 1, 1.5)}
@@ -6021,7 +6021,7 @@ TRAINED_HEADS = {  # flags; part of a constant's, or the commonest class's, erro
 def test_eval_dense_training_learns(kind, dense_pairs, dense_vit):
     """Depth and classes of pieces of photographs that are not trained with, from a network with random weights; against
     what can be said without looking."""
-    result = dense(dense_vit, "--data", dense_pairs, "--num-workers", 0, *TRAINED_HEADS[kind], "--eval-every", 65)
+    result = dense(dense_vit, "--data", dense_pairs, "--num-workers", 0, *TRAINED_HEADS[kind], "--eval-every", 75)
     task = kind.split()[0]
     folder = dense_pairs / ("depth" if task == "depth" else "labels") / "val"
     targets = [pixels_of(p) for p in sorted(folder.iterdir())]
@@ -6233,12 +6233,12 @@ def test_eval_dense_on_known_data_sets(dense_vit, desk):
 
 
 FLAGS = {  # what each is changed to, and in which of the bases below
-    "task": ("depth", "seg"), "data": ("depth", "{other}"), "val": ("depth", "{other}"), "decoder": ("seg", "ms"),
+    "task": ("depth", "seg"), "data": ("depth", "{other}"), "val": ("depth", "{other}"), "decoder": ("depth", "linear4"),
     "head": ("head", "{second}"), "channels": ("dpt", 4), "depth-range": ("head", 0.5, 3),
     "depth-scale": ("depth", 500), "steps": ("depth", 3), "batch-size": ("seg", 4), "lr": ("seg", 0.001),
     "weight-decay": ("seg", 0.9), "warmup": ("seg", 0.9), "clip": ("depth", 1e-4), "crop": ("seg", 24, 32),
     "short": ("seg", 40), "ratios": ("seg", 1, 1.1), "gradient-weight": ("depth", 1), "scales": ("seg", 1, 2),
-    "flip": ("seg",), "no-flip": ("depth",), "eval-crop": ("depth", "garg"), "eval-every": ("depth", 2),
+    "flip": ("seg",), "no-flip": ("depth",), "eval-crop": ("depth", "garg"), "eval-every": ("depth", 1),
     "predictions": ("head", "{desk}/drawn"), "seed": ("depth", 1), "device": ("depth", "tpu"),
     "dtype": ("depth", "bf16"), "num-workers": ("depth", 1), "out": ("head", "{desk}/elsewhere"), "json": ("head",)}
 ELSEWHERE_DENSE = {"no-resume"}  # a test of its own
@@ -6271,7 +6271,7 @@ def test_eval_dense_every_flag_has_an_effect(dense_pairs, dense_vit, desk, capsy
 
     def outcome(base: str, *argv):
         common = (dense_vit, "--data", desk / "few", "--num-workers", 0, "--device", "cpu",
-                  *(() if base == "head" else ("--steps", 2, "--batch-size", 2)))
+                  *(() if base == "head" else ("--steps", 2, "--batch-size", 2, "--eval-every", 2)))
         try:
             result = dense(*(str(a).format(**names) for a in (*common, *DENSE_BASE[base], *argv)))
         except ValueError as error:
