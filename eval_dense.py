@@ -534,6 +534,7 @@ class Job:
         if self.task == "depth":
             self.test, self.limits = None, self.network.decode_head.depth_range
             return
+        self.limits = None
         self.test = cut(about.recipe._replace(short=self.args.short or about.recipe.short), self.args.crop)
         if self.val.dataset and self.val.dataset != about.dataset:
             raise ValueError(f"{self.args.head or self.args.checkpoint} knows the classes of "
@@ -613,7 +614,7 @@ class HeadTraining:
                 self.done, self.curve, self.chosen, self.weights = (
                     state[k] for k in ("done", "curve", "chosen", "weights"))
                 self.job.say(f"goes on after step {self.done} of {self.job.recipe.steps}, from {self.path}")
-            except (ValueError, KeyError, RuntimeError):
+            except (ValueError, KeyError, TypeError, RuntimeError):
                 raise ValueError(f"{self.path} is damaged; remove it, and the training starts anew") from None
         done = torch.tensor([self.done, -self.done], device=self.job.device)
         if world()[1] > 1:
@@ -966,7 +967,7 @@ def report(job: Job, protocol: dict, result: dict) -> None:
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     with Job(args) as job:
-        protocol, training = dict(task=args.task, dtype=args.dtype, crop=job.crop, limits=job.limits), None
+        protocol, training = dict(task=args.task, dtype=args.dtype, eval_crop=job.crop, limits=job.limits), None
         if job.trains:
             if args.batch_size % (GROUP * world()[1]) and world()[1] > 1:
                 raise ValueError(f"--batch-size {args.batch_size} is no multiple of {GROUP} images for each of "

@@ -5775,3 +5775,558 @@ def test_eval_dense_wrong_input_is_one_line_and_exit_code_2(dense_pairs, dense_v
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(HERE / "eval_dense.py"), run_name="__main__")
     assert end.value.code == 2 and capsys.readouterr().err == "error: no such folder: nowhere\n"
+
+
+# Recipes
+
+
+class Coins:
+    """Random numbers whose random() is as given; the others, by a seed, are noted."""
+
+    def __init__(self, seed: int, *coins: bool):
+        self.coins, self.rest, self.drawn = [0.1 if c else 0.9 for c in coins], random.Random(seed), []
+
+    def random(self) -> float:
+        return self.coins.pop(0)
+
+    def uniform(self, low: float, high: float) -> float:
+        self.drawn.append((low, high, self.rest.uniform(low, high)))
+        return self.drawn[-1][2]
+
+    def randint(self, low: int, high: int) -> int:
+        return self.rest.randint(low, high)
+
+
+@pytest.mark.parametrize("task, steps, warm, start", [("depth", 38400, 12800, 1e-3), ("seg", 40000, 1500, 1e-6)])
+def test_eval_dense_schedules(task, steps, warm, start):
+    """Those of the configurations: cosine to 1e-8, or a straight line to 0, times a linear warm-up; Adam's first beta
+    0.95, 0.85 after three tenths, 0.95."""
+    recipe = eval_dense.TRAININGS["nyu" if task == "depth" else "ms"]
+    assert recipe.steps == steps and recipe.start == start and recipe.warmup * steps == pytest.approx(warm)
+    between = lambda a, b, share: b + (a - b) * (1 + math.cos(math.pi * share)) / 2  # noqa: E731
+    bottom = int(0.3 * steps) - 1
+    for t in (0, 1, 700, 1499, 1500, 5000, bottom, bottom + 1, 12799, 12800, 20000, steps - 1):
+        rate = between(1, 1e-8, t / steps) if task == "depth" else 1 - t / steps
+        if t < warm:
+            rate *= 1 - (1 - t / warm) * (1 - start)
+        beta = between(0.95, 0.85, t / bottom) if t <= bottom else between(
+            0.85, 0.95, (t - bottom) / (steps - 1 - bottom))
+        assert eval_dense.learning_rate(t, steps, recipe, task) == pytest.approx(rate, rel=1e-9)
+        assert eval_dense.first_beta(t, steps, task) == pytest.approx(beta if task == "depth" else 0.9, rel=1e-9)
+    for short in (1, 2, 3):  # of a few steps too
+        assert all(0 < eval_dense.learning_rate(t, short, recipe, task) <= 1 and
+                   0.85 <= eval_dense.first_beta(t, short, task) <= 0.95 for t in range(short))
+
+
+RECIPE_ROWS = {  # steps, rate, decay, clip, crop; range of depth or short side, windows, stride, scales, ratios, flip
+    ("depth", "nyu", "linear4"): (38400, 1e-4, 0.01, 35, (416, 544), (0.001, 10)),
+    ("depth", "kitti", "dpt"): (38400, 1e-4, 0.01, 35, (352, 704), (0.001, 80)),
+    ("depth", "", "linear"): (38400, 1e-4, 0.01, 35, (416, 500), (0.001, 10)),
+    ("seg", "ade20k", "linear"): (40000, 1e-3, 1e-4, 0, (512, 512), (512, 512, 341, (1,), (0.5, 2), False)),
+    ("seg", "voc2012", "linear"): (40000, 1e-3, 1e-4, 0, (512, 512), (512, 512, 341, (1,), (0.5, 2), False)),
+    ("seg", "", "ms"): (40000, 1e-3, 1e-4, 0, (640, 640), (640, 640, 320, (1, 1.32, 1.73, 2.28, 3), (1, 3), True))}
+
+
+@pytest.mark.parametrize("task, dataset, decoder", RECIPE_ROWS)
+def test_eval_dense_default_recipes(task, dataset, decoder):
+    args = eval_dense.parse(["ckpt.pth", "--task", task, "--data", "x", "--decoder", decoder])
+    train = types.SimpleNamespace(dataset=dataset, read=lambda i: (None, torch.zeros(600, 500)))
+    job = types.SimpleNamespace(args=args, task=task, train=train)
+    eval_dense.Job.choose_recipe(job)
+    r = job.recipe
+    row = (r.steps, r.lr, r.weight_decay, r.clip, r.crop)
+    if task == "depth":
+        assert RECIPE_ROWS[task, dataset, decoder] == (*row, job.limits) and job.test is None
+    else:
+        t = job.test
+        assert RECIPE_ROWS[task, dataset, decoder] == (*row, (t.short, t.crop, t.stride, t.ratios, job.ratios, t.flip))
+    assert args.batch_size == 16 and args.gradient_weight == 0 and args.channels == 256
+
+
+def test_eval_dense_training_follows_its_recipe(dense_pairs, dense_vit, monkeypatch):
+    """Rates and betas that the optimiser gets, norms of gradients, sizes of photographs in training."""
+    seen, norms, step, augment = [], [], torch.optim.AdamW.step, eval_dense.augment_labels
+
+    def noted(self, *a):
+        seen.extend((g["lr"], *g["betas"], g["weight_decay"]) for g in self.param_groups)
+        norms.append(math.sqrt(sum(p.grad.square().sum() for g in self.param_groups for p in g["params"])))
+        return step(self, *a)
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    flags = (*QUICK, "--steps", 10, "--eval-every", 10, "--batch-size", 2)
+    dense(dense_vit, "--data", dense_pairs, "--task", "depth", *flags, "--lr", 0.5, "--weight-decay", 0.25, "--clip",
+          1e-3, "--warmup", 0.4)
+    recipe = eval_dense.DEPTH._replace(warmup=0.4)
+    assert seen == [(0.5 * eval_dense.learning_rate(t, 10, recipe, "depth"), eval_dense.first_beta(t, 10, "depth"),
+                     0.999, 0.25) for t in range(10)]
+    assert max(norms) < 1.001e-3
+    sizes = []
+    monkeypatch.setattr(eval_dense, "augment_labels", lambda *a, **k: sizes.append(k) or augment(*a, **k))
+    for decoder, long in (("linear", 4 * 20), ("ms", 99999999)):
+        dense(dense_vit, "--data", dense_pairs, "--task", "seg", "--decoder", decoder, *flags, "--steps", 1,
+              "--short", 20)
+        assert sizes[-1] == dict(short=20, long=long, ratios=eval_dense.RATIOS[decoder])
+
+
+def coordinates(height: int, width: int, dtype=torch.uint16) -> torch.Tensor:
+    """A photograph whose first two channels are column and row, times 64."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return (64 * torch.stack([columns, rows, columns])).to(dtype)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("dataset, size, crop", [("", (60, 90), (40, 50)), ("nyu", (480, 640), (416, 544)),
+                                                 ("", (60, 90), (65, 90))])
+def test_eval_dense_photograph_and_depth_stay_together(turned, mirrored, dataset, size, crop):
+    photo = coordinates(*size)
+    depth = (photo[0].float() + 1000 * photo[1].float()) / 64 + 1e6  # 0 is what comes from outside
+    x, d = eval_dense.augment_depth(Coins(3, turned, mirrored, False), photo, depth, crop, dataset)
+    assert x.shape == (3, *map(min, crop, size)) and d.shape == x.shape[1:]
+    known = d > 0
+    columns, rows = (d - 1e6) % 1000, ((d - 1e6) / 1000).floor()
+    far = [(x[i] * 65535 / 64 - place).abs()[known] for i, place in enumerate((columns, rows))]
+    if not turned:
+        assert known.all() and max(f.max() for f in far) < 0.01
+        assert (columns.diff(dim=1) == (-1 if mirrored else 1)).all() and (rows.diff(dim=0) == 1).all()
+    else:
+        assert known.float().mean() > 0.9 and (rows.diff(dim=1) != 0).any()
+        assert all(f.quantile(0.97) < 0.75 for f in far)  # but for the rim, where photographs fade to 0
+        angle = math.degrees(math.atan((rows[:, -9] - rows[:, 9]).median() / (columns[:, -9] - columns[:, 9]).median()))
+        assert 0.2 < abs(angle) < 2.6
+    if dataset == "nyu":  # the white frame is cut off
+        assert columns[known].min() >= 43 and columns.max() < 608 and rows[known].min() >= 45 and rows.max() < 472
+
+
+def test_eval_dense_colours_of_depth_photographs():
+    """The power of values up to 255, then factors for all and for each channel; of KITTI narrower ones."""
+    image = torch.from_numpy(noise(0, 3, 5, 7))
+    for dataset, spread in (("nyu", 0.25), ("kitti", 0.1), ("", 0.25)):
+        big = torch.nn.functional.pad(image, (43, 32, 45, 8)) if dataset == "nyu" else image
+        rng = Coins(5, False, False, True)
+        x, _ = eval_dense.augment_depth(rng, big, torch.ones(big.shape[1:]), (5, 7), dataset)
+        ranges = [draw[:2] for draw in rng.drawn]
+        assert ranges == [(0.9, 1.1), (1 - spread, 1 + spread)] + [(0.9, 1.1)] * 3
+        gamma, bright, *shades = (draw[2] for draw in rng.drawn)
+        expected = image.numpy().astype(np.float64) ** gamma * bright * np.reshape(shades, (3, 1, 1))
+        if dataset != "nyu":
+            assert_close(x, expected.clip(0, 255) / 255, 1e-5)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_eval_dense_photograph_and_labels_stay_together(mirrored, seed):
+    photo, sizes = coordinates(100, 160), []
+    for channel in (0, 1):  # column and row
+        rng = Coins(seed, mirrored, *[False] * 5)
+        labels = (photo[channel].int() // 64).to(torch.uint8)
+        x, y = eval_dense.augment_labels(rng, photo, labels, (90, 90), 100, 400, (0.7, 2.0))
+        assert rng.drawn[0][:2] == (0.7, 2.0) and not rng.coins
+        ratio = rng.drawn[0][2]
+        assert x.shape[1:] == y.shape == (min(90, int(int(100 * ratio) + 0.5)), min(90, y.shape[1]))
+        assert (x[channel] * 65535 / 64 - y.float()).abs().max() < 0.5 + 1 / ratio
+        slope = y.float().diff(dim=1 - channel).mean().item()
+        assert slope == pytest.approx((-1 if mirrored and channel == 0 else 1) / ratio, rel=0.1)
+        sizes.append(x.shape)
+    assert sizes[0] == sizes[1]
+
+
+def test_eval_dense_sizes_of_training_photographs():
+    """Both limits times the ratio, the short side as mmcv rounds it."""
+    for size, short, long, ratio, expected in (
+            ((100, 160), 64, 256, 1.0, (64, 102)), ((20, 100), 64, 256, 1.0, (51, 256)),
+            ((20, 100), 64, 256, 0.5, (26, 128)), ((48, 64), 32, 999, 2.0, (64, 85))):
+        x, y = eval_dense.augment_labels(random.Random(0), torch.zeros(3, *size, dtype=torch.uint8),
+                                         torch.zeros(size, dtype=torch.uint8), (999, 999), short, long, (ratio, ratio))
+        assert x.shape == (3, *expected) and y.shape == expected
+
+
+def test_eval_dense_crops_of_one_class_are_drawn_again():
+    """What is ignored does not count; with no better place the tenth is taken."""
+    labels = torch.zeros(64, 64, dtype=torch.uint8)
+    labels[:, 32:] = 1
+    labels[::2] = 255  # half of every crop
+    image, shares = torch.zeros(3, 64, 64, dtype=torch.uint8), []
+    for seed in range(100):
+        _, y = eval_dense.augment_labels(random.Random(seed), image, labels, (32, 32), 64, 64, (1, 1))
+        counts = y[y != 255].long().bincount(minlength=2)
+        shares.append((counts.max() / counts.sum()).item())
+    assert sum(s >= 0.75 for s in shares) <= 5 and max(shares) > 0.7  # 55 would be, of first draws
+    for y in (torch.zeros_like(labels), torch.full_like(labels, 255)):
+        cropped = eval_dense.augment_labels(random.Random(0), image, y, (32, 32), 64, 64, (1, 1))[1]
+        assert torch.equal(cropped, y[:32, :32])
+
+
+def slow_distortion(pixel, shift, gain, saturation, turn, first: bool) -> list[float]:
+    import colorsys
+    cut = lambda v: min(max(v, 0.0), 1.0)  # noqa: E731
+    pixel = [cut(v + shift) for v in pixel]
+    if first:
+        pixel = [cut(v * gain) for v in pixel]
+    h, s, v = colorsys.rgb_to_hsv(*pixel)
+    pixel = colorsys.hsv_to_rgb((h + turn) % 1, min(s * saturation, 1), v)
+    return list(pixel) if first else [cut(v * gain) for v in pixel]
+
+
+@pytest.mark.parametrize("coins", [(1, 1, 1, 1, 1), (1, 0, 1, 1, 1), (0, 1, 1, 0, 0), (0, 0, 0, 1, 0), (0, 0, 0, 0, 1),
+                                   (1, 0, 0, 0, 0), (0, 0, 0, 0, 0)])
+def test_eval_dense_distortion_equals_slow_one(coins):
+    """Also of grey pixels, black ones, and those with two equal channels."""
+    brightness, first, contrast, saturation, hue = coins
+    pixels = torch.cat([torch.rand(60, 3, generator=torch.Generator().manual_seed(0)), torch.eye(3), torch.zeros(1, 3),
+                        torch.full((2, 3), 0.4), torch.tensor([[0.2, 0.7, 0.7], [1, 0.5, 1]])])
+    for seed in range(3):
+        rng = Coins(seed, *coins)
+        out = eval_dense.distort(rng, pixels.T[..., None].clone())
+        drawn = dict(zip([name for name, on in zip(("shift", "gain", "saturation", "turn"), (
+            brightness, contrast, saturation, hue)) if on], rng.drawn))
+        for name, low, high in (("shift", -32 / 255, 32 / 255), ("gain", 0.5, 1.5), ("saturation", 0.5, 1.5),
+                                ("turn", -18 / 180, 18 / 180)):
+            assert name not in drawn or drawn[name][:2] == pytest.approx((low, high))
+        values = {k: drawn[k][2] if k in drawn else off for k, off in (
+            ("shift", 0), ("gain", 1), ("saturation", 1), ("turn", 0))}
+        expected = torch.tensor([slow_distortion(p, **values, first=bool(first)) for p in pixels.tolist()])
+        assert_close(out[..., 0].T, expected, 1e-5)
+    grey = eval_dense.distort(Coins(0, 1, 1, 1, 1, 1), torch.rand(1, 4, 4))
+    assert grey.shape == (1, 4, 4) and 0 <= grey.min() and grey.max() <= 1
+
+
+def test_eval_dense_samples_go_by_their_number(dense_pairs, cache):
+    """Whatever the step, the size of the batch and the number of processes; what a crop lacks is 0 in the photograph,
+    unknown in the target. Of every pass each photograph comes once."""
+    for task, augment, absent in (("depth", eval_dense.augment_depth, 0), (
+            "seg", partial(eval_dense.augment_labels, short=40, long=99, ratios=(1, 1)), 255)):
+        pairs = eval_dense.open_pairs(str(dense_pairs), task, "TRAIN")
+        make = partial(eval_dense.TrainPairs, pairs, augment, (60, 70), 7, seed=0, mean=data.MEAN, std=data.STD)
+        four, two = make(batch_size=4), make(batch_size=2)
+        images, targets, error = four[1]
+        assert images.shape == (4, 3, 60, 70) and targets.shape == (4, 60, 70) and error == ""
+        later, earlier = two[3], two[2]
+        assert all(torch.equal(x, torch.cat([a, b])) for x, a, b in zip((images, targets), earlier, later))
+        assert not torch.equal(make(batch_size=4, seed=1)[1][0], images)
+        height, width = (48, 64) if task == "depth" else (40, 53)
+        for part, value in ((images, 0), (targets, absent)):
+            assert (part[..., height:, :] == value).all() and (part[..., width:] == value).all()
+        assert sorted(pairs.pick(s, 0) for s in range(14)) == list(range(14))
+
+
+# Training
+
+
+TRAINED_HEADS = {  # flags; part of a constant's, or the commonest class's, errors that is left at most
+    "depth linear": ("--task", "depth", "--steps", 130, "--lr", 0.03, "--batch-size", 2, "--crop", 32, 32),
+    "depth dpt": ("--task", "depth", "--decoder", "dpt", "--channels", 8, "--steps", 70, "--lr", 0.01,
+                  "--batch-size", 2, "--crop", 16, 24),
+    "seg linear": ("--task", "seg", "--steps", 50, "--lr", 0.05, "--batch-size", 4, "--short", 48, "--crop", 48, 48),
+    "seg ms": ("--task", "seg", "--decoder", "ms", "--steps", 50, "--lr", 0.05, "--batch-size", 4, "--short", 48,
+               "--crop", 48, 48, "--scales", 1, 1.5)}
+
+
+@pytest.mark.parametrize("kind", TRAINED_HEADS)
+def test_eval_dense_training_learns(kind, dense_pairs, dense_vit, monkeypatch):
+    """Depth and classes of pieces of photographs that are not trained with, from a network with random weights; against
+    what can be said without looking."""
+    if kind == "depth dpt":  # which is slow: without the 100 steps that only learn the mean
+        monkeypatch.setattr(eval_dense, "sig_loss", lambda *a, warm_up: heads.sig_loss(*a))
+    result = dense(dense_vit, "--data", dense_pairs, "--num-workers", 0, *TRAINED_HEADS[kind], "--eval-every", 70)
+    task = kind.split()[0]
+    folder = dense_pairs / ("depth" if task == "depth" else "labels") / "val"
+    targets = [pixels_of(p) for p in sorted(folder.iterdir())]
+    if task == "depth":
+        middle = np.mean([t.mean() for t in targets]) / 1000
+        constant = dict(depth=middle, rmse=np.mean([np.sqrt(np.mean((t / 1000 - middle) ** 2)) for t in targets]))
+        assert result["constant_everywhere"] == pytest.approx(constant, rel=1e-6)
+        assert result["rmse"] < 0.7 * constant["rmse"] and result["abs_rel"] == min(v for _, v in result["curve"])
+    else:
+        most = 100 * np.bincount(np.concatenate(targets).ravel(), minlength=3).max() / sum(t.size for t in targets)
+        assert result["commonest_class_everywhere"] == pytest.approx(dict(aAcc=most, mIoU=most / 3))
+        assert result["aAcc"] > 80 > most + 20 and result["mIoU"] > 60 and result["mIoU"] == result["curve"][-1][1]
+
+
+def remember_listings_at(folder: Path) -> None:
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+
+
+def head_of(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("kind", ["depth linear", "seg ms"])
+def test_eval_dense_two_processes_and_resuming_equal_one(kind, dense_pairs, dense_vit, cache, monkeypatch, capsys):
+    """One process, two, and one that is interrupted after a save: the same head, the same measures."""
+    task, decoder = kind.split()
+    flags = [*QUICK, "--task", task, "--decoder", decoder, "--data", dense_pairs, "--lr", 0.01, "--warmup", 0.25,
+             *(["--short", 32, "--scales", 1] if task == "seg" else [])]
+    file, folder = f"vit.{task}_{decoder}_head.pth", dense_vit.parent
+    alone = dense(dense_vit, *flags)
+    (head,) = [head_of(folder / file)]
+    shutil.copytree(folder, folder.parent / "two")
+    Launched(folder.parent / "log", eval_dense.main, folder.parent / "two/vit.pth", *flags, world=2,
+             before=partial(remember_listings_at, cache)).wait()
+    one, two = results(folder.parent / "two/vit", "dense")
+    other = head_of(folder.parent / "two" / file)
+    assert one["processes"] == 1 and two["processes"] == 2 and one["result"] == json.loads(json.dumps(alone))
+    for key, value in head.items():
+        assert_close(other[key].double(), value.double(), 2e-5 * max(1, value.abs().max().item()), key)
+    for key in ("rmse", "abs_rel") if task == "depth" else ("mIoU", "aAcc"):
+        assert two["result"][key] == pytest.approx(alone[key], rel=1e-3), key
+    assert two["result"]["curve"][0] == [2, pytest.approx(alone["curve"][0][1], rel=1e-3)]
+    if task == "seg":
+        assert head["decode_head.bn.num_batches_tracked"] == 4
+
+    evaluate, calls = eval_dense.evaluate, []
+
+    def interrupted(job, predictions=""):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(job, predictions)
+    monkeypatch.setattr(eval_dense, "evaluate", interrupted)
+    start = dense_vit.rename(folder.parent / "again.pth")
+    with pytest.raises(KeyboardInterrupt):
+        dense(start, *flags)
+    assert len(list(folder.parent.glob("*.resume"))) == 1
+    again = dense(start, *flags)
+    assert "goes on after step 2 of 4" in capsys.readouterr().err and len(calls) == 3
+    assert {k: v for k, v in again.items() if k != "head"} == {k: v for k, v in alone.items() if k != "head"}
+    assert same(head, head_of(folder.parent / file.replace("vit", "again")))
+    assert not list(folder.parent.rglob("*.resume"))
+
+
+def test_eval_dense_resumes_only_what_is_its_own(dense_pairs, dense_vit, monkeypatch, capsys):
+    """Other flags start anew; a save that is damaged is named; --no-resume does without."""
+    evaluate = eval_dense.evaluate
+    saves = lambda: sorted(dense_vit.parent.glob("*.resume"))  # noqa: E731
+
+    def interrupted(job):
+        if len(saves()) > n_before and not job.args.no_resume:
+            raise KeyboardInterrupt
+        return evaluate(job)
+    monkeypatch.setattr(eval_dense, "evaluate", interrupted)
+    flags = [dense_vit, *QUICK, *TASKS["depth"], "--data", dense_pairs]
+    for n_before, argv in enumerate(([], ["--lr", 0.5], ["--seed", 1], ["--no-flip"], ["--eval-crop", "garg"],
+                                     ["--depth-range", 1, 7])):
+        with pytest.raises(KeyboardInterrupt):
+            dense(*flags, *argv)
+        assert "goes on" not in capsys.readouterr().err and len(saves()) == n_before + 1, argv
+    first, *others = sorted(saves(), key=lambda path: path.stat().st_mtime_ns)
+    for path in others:
+        path.unlink()
+    n_before = 0
+    with pytest.raises(KeyboardInterrupt):
+        dense(*flags)
+    assert "goes on after step 2" in capsys.readouterr().err and saves() == [first]
+    good = saves()[0].read_bytes()
+    for damaged in (good[: len(good) // 2], b"", b"x" * 99):
+        saves()[0].write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"\.resume is damaged; remove it, and the training starts anew"):
+            dense(*flags)
+    for state in (dict(head={}), [1, 2], dict(head=None, optimizer=None)):
+        torch.save(state, saves()[0])
+        with pytest.raises(ValueError, match=r"\.resume is damaged; remove it, and the training starts anew"):
+            dense(*flags)
+    dense(*flags, "--no-resume")
+    assert not saves()
+
+
+# The head, and what else comes out
+
+
+def observed_predictions(network, about, pairs, flip=True):
+    """Of each image of --val: what the network of the hub predicts, and the target."""
+    for i in range(len(pairs)):
+        image, target = pairs.read(i)
+        if about.task == "seg":
+            yield heads.segment(network, image, about.recipe).argmax(0).numpy(), target.numpy()
+        else:
+            x = data.normalize(data.to_float(image[None]))
+            yield heads.estimate_depth(network, x, flip)[0, 0].numpy(), target.numpy()
+
+
+@pytest.mark.parametrize("kind", ["depth linear", "depth dpt", "seg linear"])
+def test_eval_dense_head_is_one_of_the_hub(kind, dense_pairs, dense_vit, desk, capsys):
+    """What is written gives by the hub the predictions that were counted, and the same figures by --head."""
+    task, decoder = kind.split()
+    own = [*(["--channels", 8] if decoder == "dpt" else []), *(["--depth-range", 0.5, 8] if task == "depth" else
+                                                                ["--short", 32, "--crop", 24, 24, "--flip"])]
+    result = dense(dense_vit, *QUICK, "--task", task, "--decoder", decoder, "--data", dense_pairs, "--lr", 0.02, *own,
+                   "--predictions", desk / "drawn")
+    printed = capsys.readouterr().out
+    file = dense_vit.with_name(f"vit.{task}_{decoder}_head.pth")
+    assert result["head"] == str(file) and str(file) in printed and "vit.eval_dense.jsonl" in printed
+    assert sorted(p.name for p in dense_vit.parent.iterdir()) == sorted(["vit.pth", "vit.eval_dense.jsonl", file.name])
+    network, about = hub.load_dense(dense_vit, file)
+    pairs = eval_dense.open_pairs(str(dense_pairs), task, "VAL")
+    pairs.classes = pairs.classes or ["x"]
+    seen = list(observed_predictions(network, about, pairs))
+    drawn = [pixels_of(desk / "drawn" / f"{Path(pairs.describe(i)).stem}.png") for i in range(len(pairs))]
+    assert len(list((desk / "drawn").iterdir())) == len(pairs) + 1 and size_of(desk / "drawn/sheet.png")[0] > 400
+    if task == "depth":
+        assert network.decode_head.depth_range == (0.5, 8) and about == hub.About("depth")
+        known = [(t > 0.5) & (t < 8) for _, t in seen]
+        expected = [plain_depth(p[k], t[k]) for (p, t), k in zip(seen, known)]
+        for name in eval_dense.DEPTH_MEASURES:
+            assert result[name] == pytest.approx(np.mean([e[name] for e in expected]), rel=1e-4, abs=1e-5), name
+        assert all(abs(d - 1000 * p).max() < 0.6 for d, (p, _) in zip(drawn, seen))
+        assert Image.open(desk / "drawn/03.png").mode.startswith("I")
+    else:
+        assert about.classes == ["dark", "middling", "bright"] and about.colours == heads.colours(3)
+        assert about.recipe == heads.Recipe(32, crop=24, stride=16, flip=True)
+        right = sum((p == t).sum() for p, t in seen)
+        assert result["aAcc"] == pytest.approx(100 * right / sum(t.size for _, t in seen))
+        assert all((d == p).all() for d, (p, _) in zip(drawn, seen)) and Image.open(desk / "drawn/03.png").mode == "P"
+    again = dense(dense_vit, "--task", task, "--data", dense_pairs, "--head", file, "--num-workers", 0, "--json")
+    assert {k: result[k] for k in again} == again
+    record = results(dense_vit.with_suffix(""), "dense")[-1]
+    assert json.loads(capsys.readouterr().out) == record and record["protocol"]["head"] == str(file)
+    assert record["data"]["val"]["images"] == 4 and "train" not in record["data"] and record["result"] == again
+
+
+def test_eval_dense_heads_that_do_not_fit(dense_pairs, dense_vit, desk):
+    flags = ["--data", dense_pairs, "--num-workers", 0]
+    dense(dense_vit, *QUICK, *TASKS["seg"], *flags)
+    file = dense_vit.with_name("vit.seg_linear_head.pth")
+    torch.save(model.build("vit_nano", patch_size=8, img_size=32).state_dict(), desk / "other.pth")
+    torch.save(model.build("vit_micro", patch_size=8, img_size=32).state_dict(), desk / "wide.pth")
+    put(desk / "ade/images/validation/a.png", noise(0, 9, 9, 3))
+    put(desk / "ade/annotations/validation/a.png", noise(0, 9, 9, high=9))
+    shutil.copytree(dense_pairs, desk / "four")
+    (desk / "four/classes.txt").write_text("a\nb\nc\nd")
+    broken = torch.load(file, weights_only=True)
+    broken["state_dict"]["decode_head.conv_seg.weight"].fill_(math.nan)
+    torch.save(broken, desk / "nan.pth")
+    for argv, text in (
+            ((desk / "other.pth", "--task", "seg"), "trained on the features of another backbone, of the same width"),
+            ((desk / "wide.pth", "--task", "seg"), "is the head of another backbone: it takes 64 channels, this one"),
+            ((dense_vit, "--task", "depth"), "vit.seg_linear_head.pth is for --task seg"),
+            ((dense_vit, "--task", "seg", "--data", desk / "ade"), "knows the classes of other data, not those of"),
+            ((dense_vit, "--task", "seg", "--data", desk / "four"), "knows 3 classes, .*four.* has 4"),
+            ((dense_vit, "--task", "seg", "--head", desk / "nan.pth"), "predictions for .*03.png are not finite")):
+        with pytest.raises(ValueError, match=text):
+            dense(argv[0], *flags, "--head", file, *argv[1:])
+
+
+def test_eval_dense_on_known_data_sets(dense_vit, desk):
+    """NYUv2, of which an image without a pixel that counts is left out, and ADE20K, in miniature."""
+    torch.save(model.build("vit_nano", patch_size=40, img_size=80).state_dict(), dense_vit)
+    for i, part in enumerate(("train", "train", "test", "test")):
+        put(desk / f"nyu/{i}.jpg", noise(i, 480, 640, 3))
+        depth = noise(i, 480, 640, high=9000, dtype=np.uint16)
+        depth[45:471, 41:601] *= i < 3  # of the last one, all that is known is outside of the crop
+        put(desk / f"nyu/{i}.png", depth)
+        with open(desk / f"nyu/nyu_{part}.txt", "a") as file:
+            file.write(f"/{i}.jpg /{i}.png 518.8\n")
+    quick = ["--num-workers", 0, "--steps", 1, "--batch-size", 2]
+    result = dense(dense_vit, "--task", "depth", "--data", desk / "nyu", *quick, "--crop", 32, 48)
+    record = results(dense_vit.with_suffix(""), "dense")[-1]
+    assert result["images_left_out"] == 1 and record["protocol"]["eval_crop"] == "nyu"
+    assert record["protocol"]["flip"] is True and record["protocol"]["crop"] == [32, 48]
+    known = pixels_of(desk / "nyu/2.png")[45:471, 41:601] / 1000
+    assert result["constant_everywhere"]["depth"] == pytest.approx(known[known > 0.001].mean(), rel=1e-5)
+    assert hub.load_dense(dense_vit, result["head"])[1] == hub.About("depth", "nyu")
+    for part in ("training", "validation"):
+        put(desk / f"ade/images/{part}/a.jpg", noise(1, 40, 50, 3))
+        put(desk / f"ade/annotations/{part}/a.png", noise(2, 40, 50, high=4))
+    result = dense(dense_vit, "--task", "seg", "--data", desk / "ade", *quick, "--short", 32, "--crop", 32, 32)
+    share = np.bincount(noise(2, 40, 50, high=4).ravel())[1:]
+    trivial = result["commonest_class_everywhere"]
+    assert trivial["aAcc"] == pytest.approx(100 * share.max() / share.sum()) and len(result["IoU"]) == 150
+    about = hub.load_dense(dense_vit, result["head"])[1]
+    assert about.dataset == "ade20k" and about.classes == heads.CLASSES["ade20k"] and about.recipe.stride == 21
+    assert about.colours == heads.colours(150, "ade20k")
+
+
+# Flags
+
+
+FLAGS = {  # what each is changed to, and in which of the bases below
+    "task": ("depth", "seg"), "data": ("depth", "{other}"), "val": ("depth", "{other}"), "decoder": ("depth", "linear4"),
+    "head": ("head", "{second}"), "channels": ("dpt", 4), "depth-range": ("head", 0.5, 3),
+    "depth-scale": ("depth", 500), "steps": ("depth", 3), "batch-size": ("seg", 4), "lr": ("seg", 0.001),
+    "weight-decay": ("seg", 0.9), "warmup": ("seg", 0.9), "clip": ("depth", 1e-4), "crop": ("seg", 24, 32),
+    "short": ("seg", 40), "ratios": ("seg", 1, 1.1), "gradient-weight": ("depth", 1), "scales": ("seg", 1, 2),
+    "flip": ("seg",), "no-flip": ("depth",), "eval-crop": ("depth", "garg"), "eval-every": ("depth", 1),
+    "predictions": ("head", "{desk}/drawn"), "seed": ("depth", 1), "device": ("depth", "tpu"),
+    "dtype": ("depth", "bf16"), "num-workers": ("depth", 1), "out": ("head", "{desk}/elsewhere"), "json": ("head",)}
+ELSEWHERE_DENSE = {"no-resume"}  # a test of its own
+DENSE_BASE = {
+    "depth": ("--task", "depth", "--lr", 0.01, "--crop", 24, 32),
+    "dpt": ("--task", "depth", "--decoder", "dpt", "--channels", 8, "--crop", 24, 32),
+    "seg": ("--task", "seg", "--lr", 0.1, "--short", 32, "--crop", 32, 32),
+    "head": ("--task", "depth", "--head", "{first}")}
+
+
+def test_eval_dense_every_flag_has_an_effect(dense_pairs, dense_vit, desk, capsys):
+    """On the figures, the head, the files or what is printed; only the number of reading processes has none."""
+    flags = re.findall(r'add\("--([a-z-]+)"', (HERE / "eval_dense.py").read_text())
+    assert set(flags) | {"no-flip"} == FLAGS.keys() | ELSEWHERE_DENSE
+    for what, part in itertools.product(("images", "depth"), ("train", "val")):
+        for name in ("01.png", "03.png") if part == "val" else ("02.png", "04.png"):
+            home = "val" if name == "03.png" else "train"
+            (desk / "few" / what / part).mkdir(parents=True, exist_ok=True)
+            shutil.copy(dense_pairs / what / home / name, desk / "few" / what / part)
+            put(desk / "other" / what / part / name, pixels_of(dense_pairs / what / home / name)[::-1].astype(
+                np.uint8 if what == "images" else np.uint16))
+    for part, names in (("train", ("02", "04")), ("val", ("01", "03"))):
+        for name in names:
+            put(desk / f"few/labels/{part}/{name}.png", noise(int(name), 48, 64, high=3) // 2 * 2)
+    names = dict(desk=desk, other=desk / "other", first=desk / "first.pth", second=desk / "second.pth")
+    for name, seed in (("first", 1), ("second", 2)):
+        torch.manual_seed(seed)
+        weights = {f"decode_head.{k}": v for k, v in heads.LinearDepthHead(64, 1).state_dict().items()}
+        torch.save(dict(state_dict=weights, about=dict(task="depth", dim=64, depth_range=(0.001, 10))), names[name])
+
+    def outcome(base: str, *argv):
+        common = (dense_vit, "--data", desk / "few", "--num-workers", 0, "--device", "cpu",
+                  *(() if base == "head" else ("--steps", 2, "--batch-size", 2, "--eval-every", 2)))
+        try:
+            result = dense(*(str(a).format(**names) for a in (*common, *DENSE_BASE[base], *argv)))
+        except ValueError as error:
+            return str(error)
+        file = result.pop("head", None)
+        weights = {k: v.double().sum().item() for k, v in head_of(Path(file)).items()} if file else {}
+        found = sorted(p.name for p in desk.iterdir())
+        shutil.rmtree(desk / "drawn", ignore_errors=True)
+        return result, weights, found, re.sub(r"\d+\.\d+", "", capsys.readouterr().out).count("\n")
+    before = {base: outcome(base) for base in DENSE_BASE}
+    assert all(isinstance(v, tuple) for v in before.values()), before
+    for flag, (base, *values) in FLAGS.items():
+        after = outcome(base, f"--{flag}", *values)
+        assert (after != before[base]) == (flag != "num-workers"), flag
+        assert isinstance(after, tuple) or flag in ("device", "task"), (flag, after)
+
+
+# Other photographs, networks and numbers
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("task", ["depth", "seg"])
+def test_eval_dense_deep_grey_photographs_in_bf16(task, channels, dense_pairs, desk):
+    """Of 16 bits, for networks of one and three channels; the same grey in 8 bits gives nearly the same."""
+    torch.manual_seed(0)
+    torch.save(model.build("vit_nano", patch_size=8, img_size=32, in_chans=channels).state_dict(), desk / "vit.pth")
+    what, rmses = "depth" if task == "depth" else "labels", []
+    for bits, factor, dtype in ((16, 257, np.uint16), (8, 1, np.uint8)):
+        for part in ("train", "val"):
+            for path in sorted((dense_pairs / "images" / part).iterdir()):
+                put(desk / str(bits) / "images" / part / path.name, (factor * pixels_of(path)[..., 1]).astype(dtype))
+        shutil.copytree(dense_pairs / what, desk / str(bits) / what)
+        result = dense(desk / "vit.pth", *QUICK, "--steps", 2, "--dtype", "bf16", *TASKS[task],
+                       "--data", desk / str(bits))
+        rmses.append(result["rmse" if task == "depth" else "aAcc"])
+    assert rmses[0] == pytest.approx(rmses[1], rel=0.02)
+
+
+def test_eval_dense_of_a_network_that_holds_its_head(desk, monkeypatch):
+    """Mask2Former, with a small network in its place: the figures are those of heads.segment."""
+    monkeypatch.setattr(hub, "Mask2Former", type("Small", (mask2former.Mask2Former,), dict(
+        __init__=lambda self: mask2former.Mask2Former.__init__(self, **M2F_TINY | dict(n_classes=150)))))
+    small = fill_by_names(hub.Mask2Former())
+    torch.save(dict(state_dict=small.state_dict()), desk / "m2f.pth")
+    photo, labels = noise(1, 40, 50, 3), noise(2, 40, 50, high=151)
+    put(desk / "ade/images/validation/a.png", photo), put(desk / "ade/annotations/validation/a.png", labels)
+    result = dense(desk / "m2f.pth", "--task", "seg", "--data", desk / "ade", "--short", 32, "--num-workers", 0)
+    recipe = heads.RECIPES["ade20k", "m2f"]._replace(short=32)
+    answers = heads.segment(small, torch.from_numpy(photo).permute(2, 0, 1), recipe).argmax(0).numpy()
+    assert result["aAcc"] == pytest.approx(100 * (answers == labels - 1.0)[labels > 0].mean())
+    with pytest.raises(ValueError, match="m2f.pth is for --task seg"):
+        dense(desk / "m2f.pth", "--task", "depth", "--data", desk / "ade")
