@@ -5811,10 +5811,10 @@ def test_eval_dense_schedules(task, steps, warm, start):
             rate *= 1 - (1 - t / warm) * (1 - start)
         beta = between(0.95, 0.85, t / bottom) if t <= bottom else between(
             0.85, 0.95, (t - bottom) / (steps - 1 - bottom))
-        assert eval_dense.learning_rate(t, steps, recipe, task) == pytest.approx(rate, rel=1e-9)
+        assert eval_dense.learning_rate(t, recipe._replace(steps=steps), task) == pytest.approx(rate, rel=1e-9)
         assert eval_dense.first_beta(t, steps, task) == pytest.approx(beta if task == "depth" else 0.9, rel=1e-9)
     for short in (1, 2, 3):  # of a few steps too
-        assert all(0 < eval_dense.learning_rate(t, short, recipe, task) <= 1 and
+        assert all(0 < eval_dense.learning_rate(t, recipe._replace(steps=short), task) <= 1 and
                    0.85 <= eval_dense.first_beta(t, short, task) <= 0.95 for t in range(short))
 
 
@@ -5855,8 +5855,8 @@ def test_eval_dense_training_follows_its_recipe(dense_pairs, dense_vit, monkeypa
     flags = (*QUICK, "--steps", 10, "--eval-every", 10, "--batch-size", 2)
     dense(dense_vit, "--data", dense_pairs, "--task", "depth", *flags, "--lr", 0.5, "--weight-decay", 0.25, "--clip",
           1e-3, "--warmup", 0.4)
-    recipe = eval_dense.DEPTH._replace(warmup=0.4)
-    assert seen == [(0.5 * eval_dense.learning_rate(t, 10, recipe, "depth"), eval_dense.first_beta(t, 10, "depth"),
+    recipe = eval_dense.DEPTH._replace(steps=10, warmup=0.4)
+    assert seen == [(0.5 * eval_dense.learning_rate(t, recipe, "depth"), eval_dense.first_beta(t, 10, "depth"),
                      0.999, 0.25) for t in range(10)]
     assert max(norms) < 1.001e-3
     sizes = []
