@@ -495,9 +495,10 @@ class Job:
         for pairs in (train, val):
             if pairs:
                 pairs.channels = self.rules["in_chans"]
-        if train and args.task == "seg" and not train.classes:
-            train.classes = count_classes(train)
         if train and args.task == "seg":
+            named, train.classes = train.classes, train.classes or count_classes(train)
+            if val.classes and (val.classes != named if named else len(val.classes) != len(train.classes)):
+                raise ValueError(f"{val.name} has other classes than {train.name}, or in another order")
             val.classes = train.classes
         return train, val
 

@@ -5744,6 +5744,7 @@ def test_eval_dense_wrong_data_is_named(task, what, text, dense_pairs, dense_vit
     (("--task", "seg", "--decoder", "dpt"), "--decoder dpt is none of --task seg; choose linear or ms"),
     (("--task", "depth", "--data", "{flat}", "--val", "{flat}"), "has pairs of --data .* in it; name others"),
     (("--task", "depth", "--data", "{flat}"), "has no part to evaluate with, such as images/val; name one by --val"),
+    (("--task", "seg", "--val", "{other}"), r"other \(VAL\) has other classes than .* \(TRAIN\), or in another order"),
     (("--task", "seg", "--gradient-weight", 1), "are of --task depth"),
     (("--task", "depth", "--scales", 1), "are of --task seg"),
     (("--task", "depth", "--steps", 0), "must be positive"), (("--task", "depth", "--warmup", 2), "is a share, 0 to 1"),
@@ -5764,7 +5765,9 @@ def test_eval_dense_wrong_flags_are_named(argv, text, dense_pairs, dense_vit, de
     shutil.rmtree(half / "labels")
     for name in ("images", "depth"):
         shutil.copytree(dense_pairs / name / "val", desk / "flat" / name)
-    argv = [str(a).format(flat=desk / "flat", depth=half, file=desk / "file") for a in argv]
+    shutil.copytree(dense_pairs, desk / "other")
+    (desk / "other/classes.txt").write_text("dark\nbright\nmiddling")
+    argv = [str(a).format(other=desk / "other", flat=desk / "flat", depth=half, file=desk / "file") for a in argv]
     with pytest.raises(ValueError, match=text):
         dense(dense_vit, *([] if "--data" in argv else ["--data", dense_pairs]), *(() if "--head" in argv else QUICK),
               *(["--channels", 8] if "linear4" in argv else []), *argv)
@@ -6042,6 +6045,33 @@ def test_eval_dense_training_learns(kind, dense_pairs, dense_vit, monkeypatch):
         assert result["aAcc"] > 80 > most + 20 and result["mIoU"] > 60 and result["mIoU"] == result["curve"][-1][1]
 
 
+def test_eval_dense_batches_are_means_over_pairs(dense_pairs, dense_vit, monkeypatch):
+    """The gradient of four photographs is the mean of those of two and two, each with a loss of its own."""
+    seen, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: seen.append(
+        torch.cat([p.grad.flatten() for g in self.param_groups for p in g["params"]])) or step(self))
+    flags = [dense_vit, "--data", dense_pairs, *QUICK, *TASKS["depth"], "--lr", 1e-30, "--clip", 0, "--eval-every", 9]
+    result = dense(*flags, "--steps", 1, "--batch-size", 4)
+    dense(*flags, "--steps", 2, "--batch-size", 2)
+    assert_close(seen[0], (seen[1] + seen[2]) / 2, 1e-6)
+    assert seen[1].abs().max() > 1e-3 < (seen[1] - seen[2]).abs().max() and result["curve"][0][0] == 1
+
+
+def test_eval_dense_batch_statistics_equal_those_of_pytorch():
+    """Of groups together, as in training mode on all at once; outside of it the running ones count."""
+    torch.manual_seed(0)
+    ours, theirs = torch.nn.BatchNorm2d(6).eval(), torch.nn.BatchNorm2d(6).train()
+    for _ in range(3):
+        groups = [[(3 + 2 * torch.randn(2, 4, 5, 7), None), (torch.randn(2, 2, 5, 7), None)] for _ in range(3)]
+        whole = [torch.cat([patches for patches, _ in group], 1) for group in groups]
+        finish = eval_dense.batch_statistics(ours, groups)
+        with torch.no_grad():
+            assert_close(torch.cat([ours(x) for x in whole]), theirs(torch.cat(whole)), 1e-5)
+        finish()
+        for name, value in theirs.state_dict().items():
+            assert_close(ours.state_dict()[name], value, 1e-5, name)
+
+
 def remember_listings_at(folder: Path) -> None:
     os.environ["XDG_CACHE_HOME"] = str(folder)
 
@@ -6146,7 +6176,7 @@ def observed_predictions(network, about, pairs, flip=True):
 def test_eval_dense_head_is_one_of_the_hub(kind, dense_pairs, dense_vit, desk, capsys):
     """What is written gives by the hub the predictions that were counted, and the same figures by --head."""
     task, decoder = kind.split()
-    own = [*(["--channels", 8] if decoder == "dpt" else []), *(["--depth-range", 0.5, 8] if task == "depth" else
+    own = [*(["--channels", 8] if decoder == "dpt" else []), *(["--depth-range", 1.5, 4] if task == "depth" else
                                                                 ["--short", 32, "--crop", 24, 24, "--flip"])]
     result = dense(dense_vit, *QUICK, "--task", task, "--decoder", decoder, "--data", dense_pairs, "--lr", 0.02, *own,
                    "--predictions", desk / "drawn")
@@ -6161,8 +6191,9 @@ def test_eval_dense_head_is_one_of_the_hub(kind, dense_pairs, dense_vit, desk, c
     drawn = [pixels_of(desk / "drawn" / f"{Path(pairs.describe(i)).stem}.png") for i in range(len(pairs))]
     assert len(list((desk / "drawn").iterdir())) == len(pairs) + 1 and size_of(desk / "drawn/sheet.png")[0] > 400
     if task == "depth":
-        assert network.decode_head.depth_range == (0.5, 8) and about == hub.About("depth")
-        known = [(t > 0.5) & (t < 8) for _, t in seen]
+        assert network.decode_head.depth_range == (1.5, 4) and about == hub.About("depth")
+        known = [(t > 1.5) & (t < 4) for _, t in seen]
+        assert all(0 < k.sum() < k.size for k in known)
         expected = [plain_depth(p[k], t[k]) for (p, t), k in zip(seen, known)]
         for name in eval_dense.DEPTH_MEASURES:
             assert result[name] == pytest.approx(np.mean([e[name] for e in expected]), rel=1e-4, abs=1e-5), name
@@ -6239,7 +6270,8 @@ def test_eval_dense_on_known_data_sets(dense_vit, desk):
 
 
 FLAGS = {  # what each is changed to, and in which of the bases below
-    "task": ("depth", "seg"), "data": ("depth", "{other}"), "val": ("depth", "{other}"), "decoder": ("depth", "linear4"),
+    "task": ("depth", "seg"), "data": ("depth", "{other}"), "val": ("depth", "{other}"),
+    "decoder": ("depth", "linear4"),
     "head": ("head", "{second}"), "channels": ("dpt", 4), "depth-range": ("head", 0.5, 3),
     "depth-scale": ("depth", 500), "steps": ("depth", 3), "batch-size": ("seg", 4), "lr": ("seg", 0.001),
     "weight-decay": ("seg", 0.9), "warmup": ("seg", 0.9), "clip": ("depth", 1e-4), "crop": ("seg", 24, 32),
