@@ -44,7 +44,9 @@ from torchvision.transforms import InterpolationMode
 from tqdm import tqdm
 
 import hub
-from data import SPLIT_FOLDERS, Parser, Source, hue, image_paths, make_loader, normalize, read_image, worker_count
+from data import (
+    FORMATS, SPLIT_FOLDERS, Parser, Source, check_size, hue, image_paths, make_loader, normalize, read_image,
+    worker_count)
 from eval_knn import add_record, check_out, join_processes, leave_processes, results_stem, world
 from heads import (
     CLASSES, RANGES, RECIPES, Dense, DPTHead, LinearDepthHead, Recipe, SegmentationHead, colours, gradient_loss,
@@ -104,7 +106,8 @@ class Pairs(Source):
         wrong = labels[(labels != IGNORE) & (labels >= len(self.classes))]
         if wrong.size:
             raise ValueError(f"{path} has the label {wrong.max()}, but the {len(self.classes)} classes are numbered "
-                             f"from 0 to {len(self.classes) - 1} ({IGNORE} is ignored)")
+                             f"from 0 to {len(self.classes) - 1} ({IGNORE} is ignored); they are those of the labels "
+                             "to train with, unless classes.txt beside these names more")
         return torch.from_numpy(labels.astype(np.uint8))
 
 
@@ -115,7 +118,8 @@ def read_numbers(path: str) -> np.ndarray:
         if path.endswith(".npy"):
             numbers = np.load(path, allow_pickle=False)
         else:
-            with Image.open(path) as file:
+            with Image.open(path, formats=FORMATS) as file:
+                check_size(*file.size)
                 numbers = np.asarray(file)
     except Exception as error:  # decoders raise all sorts on damaged files
         raise ValueError(f"{path} cannot be read ({str(error) or type(error).__name__})") from None
@@ -146,12 +150,12 @@ def open_pairs(root: str, task: str, split: str, depth_scale: float = 1000) -> P
                 if (folder / listing.format("train")).exists() or (folder / listing.format("test")).exists():
                     items = listed(folder, folder / listing.format("train" if train else "test"), parts)
                     return Pairs(f"{root} ({split})", items, task, dataset)
-        elif (folder / "annotations").is_dir():
+        elif (folder / "JPEGImages").is_dir():
+            return Pairs(f"{root} ({split})", voc_items(folder, train), task, "voc2012", CLASSES["voc2012"])
+        elif any((folder / "annotations" / part).is_dir() for part in ("training", "validation")):
             part = "training" if train else "validation"
             items = matched(folder / "images" / part, folder / "annotations" / part)
             return Pairs(f"{root} ({split})", items, task, "ade20k", CLASSES["ade20k"])
-        elif (folder / "JPEGImages").is_dir():
-            return Pairs(f"{root} ({split})", voc_items(folder, train), task, "voc2012", CLASSES["voc2012"])
     except OSError as error:
         raise ValueError(f"{error.filename} cannot be read ({error.strerror})") from None
     return open_plain(root, folder, task, split, depth_scale)
@@ -208,6 +212,8 @@ def voc_items(folder: Path, train: bool) -> list[tuple[str, str]]:
             ("val", "SegmentationClass"),):
         listing = folder / "ImageSets/Segmentation" / f"{part}.txt"
         if part == "aug" and not listing.exists():
+            if world()[0] == 0:
+                print(f"note: there is no {listing}, which officially adds 9,118 photographs to train", file=sys.stderr)
             continue
         items += [(str(folder / "JPEGImages" / f"{name}.jpg"), str(folder / labels / f"{name}.png"))
                   for name in listing.read_text().split()]
@@ -220,8 +226,11 @@ def matched(images: Path, targets: Path) -> list[tuple[str, str]]:
         if not folder.is_dir():
             raise ValueError(f"no such folder: {folder}")
     roots = images.resolve(), targets.resolve()
-    photos, others = ({Path(path).relative_to(root).with_suffix(""): path for path in image_paths([str(root)])}
-                      for root in roots)
+    photos, others = ({}, {})
+    for files, root in zip((photos, others), roots):
+        for path in image_paths([str(root)]):
+            if (other := files.setdefault(Path(path).relative_to(root).with_suffix(""), path)) != path:
+                raise ValueError(f"{path} and {other} have one name but for the suffix; a pair is two files of a name")
     for mine, theirs, where in ((photos, others, targets), (others, photos, images)):
         if alone := sorted(mine.keys() - theirs.keys()):
             raise ValueError(f"{len(alone)} of the {len(mine)} files of pairs have no partner in {where}, the first: "
@@ -287,18 +296,25 @@ def window(rng: random.Random, size, crop) -> tuple[slice, slice]:
     return tuple(slice(start, start + wanted) for start, wanted in zip(starts, crop))
 
 
+def train_size(size, dataset: str = "", short: int = 0) -> tuple[int, int]:
+    """Height and width from which crops for depth are cut: of NYU without the white frame; scaled as photographs are
+    whose short side becomes `short`."""
+    height, width = (427, 565) if dataset == "nyu" else size
+    factor = short / min(size) if short else 1
+    return max(round(height * factor), 1), max(round(width * factor), 1)
+
+
 def augment_depth(rng: random.Random, image: Tensor, depth: Tensor, crop, dataset: str = "",
                   short: int = 0) -> tuple[Tensor, Tensor]:
     """A photograph (C, H, W), uint8 or uint16, and its depth (H, W): resized to the short side `short`, unless that is
     0, turned, mirrored, cut to `crop` (or less, where there is less), coloured. Returns the photograph in [0, 1]. Of
     NYU's the white frame is cut off first."""
-    x = image.float() / (65535 if image.dtype == torch.uint16 else 255)
-    if short:
-        size = scaled_size(*depth.shape, sys.maxsize, short)
-        x = TF.resize(x, list(size), InterpolationMode.BILINEAR, antialias=True)
-        depth = F.interpolate(depth[None, None], size=size, mode="nearest")[0, 0]
+    x, size = image.float() / (65535 if image.dtype == torch.uint16 else 255), train_size(depth.shape, dataset, short)
     if dataset == "nyu":
         x, depth = (v[..., 45:472, 43:608] for v in (x, depth))
+    if short:
+        x = TF.resize(x, list(size), InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+        depth = F.interpolate(depth[None, None], size=size, mode="nearest")[0, 0]
     if rng.random() < 0.5:
         angle = rng.uniform(-2.5, 2.5)
         x = TF.rotate(x, angle, InterpolationMode.BILINEAR)
@@ -308,8 +324,8 @@ def augment_depth(rng: random.Random, image: Tensor, depth: Tensor, crop, datase
     rows, columns = window(rng, depth.shape, crop)
     x, depth = x[:, rows, columns], depth[rows, columns]
     if rng.random() < 0.5:  # officially so, the power of values up to 255 included
-        spread = 0.1 if dataset == "kitti" else 0.25
-        gamma, bright = rng.uniform(0.9, 1.1), rng.uniform(1 - spread, 1 + spread)
+        width = 0.1 if dataset == "kitti" else 0.25
+        gamma, bright = rng.uniform(0.9, 1.1), rng.uniform(1 - width, 1 + width)
         shades = torch.tensor([rng.uniform(0.9, 1.1) for _ in range(len(x))])[:, None, None]
         x = ((x * 255) ** gamma * bright * shades).clamp(0, 255) / 255
     return x, depth
@@ -329,7 +345,7 @@ def augment_labels(rng: random.Random, image: Tensor, labels: Tensor, crop, shor
         counts = labels[place][labels[place] != IGNORE].long().bincount()
         if (counts > 0).sum() > 1 and counts.max() < 0.75 * counts.sum():
             break
-    x, labels = x[:, *place], labels[place]
+    x, labels = x[:, place[0], place[1]], labels[place]
     if rng.random() < 0.5:
         x, labels = x.flip(-1), labels.flip(-1)
     return distort(rng, x), labels
@@ -448,6 +464,8 @@ class Job:
         self.path, ckpt = hub.read(args.checkpoint)
         self.step = ckpt.get("step")
         self.trains = not (args.head or hub.is_mask2former(ckpt))
+        if not self.trains:
+            check_untrained(args)
         if self.trains:
             backbone = hub.load(self.path, ckpt)
         else:
@@ -469,6 +487,7 @@ class Job:
         if self.test:
             flip = self.test.flip if args.flip is None else args.flip
             self.test = self.test._replace(flip=flip, ratios=tuple(args.scales or self.test.ratios))
+        self.pictures = Pictures(self, Path(args.predictions)) if args.predictions else None
         self.network.to(self.device).eval().requires_grad_(False)
 
     def __enter__(self):
@@ -507,16 +526,16 @@ class Job:
         args, data = self.args, self.train
         own = TRAININGS[data.dataset or "depth"] if args.task == "depth" else TRAININGS[args.decoder]
         crop = tuple(args.crop or own.crop)
-        if args.task == "depth" and not args.crop and not data.dataset:  # photographs of any size
-            size = data.read(0)[1].shape
-            crop = tuple(map(min, crop, scaled_size(*size, sys.maxsize, args.short) if args.short else size))
+        if args.task == "depth" and not args.crop:
+            crop = tuple(map(min, crop, train_size(data.read(0)[1].shape, data.dataset, args.short or 0)))
         given = {name: value for name, value in dict(
             steps=args.steps, warmup=args.warmup, lr=args.lr, weight_decay=args.weight_decay, clip=args.clip).items()
             if value is not None}
         self.recipe = own._replace(crop=crop, **given)
-        test = RECIPES.get((data.dataset, args.decoder), RECIPES.get(("ade20k", args.decoder), Recipe()))
-        test = test._replace(short=args.short or test.short)
-        self.test = cut(test, args.crop) if args.task == "seg" else None
+        self.test = None
+        if args.task == "seg":
+            test = RECIPES.get((data.dataset, args.decoder), RECIPES["ade20k", args.decoder])
+            self.test = cut(test._replace(short=args.short or test.short), args.crop)
         self.limits = tuple(args.depth_range or RANGES.get(data.dataset, RANGES["nyu"]))
         self.ratios = tuple(args.ratios or RATIOS.get(args.decoder, ()))
 
@@ -535,14 +554,15 @@ class Job:
         if self.task == "depth":
             self.test, self.limits = None, self.network.decode_head.depth_range
             return
-        self.limits = None
+        name, self.limits = self.args.head or self.args.checkpoint, None
         self.test = cut(about.recipe._replace(short=self.args.short or about.recipe.short), self.args.crop)
         if self.val.dataset and self.val.dataset != about.dataset:
-            raise ValueError(f"{self.args.head or self.args.checkpoint} knows the classes of "
-                             f"{about.dataset or 'other data'}, not those of {self.val.name}")
-        if self.val.classes and len(self.val.classes) != len(about.classes):
-            raise ValueError(f"{self.args.head} knows {len(about.classes)} classes, {self.val.name} has "
-                             f"{len(self.val.classes)}")
+            raise ValueError(f"{name} knows the classes of {about.dataset or 'other data'}, not those of "
+                             f"{self.val.name}")
+        numbered = about.classes[0] == "class 0"  # they had no names when the head was trained
+        if (own := self.val.classes) and (len(own) != len(about.classes) if numbered else own != about.classes):
+            raise ValueError(f"{self.val.name} has other classes than {name}, or in another order; that knows "
+                             f"{', '.join(about.classes[:5])}" + ", ..." * (len(about.classes) > 5))
         self.val.classes = about.classes
 
     def stem(self) -> Path:
@@ -605,6 +625,9 @@ class HeadTraining:
                           job.train.classes, args.dtype, job.test, job.crop, args.flip])
         digest = hashlib.sha256(key.encode()).hexdigest()[:8]
         self.path = Path(f"{job.stem()}.eval_dense.{digest}.resume")
+        self.head_path = Path(f"{job.stem()}.{job.train.dataset or job.task}_{args.decoder}_head.pth")
+        if self.head_path.is_dir() or not os.access(self.head_path.parent, os.W_OK):
+            raise ValueError(f"{self.head_path} cannot be written; name another place by --out")
 
     def resume(self) -> None:
         if self.path.exists() and not self.job.args.no_resume:
@@ -640,10 +663,10 @@ class HeadTraining:
                      depth_range=job.limits if job.task == "depth" else None,
                      recipe=tuple(job.test) if job.test else None)
         weights = {f"decode_head.{k}": v.cpu() for k, v in self.weights.items()}
-        path = Path(f"{job.stem()}.{job.task}_{job.args.decoder}_head.pth")
         if world()[0] == 0:
-            write_file(path, partial(torch.save, dict(state_dict=weights, about=about)))
-        return str(path)
+            write_file(self.head_path, partial(torch.save, dict(state_dict=weights, about=about)))
+            self.path.unlink(missing_ok=True)
+        return str(self.head_path)
 
     def loader(self):
         job, args, recipe = self.job, self.job.args, self.job.recipe
@@ -778,12 +801,11 @@ class EvalPairs(torch.utils.data.Dataset):
 
 
 @torch.no_grad()
-def evaluate(job: Job, predictions: str = "") -> dict:
-    """Measures of the network on --val; with `predictions` a folder of pictures of them. Raises ValueError if no pixel
-    counts."""
+def evaluate(job: Job, pictures=None) -> dict:
+    """Measures of the network on --val; `pictures` are made of the predictions. Raises ValueError if no pixel counts.
+    """
     pairs, (rank, n_ranks) = job.val, world()
     rows = list(range(rank, len(pairs), n_ranks))
-    pictures = Pictures(job, Path(predictions)) if predictions else None
     table = torch.zeros(len(pairs), len(DEPTH_MEASURES) + 2, dtype=torch.float64)
     counts = torch.zeros(3, len(pairs.classes or [0]), dtype=torch.int64)
     loader = make_loader(EvalPairs(pairs, rows), job.workers if len(rows) > 8 else 0, batch_size=None)
@@ -822,7 +844,7 @@ def evaluate(job: Job, predictions: str = "") -> dict:
 
 def depth_summary(pairs: Pairs, table: Tensor) -> dict:
     """Means over the images of a table (n, 9 + 2) of depth_measures(), mean depth and mean squared depth; those without
-    a pixel that counts, whose rows are NaN, left out. And the root mean square error of the best constant."""
+    a pixel that counts, whose rows are NaN, left out. And the root mean square error of the mean depth."""
     seen = table[~table.isnan().any(1)]
     if not len(seen):
         raise ValueError(f"no image of {pairs.name} has a pixel with a depth in the range that is evaluated")
@@ -833,13 +855,18 @@ def depth_summary(pairs: Pairs, table: Tensor) -> dict:
 
 
 class Pictures:
-    """A folder with what was predicted for each image, and sheet.png, of 8 photographs, their targets and those.
-    """
+    """A folder with what was predicted for each image, and sheet.png, of 8 photographs of process 0, their targets and
+    those. Raises ValueError if one of these files is among the data."""
 
     def __init__(self, job: Job, folder: Path):
         self.job, self.folder, self.cells, self.targets = job, folder, [], []
         self.names = file_names([job.val.describe(i) for i in range(len(job.val))])
-        self.shown = set(spread(len(job.val), 8))
+        own = range(0, len(job.val), world()[1])
+        self.shown = {own[i] for i in spread(len(own), 8)}
+        data = {os.path.realpath(path) for pair in job.val.items for path in pair}
+        for name in (*self.names, "sheet"):
+            if os.path.realpath(folder / f"{name}.png") in data:
+                raise ValueError(f"--predictions {folder} would overwrite {folder / name}.png, one of the data")
 
     def add(self, i: int, image: Tensor, target: Tensor, predicted: Tensor) -> None:
         path = self.folder / f"{self.names[i]}.png"
@@ -847,7 +874,7 @@ class Pictures:
             save_labels(path, predicted.numpy(), self.job.colours)
             drawn = [label_colours(x.numpy(), self.job.colours) for x in (target, predicted)]
         else:
-            save_depth(path, predicted.numpy())
+            save_depth(path, predicted.numpy(), self.job.limits[1])
             known = torch.cat([target[target > 0], predicted.flatten()])  # one scale for both
             near, far = known.min().item(), known.max().item()
             drawn = [depth_colours(x.numpy(), near, far) for x in (target, predicted)]
@@ -892,7 +919,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, help="of training; default: the recipe's, as for the flags up to --ratios")
     add("--batch-size", type=int, default=16, help="of all processes")
     add("--lr", type=float, help="largest learning rate")
-    add("--weight-decay", type=float)
+    add("--weight-decay", type=float, help="of AdamW")
     add("--warmup", type=float, help="share of the steps in which the rate rises")
     add("--clip", type=float, help="largest norm of the gradient; 0: any")
     add("--crop", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of training, in pixels; in segmentation the "
@@ -907,7 +934,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "NYUv2, garg for KITTI, else none, which is all")
     add("--eval-every", type=int, default=0, help="steps between evaluations; 0: ten of them")
     add("--predictions", default="", metavar="FOLDER", help="pictures of the predictions for --val: labels as palette "
-        "PNG, depth as 16-bit PNG in millimetres, and sheet.png")
+        "PNG, depth as 16-bit PNG in millimetres (of heads for more than 65 m: in 256ths of a metre), and sheet.png")
     add("--seed", type=int, default=0, help="of the first weights, the order and the crops")
     add("--no-resume", action="store_true", help="start anew after an interruption")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -924,25 +951,34 @@ def check(args: argparse.Namespace) -> None:
     if args.decoder not in DECODERS[args.task]:
         raise ValueError(f"--decoder {args.decoder} is none of --task {args.task}; choose "
                          f"{' or '.join(DECODERS[args.task])}")
-    positive = [args.steps, args.lr, args.short, args.batch_size, args.depth_scale, args.channels, *(args.crop or ()),
-                *(args.ratios or ()), *(args.scales or ())]
+    positive = [args.steps, args.lr, args.short, args.batch_size, args.depth_scale, *(args.crop or ()),
+                *(args.ratios or ()), *(args.scales or ()), args.channels - 1]
     if any(v is not None and not v > 0 for v in positive) or min(
             args.weight_decay or 0, args.clip or 0, args.gradient_weight, args.eval_every, args.num_workers + 1) < 0:
-        raise ValueError("--steps, --lr, --short, --batch-size, --crop, --ratios, --scales, --depth-scale, --channels "
-                         "must be positive, --weight-decay, --clip, --gradient-weight, --eval-every 0 or more")
+        raise ValueError("--steps, --lr, --short, --batch-size, --crop, --ratios, --scales and --depth-scale must "
+                         "be positive, --channels 2 or more, --weight-decay, --clip, --gradient-weight and --eval-every "
+                         "0 or more")
     if args.warmup is not None and not 0 <= args.warmup <= 1 or args.ratios and args.ratios[0] > args.ratios[1]:
         raise ValueError("--warmup is a share, 0 to 1; --ratios are two numbers, the smaller first")
     if args.task == "seg" and (args.depth_range or args.gradient_weight or args.eval_crop or args.depth_scale != 1000):
         raise ValueError("--depth-range, --depth-scale, --gradient-weight and --eval-crop are of --task depth")
     if args.task == "depth" and (args.ratios or args.scales):
         raise ValueError("--ratios and --scales are of --task seg")
-    if args.channels != 256 and (args.decoder != "dpt" or args.head):
-        raise ValueError("--channels is of --decoder dpt, when it is trained")
-    trained = ("steps", "lr", "weight_decay", "warmup", "clip", "ratios", *["crop"] * (args.task == "depth"))
-    if args.head and (idle := [name for name in trained if getattr(args, name) is not None]):
-        raise ValueError(f"--{idle[0].replace('_', '-')} is of training; with --head nothing is trained")
+    if args.channels != 256 and args.decoder != "dpt":
+        raise ValueError("--channels is of --decoder dpt")
     if args.predictions and Path(args.predictions).is_file():
         raise ValueError(f"--predictions {args.predictions} is a file; name a folder")
+
+
+TRAINING_FLAGS = dict(steps=None, lr=None, weight_decay=None, warmup=None, clip=None, ratios=None, decoder="linear",
+                      batch_size=16, channels=256, gradient_weight=0.0, eval_every=0, seed=0, no_resume=False)
+
+
+def check_untrained(args: argparse.Namespace) -> None:
+    """Where there is a head already, flags of training are mistakes."""
+    flags = TRAINING_FLAGS | (dict(crop=None) if args.task == "depth" else {})
+    if idle := [name for name, default in flags.items() if getattr(args, name) != default]:
+        raise ValueError(f"--{idle[0].replace('_', '-')} is of training, but the head is there already")
 
 
 def report(job: Job, protocol: dict, result: dict) -> None:
@@ -952,13 +988,12 @@ def report(job: Job, protocol: dict, result: dict) -> None:
         data={what: dict(folder=pairs.name, dataset=pairs.dataset, images=len(pairs)) for what, pairs in
               (("train", job.train), ("val", job.val)) if pairs},
         model=dict(checkpoint=args.checkpoint, sha256=job.model_hash, step=job.step))
+    title = f"{job.task} {args.decoder if job.trains else ''}".strip()
     if job.task == "depth":
-        columns = {f"{'depth'} {args.decoder if job.trains else ''}".strip(): "", "rmse": f"{result['rmse']:.4f}",
-                   "abs_rel": f"{result['abs_rel']:.4f}", "a1": f"{result['a1']:.4f}",
+        columns = {title: "", **{name: f"{result[name]:.4f}" for name in ("rmse", "abs_rel", "a1")},
                    "(rmse of a constant": f"{result['constant_everywhere']['rmse']:.4f})"}
     else:
-        columns = {f"{'seg'} {args.decoder if job.trains else ''}".strip(): "", "mIoU": f"{result['mIoU']:.2f} %",
-                   "aAcc": f"{result['aAcc']:.2f} %", "mAcc": f"{result['mAcc']:.2f} %",
+        columns = {title: "", **{name: f"{result[name]:.2f} %" for name in ("mIoU", "aAcc", "mAcc")},
                    "(aAcc of the commonest class": f"{result['commonest_class_everywhere']['aAcc']:.2f} %)"}
     columns |= {result["head"]: ""} if "head" in result else {}
     path = Path(args.out) if args.out else Path(f"{job.stem()}.eval_dense.jsonl")
@@ -968,7 +1003,11 @@ def report(job: Job, protocol: dict, result: dict) -> None:
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     with Job(args) as job:
-        protocol, training = dict(task=args.task, dtype=args.dtype, eval_crop=job.crop, limits=job.limits), None
+        protocol, training = dict(task=args.task, dtype=args.dtype), None
+        if job.task == "depth":
+            protocol |= dict(eval_crop=job.crop, limits=job.limits, flip=args.flip is not False)
+        else:
+            protocol |= dict(test=job.test._asdict())
         if job.trains:
             if args.batch_size % (GROUP * world()[1]) and world()[1] > 1:
                 raise ValueError(f"--batch-size {args.batch_size} is no multiple of {GROUP} images for each of "
@@ -976,13 +1015,14 @@ def main(argv: list[str] | None = None) -> dict:
             training = HeadTraining(job)
             result = training.run()
             protocol |= training.protocol
-        protocol |= dict(test=job.test._asdict()) if job.test else dict(flip=args.flip is not False)
-        if args.predictions or not training:
-            result = evaluate(job, args.predictions)
+        if job.pictures or not training:
+            result = evaluate(job, job.pictures)
         if training:
-            result |= dict(head=training.write_head(), curve=training.curve)
-            if world()[0] == 0:
-                training.path.unlink(missing_ok=True)
+            result |= dict(curve=training.curve)
+            try:
+                result["head"] = training.write_head()
+            except ValueError as error:  # the disk is full; the figures are told all the same, and the save is kept
+                job.say(f"note: {error}; the same command will write it from {training.path}")
         else:
             protocol["head"] = args.head
         if world()[0] == 0:
@@ -994,6 +1034,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit(print("stopped; the same command goes on from the last save", file=sys.stderr) or 130)
+        sys.exit(print("stopped; a training goes on from its last save by the same command", file=sys.stderr) or 130)
     except ValueError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

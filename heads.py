@@ -64,7 +64,8 @@ class LinearDepthHead(nn.Module):
     """Features of 1 or 4 blocks -> depth (B, 1, 4h, 4w) in metres: a 1x1 convolution weighs 256 bins, evenly spaced
     from `min_depth` to `max_depth`; their weighted mean is the depth (DINOv2, section 7.4, after AdaBins).
 
-    `norm`: features come without the final LayerNorm. Raises ValueError for another number of layers than 1 or 4.
+    `norm`: features come without the final LayerNorm. Raises ValueError for another number of layers than 1 or 4, or a
+    range that is none.
     """
     norm = False
 
@@ -89,7 +90,7 @@ class LinearDepthHead(nn.Module):
 class DPTHead(nn.Module):
     """Features of 4 blocks -> depth (B, 1, 32*ceil(h/2), 32*ceil(w/2)) in metres, at least `min_depth`; by the dense
     prediction transformer: four maps from fine to coarse are reassembled and fused from coarse to fine (DPT, section 3,
-    of DINOv2 with the CLS token as readout)."""
+    of DINOv2 with the CLS token as readout). Raises ValueError for a range that is none."""
     norm = False
 
     def __init__(self, dim: int, min_depth: float = 0.001, max_depth: float = 10.0, channels: int = 256):
@@ -250,10 +251,11 @@ class Dense(nn.Module):
                                                      norm=self.decode_head.norm)
         return [outs[blocks.index(tap)] for tap in taps]
 
-    def predict(self, features: list[tuple[Tensor, Tensor]], size) -> Tensor:
-        """What the head makes of features, at `size`: height and width of the images."""
-        x = self.decode_head(features)
-        return resize(x if self.decode_head.depth_range is None else x.clamp(*self.decode_head.depth_range), size)
+    def predict(self, features: list[tuple[Tensor, Tensor]], size=None) -> Tensor:
+        """What the head makes of features, at `size`, height and width of the images, or without as it comes."""
+        x, limits = self.decode_head(features), self.decode_head.depth_range
+        x = x if limits is None else x.clamp(*limits)
+        return x if size is None else resize(x, size)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.predict(self.features(images), images.shape[-2:])
@@ -262,7 +264,7 @@ class Dense(nn.Module):
         """forward() by its official name; without `rescale` at the size that the head gives."""
         if img_meta is not None:
             raise ValueError("img_meta is of mmcv, which is not used here; leave it None")
-        return self(img) if rescale else self.decode_head(self.features(img)).clamp(*self.decode_head.depth_range)
+        return self(img) if rescale else self.predict(self.features(img))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -272,8 +274,9 @@ class Dense(nn.Module):
 class Recipe(NamedTuple):
     """How photographs are segmented: enlarged or shrunk until the short side is `short` pixels, but the long one no
     more than `long`, times each of `ratios`; cut into windows of `crop` pixels every `stride`, whose predictions are
-    averaged where they overlap; with `flip` mirrored as well. Probabilities of all views are averaged. Sides are then
-    stretched to the next multiple of `multiple`, if the network has no padding of its own."""
+    averaged where they overlap; with `flip` mirrored as well. Probabilities of all views are averaged. Sides are
+    stretched to the next multiple of `multiple`, for networks that do not pad. `at_once` windows are computed at a time.
+    """
     short: int = 512
     long: int = 99999999
     crop: int = 512
@@ -281,17 +284,18 @@ class Recipe(NamedTuple):
     ratios: tuple[float, ...] = (1.0,)
     flip: bool = False
     multiple: int = 1
+    at_once: int = 4
 
 
 MULTI_SCALE = Recipe(640, crop=640, stride=320, ratios=(1.0, 1.32, 1.73, 2.28, 3.0), flip=True)
 RECIPES = {("ade20k", "linear"): Recipe(), ("voc2012", "linear"): Recipe(long=2048), ("ade20k", "ms"): MULTI_SCALE,
-           ("voc2012", "ms"): MULTI_SCALE, ("ade20k", "m2f"): Recipe(896, 3584, 896, 512, multiple=32)}
+           ("voc2012", "ms"): MULTI_SCALE, ("ade20k", "m2f"): Recipe(896, 3584, 896, 512, multiple=32, at_once=1)}
 
 
 def scaled_size(height: int, width: int, long: int, short: int) -> tuple[int, int]:
     """The largest size of this shape with no side above `long` and none of both above `short`, as mmcv rounds it."""
     factor = min(long / max(height, width), short / min(height, width))
-    return int(height * factor + 0.5), int(width * factor + 0.5)
+    return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
 
 
 def resize_bytes(image: Tensor, size) -> Tensor:
@@ -320,12 +324,11 @@ def slide(network, images: Tensor, crop: int, stride: int, batch_size: int = 4) 
 
 
 @torch.inference_mode()
-def segment(network, image: Tensor, recipe: Recipe, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
-            batch_size: int = 4) -> Tensor:
+def segment(network, image: Tensor, recipe: Recipe, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)) -> Tensor:
     """Probabilities (classes, H, W) for a photograph (C, H, W), uint8 or uint16, on its device. `network` maps
     normalised images to logits of their size, as Dense does."""
     height, width = image.shape[-2:]
-    scale, total = 65535 if image.dtype == torch.uint16 else 255, 0
+    scale, total = 65535 if image.dtype == torch.uint16 else 255, None
     center, spread = (image.new_tensor(v, dtype=torch.float32)[:, None, None] for v in (mean, std))
     for ratio in recipe.ratios:
         size = scaled_size(height, width, int(recipe.long * ratio), int(recipe.short * ratio))
@@ -334,10 +337,12 @@ def segment(network, image: Tensor, recipe: Recipe, mean=(0.485, 0.456, 0.406), 
             view = resize_bytes(view, [-(-n // recipe.multiple) * recipe.multiple for n in size])
         view = ((view / scale - center) / spread)[None]  # (1, C, H', W')
         for mirrored in (False, True) if recipe.flip else (False,):
-            logits = slide(network, view.flip(-1) if mirrored else view, recipe.crop, recipe.stride, batch_size)
-            x = resize(logits, (height, width)).softmax(1)[0]  # (classes, H, W)
-            total = total + (x.flip(-1) if mirrored else x)
-    return total / (len(recipe.ratios) * (1 + recipe.flip))
+            x = slide(network, view.flip(-1) if mirrored else view, recipe.crop, recipe.stride, recipe.at_once)
+            x = resize(x, (height, width))[0]  # (classes, H, W), which may fill most of the memory: softmax in place
+            x = x.sub_(x.amax(0)).exp_().div_(x.sum(0))
+            x = x.flip(-1) if mirrored else x
+            total = x if total is None else total.add_(x)
+    return total.div_(len(recipe.ratios) * (1 + recipe.flip))
 
 
 @torch.inference_mode()

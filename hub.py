@@ -355,7 +355,12 @@ def load_dense(spec: str | Path, head: str | Path | None = None, depth_range=Non
 
 
 def is_mask2former(ckpt: dict) -> bool:
-    return "decode_head.query_feat.weight" in ckpt.get("state_dict", ckpt)
+    return "decode_head.query_feat.weight" in inner(ckpt)
+
+
+def inner(ckpt: dict) -> dict:
+    """The weights in a file of the tools that trained the dense heads, or the file itself."""
+    return ckpt["state_dict"] if isinstance(ckpt.get("state_dict"), dict) else ckpt
 
 
 def put_mask2former(path: str, ckpt: dict) -> tuple[Mask2Former, About]:
@@ -364,7 +369,8 @@ def put_mask2former(path: str, ckpt: dict) -> tuple[Mask2Former, About]:
                          f"one of {', '.join(DENSE_HEADS)}")
     with torch.device("meta"):
         network = Mask2Former()
-    load_strictly(network, ckpt.get("state_dict", ckpt), path)
+    weights = {k: v for k, v in inner(ckpt).items() if torch.is_tensor(v)}
+    load_strictly(network, {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}, path)
     names = CLASSES["ade20k"]
     return network.eval(), About("seg", "ade20k", names, colours(len(names), "ade20k"), RECIPES["ade20k", "m2f"])
 
@@ -378,19 +384,22 @@ def read_dense_head(path: str | Path, backbone: DinoVisionTransformer, depth_ran
     """The head in a file for a backbone, and what it is for: as eval_dense.py wrote there, else as the name says that a
     released file has. Raises ValueError as load_dense() does."""
     ckpt, dim = read_pth(str(path)), backbone.embed_dim
-    weights, own = head_weights(path, ckpt), ckpt.get("about", {})  # the release has no such entry
+    weights, own = head_weights(path, ckpt), own_words(ckpt)
     named = re.search(rf"({'|'.join((*RANGES, *CLASSES))})_(linear4?|dpt|ms)_head", Path(path).name)
     dataset, width = own.get("dataset", named[1] if named else ""), weights_width(weights)
     segments, dpt = "conv_seg.weight" in weights, "convs.0.conv.weight" in weights
     unit = dim if segments or dpt else 2 * dim  # channels of a block
-    if width not in ((unit,) if dpt else (unit, 4 * unit)) or own.get("dim", dim) != dim:
+    layers = {"linear": 1, "linear4": 4, "ms": 4}.get(named[2]) if named and not own else None
+    if width not in ((unit,) if dpt else (unit, 4 * unit)) or own.get("dim", dim) != dim or (
+            layers and width != layers * unit):  # 4 blocks of ViT-S are as wide as one of ViT-g
         raise ValueError(f"{path} is the head of another backbone: it takes {width} channels, this one, {dim} wide, "
                          f"gives {unit}" + f" or {4 * unit}" * (not dpt))
-    if own.get("backbone") not in (None, weights_hash(backbone)):
+    if own.get("backbone") and own["backbone"] != weights_hash(backbone):
         raise ValueError(f"{path} was trained on the features of another backbone, of the same width")
     if segments:
         n, kind = len(weights["conv_seg.bias"]), "linear" if width == unit else "ms"
-        dataset = dataset or next((name for name in CLASSES if len(CLASSES[name]) == n), "")
+        if not own and len(CLASSES.get(dataset, ())) != n:
+            dataset = next((name for name in CLASSES if len(CLASSES[name]) == n), "")
         names = own.get("classes") or CLASSES.get(dataset) or [f"class {k}" for k in range(n)]
         recipe = Recipe(*own["recipe"]) if own else RECIPES.get((dataset, kind), Recipe())
         about = About("seg", dataset, names, colours(n, dataset), recipe)
@@ -412,10 +421,15 @@ def read_dense_head(path: str | Path, backbone: DinoVisionTransformer, depth_ran
     return head, about
 
 
+def own_words(ckpt: dict) -> dict:
+    """What eval_dense.py wrote about a head; of other files nothing."""
+    return ckpt["about"] if isinstance(ckpt.get("about"), dict) else {}
+
+
 def head_weights(path: str | Path, ckpt: dict) -> dict[str, Tensor]:
     """The weights of a depth or segmentation head, in float32, without the prefix that they have in released files,
     and without all else that lies there. Raises ValueError if it is none."""
-    weights = ckpt.get("state_dict", ckpt)
+    weights = inner(ckpt)
     if not isinstance(weights, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in weights.items()):
         weights = {}
     weights = {k.removeprefix("decode_head."): v.float() if v.is_floating_point() else v for k, v in weights.items()}
@@ -748,7 +762,11 @@ def info(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     path, ckpt = read(args.file)
     lines = {"file": f"{path}, {os.path.getsize(path) / 1e6:,.1f} MB"}
-    if any(names[0] in key for names in HEAD_KEYS for key in ckpt.get("state_dict", ckpt)):
+    if is_mask2former(ckpt):
+        network, about = put_mask2former(path, ckpt)
+        lines["Mask2Former"] = f"over ViT-g/14, {len(about.classes)} classes of ADE20K"
+        lines["weights"] = f"{sum(v.numel() for v in network.state_dict().values()):,}"
+    elif any(names[0] in str(key) for names in HEAD_KEYS for key in inner(ckpt)):
         lines |= describe_dense_head(path, ckpt)
     elif ckpt.keys() == {"weight", "bias"} and torch.is_tensor(ckpt["weight"]) and ckpt["weight"].ndim == 2:
         classes, width = ckpt["weight"].shape
@@ -769,7 +787,7 @@ def describe_dense_head(path: str, ckpt: dict) -> dict[str, str]:
         what = {"depth head": "linear"} if depth else {"segmentation": f"{len(weights['conv_seg.bias'])} classes"}
         unit = width // (1 + depth)
         lines = what | {"takes": f"the last block of a backbone {unit} wide, or 4 blocks of one {unit // 4} wide"}
-    own = {k: v for k, v in ckpt.get("about", {}).items() if v and k != "classes"}
+    own = {k: v for k, v in own_words(ckpt).items() if v and k != "classes"}
     return lines | {"weights": n} | {k.replace("_", " "): str(v) for k, v in own.items()}
 
 

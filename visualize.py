@@ -477,9 +477,11 @@ def depth_bar(near: float, far: float, width: int) -> Image.Image:
     return bar(max(width - bar(0).width, 24))
 
 
-def save_depth(path: Path, depth: np.ndarray) -> None:
-    """Metres (H, W) as a PNG of 16 bits, in millimetres, 65.535 m at most; 0 stays 0, which is unknown."""
-    save(Image.fromarray((depth * 1000).round().clip(0, 65535).astype(np.uint16)), path)
+def save_depth(path: Path, depth: np.ndarray, farthest: float) -> None:
+    """Metres (H, W) as a PNG of 16 bits; 0 stays 0, which is unknown. In millimetres; or where `farthest` is beyond
+    their 65.535 m, in 256ths of a metre, as KITTI has them."""
+    scale = 1000 if farthest * 1000 < 65536 else 256
+    save(Image.fromarray((depth * scale).round().clip(0, 65535).astype(np.uint16)), path)
 
 
 def class_table(colours: list[tuple[int, int, int]]) -> np.ndarray:
@@ -585,7 +587,7 @@ def depth(args: argparse.Namespace) -> None:
         drawn = Image.fromarray(depth_colours(metres, near, far))
         if album.into:
             save(drawn, album.file(path))
-            save_depth(album.file(path, "_depth"), metres)
+            save_depth(album.file(path, "_depth"), metres, network.decode_head.depth_range[1])
         if path in album.shown:
             shown = zoom(drawn, side)
             album.cells += [Cell(zoom(to_rgb(image), side), Path(path).name),
