@@ -6158,6 +6158,25 @@ def test_eval_dense_resumes_only_what_is_its_own(dense_pairs, dense_vit, monkeyp
     assert not saves()
 
 
+def test_eval_dense_best_head_survives_an_interruption(dense_pairs, dense_vit, monkeypatch):
+    """In depth the best so far is kept, though the later ones are worse."""
+    evaluate, errors = eval_dense.evaluate, [-1, None, 5]
+
+    def scripted(job):
+        if (error := errors.pop(0)) is None:
+            raise KeyboardInterrupt
+        return evaluate(job) | dict(abs_rel=error)
+    monkeypatch.setattr(eval_dense, "evaluate", scripted)
+    flags = [dense_vit, *QUICK, *TASKS["depth"], "--data", dense_pairs]
+    with pytest.raises(KeyboardInterrupt):
+        dense(*flags)
+    (save,) = dense_vit.parent.glob("*.resume")
+    best = {f"decode_head.{k}": v for k, v in torch.load(save, weights_only=True)["weights"].items()}
+    result = dense(*flags)
+    assert result["abs_rel"] == -1 and result["curve"] == [(2, -1), (4, 5)]
+    assert same(best, head_of(Path(result["head"])))
+
+
 # The head, and what else comes out
 
 
