@@ -588,8 +588,8 @@ class Job:
         """Depth in metres, float32, or classes, int64, of an image (C, H, W), uint8 or uint16, all on the CPU: (H, W).
         None if they are not finite."""
         if self.task == "depth":
-            depth = depth_of(self.predict, image, self.rules, self.device, self.args.short or 0,
-                             self.args.flip is not False)
+            depth = torch.from_numpy(depth_of(self.predict, image, self.rules, self.args.short or 0,
+                                              self.args.flip is not False, self.device))
             return depth if depth.isfinite().all() else None
         chances = segment(self.predict, image.to(self.device), self.test, self.rules["mean"], self.rules["std"])
         return chances.argmax(0).cpu() if chances.isfinite().all() else None
@@ -956,8 +956,8 @@ def check(args: argparse.Namespace) -> None:
     if any(v is not None and not v > 0 for v in positive) or min(
             args.weight_decay or 0, args.clip or 0, args.gradient_weight, args.eval_every, args.num_workers + 1) < 0:
         raise ValueError("--steps, --lr, --short, --batch-size, --crop, --ratios, --scales and --depth-scale must "
-                         "be positive, --channels 2 or more, --weight-decay, --clip, --gradient-weight and --eval-every "
-                         "0 or more")
+                         "be positive, --channels 2 or more, --weight-decay, --clip, --gradient-weight, --eval-every 0 "
+                         "or more")
     if args.warmup is not None and not 0 <= args.warmup <= 1 or args.ratios and args.ratios[0] > args.ratios[1]:
         raise ValueError("--warmup is a share, 0 to 1; --ratios are two numbers, the smaller first")
     if args.task == "seg" and (args.depth_range or args.gradient_weight or args.eval_crop or args.depth_scale != 1000):

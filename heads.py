@@ -275,7 +275,7 @@ class Recipe(NamedTuple):
     """How photographs are segmented: enlarged or shrunk until the short side is `short` pixels, but the long one no
     more than `long`, times each of `ratios`; cut into windows of `crop` pixels every `stride`, whose predictions are
     averaged where they overlap; with `flip` mirrored as well. Probabilities of all views are averaged. Sides are
-    stretched to the next multiple of `multiple`, for networks that do not pad. `at_once` windows are computed at a time.
+    stretched to the next multiple of `multiple`, for networks that do not pad. `at_once` windows are computed together.
     """
     short: int = 512
     long: int = 99999999

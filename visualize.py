@@ -477,7 +477,7 @@ def depth_bar(near: float, far: float, width: int) -> Image.Image:
     return bar(max(width - bar(0).width, 24))
 
 
-def save_depth(path: Path, depth: np.ndarray, farthest: float) -> None:
+def save_depth(path: Path, depth: np.ndarray, farthest: float = 0.0) -> None:
     """Metres (H, W) as a PNG of 16 bits; 0 stays 0, which is unknown. In millimetres; or where `farthest` is beyond
     their 65.535 m, in 256ths of a metre, as KITTI has them."""
     scale = 1000 if farthest * 1000 < 65536 else 256
@@ -561,13 +561,13 @@ class Album:
 
 
 @torch.inference_mode()
-def depth_of(network, image: Tensor, rules: dict, device, size: int = 0, flip: bool = False) -> Tensor:
-    """Metres (H, W) on the CPU of an image (C, H, W), uint8 or uint16, there; predicted by `network`, as heads.Dense,
-    on `device`, at the short side `size`, unless that is 0."""
+def depth_of(network, image: Tensor, rules: dict, size: int = 0, flip: bool = False, device="cpu") -> np.ndarray:
+    """Metres (H, W) of an image (C, H, W), uint8 or uint16, on the CPU; predicted by `network`, such as
+    heads.Dense, on `device`, at the short side `size`, unless that is 0."""
     fit = plan_fit(*image.shape[-2:], 1, size=(size,) if size else ())  # the network itself pads to patches
     x = fit_image(image, fit, rules["mean"])[None].to(device)
     x = heads.estimate_depth(network, normalize(to_float(x), rules["mean"], rules["std"]), flip)
-    return heads.resize(x, image.shape[-2:])[0, 0].cpu()
+    return heads.resize(x, image.shape[-2:])[0, 0].cpu().numpy()
 
 
 def depth(args: argparse.Namespace) -> None:
@@ -579,9 +579,8 @@ def depth(args: argparse.Namespace) -> None:
     device = next(network.parameters()).device
     side = min(WIDTH // (2 * album.in_a_row) - GAP, 480)
     for path, image in album.each(rules["in_chans"]):
-        metres = depth_of(network, image, rules, device, args.size, bool(args.flip))
-        hub.check_finite(metres, f"{args.model} with {args.head}")
-        metres = metres.numpy()
+        metres = depth_of(network, image, rules, args.size, bool(args.flip), device)
+        hub.check_finite(torch.from_numpy(metres), f"{args.model} with {args.head}")
         near = metres.min().item() if args.near is None else args.near
         far = max(metres.max().item() if args.far is None else args.far, near)
         drawn = Image.fromarray(depth_colours(metres, near, far))
