@@ -481,7 +481,8 @@ def save_depth(path: Path, depth: np.ndarray, farthest: float = 0.0) -> None:
     """Metres (H, W) as a PNG of 16 bits; 0 stays 0, which is unknown. In millimetres; or where `farthest` is beyond
     their 65.535 m, in 256ths of a metre, as KITTI has them."""
     scale = 1000 if farthest * 1000 < 65536 else 256
-    save(Image.fromarray((depth * scale).round().clip(0, 65535).astype(np.uint16)), path)
+    numbers = np.where(depth > 0, (depth * scale).round().clip(1, 65535), 0)
+    save(Image.fromarray(numbers.astype(np.uint16)), path)
 
 
 def class_table(colours: list[tuple[int, int, int]]) -> np.ndarray:
