@@ -12,8 +12,9 @@
     ADE20K     images/{training,validation}, annotations/{training,validation}; 0 is no class
     VOC2012    JPEGImages, SegmentationClass, SegmentationClassAug, ImageSets/Segmentation/{train,aug,val}.txt
     any other  images/ and depth/ or labels/, with files of the same names, in sub-folders train/ and val/; or without
-               these, and --val names another such folder. Depth: 16-bit PNG, metres times --depth-scale, 0 unknown, or
-               .npy, metres. Labels: PNG of class numbers, 255 is ignored; names may be in classes.txt, a line each.
+               these, and --val names another such folder. Depth: 16-bit PNG, metres times --depth-scale, 0 unknown;
+               .npy, metres if they are floating-point numbers. Labels: PNG of class numbers, 255 is ignored; names may
+               be in classes.txt, a line each.
 
 Recipes are those of the released heads (DINOv2, section 7.4, and its configurations): the backbone is frozen; the loss
 is of two images at a time, as officially on each GPU, and averaged over --batch-size. The head comes to
@@ -130,8 +131,11 @@ def read_numbers(path: str) -> np.ndarray:
 
 
 def read_depth(path: str, scale: float) -> Tensor:
-    numbers = read_numbers(path).astype(np.float32)
-    depth = torch.from_numpy(numbers if path.endswith(".npy") else numbers / scale)
+    numbers = read_numbers(path)
+    if numbers.dtype.itemsize == 1:
+        raise ValueError(f"{path} has 8 bits, too few for depth; save metres times --depth-scale with 16 bits, or as "
+                         ".npy, in metres")
+    depth = torch.from_numpy(numbers.astype(np.float32) / (1 if numbers.dtype.kind == "f" else scale))
     return torch.where(depth.isfinite() & (depth > 0), depth, 0.0)
 
 
@@ -233,8 +237,8 @@ def matched(images: Path, targets: Path) -> list[tuple[str, str]]:
                 raise ValueError(f"{path} and {other} have one name but for the suffix; a pair is two files of a name")
     for mine, theirs, where in ((photos, others, targets), (others, photos, images)):
         if alone := sorted(mine.keys() - theirs.keys()):
-            raise ValueError(f"{len(alone)} of the {len(mine)} files of pairs have no partner in {where}, the first: "
-                             f"{mine[alone[0]]}")
+            raise ValueError(f"{mine[alone[0]]} has no partner of the same name in {where}" + (
+                f", nor have {len(alone) - 1} others" if len(alone) > 1 else ""))
     return [(photos[name], others[name]) for name in sorted(photos)]
 
 
@@ -628,6 +632,8 @@ class HeadTraining:
         self.head_path = Path(f"{job.stem()}.{job.train.dataset or job.task}_{args.decoder}_head.pth")
         if self.head_path.is_dir() or not os.access(self.head_path.parent, os.W_OK):
             raise ValueError(f"{self.head_path} cannot be written; name another place by --out")
+        if self.head_path.exists():
+            job.say(f"note: {self.head_path} will be replaced")
 
     def resume(self) -> None:
         if self.path.exists() and not self.job.args.no_resume:
@@ -719,7 +725,8 @@ class HeadTraining:
 
     def run(self) -> dict:
         """All steps. Returns the measures of the chosen head, which is in the network afterwards."""
-        job, steps = self.job, self.job.recipe.steps
+        job, steps, saved = self.job, self.job.recipe.steps, time.monotonic()
+        job.say(f"trains with {len(job.train):,} pairs, evaluates with {len(job.val):,}: {steps:,} steps")
         self.resume()
         with tqdm(total=steps, initial=self.done, desc=f"{job.task} {job.args.decoder}", leave=False,
                   disable=None if world()[0] == 0 else True) as bar:
@@ -736,8 +743,9 @@ class HeadTraining:
                     bar.set_postfix_str(f"loss {loss:.3f}" + (f", {self.shown()}" if self.curve else ""))
                 if due:
                     self.validate()
-                if due or self.done % 500 == 0:
+                if due or time.monotonic() - saved > 60:
                     self.save()
+                    saved = time.monotonic()
         self.head.load_state_dict(self.weights)
         return self.chosen
 
@@ -749,6 +757,7 @@ class HeadTraining:
         self.curve.append((self.done, result[measure]))
         if self.job.task == "seg" or not self.chosen or result["abs_rel"] < self.chosen["abs_rel"]:
             self.chosen, self.weights = result, copy.deepcopy(self.head.state_dict())
+        self.job.say(f"step {self.done:,}: {self.shown()}")
 
     def shown(self) -> str:
         return f"{'abs_rel' if self.job.task == 'depth' else 'mIoU'} on --val {self.curve[-1][1]:.3f}"
@@ -847,7 +856,8 @@ def depth_summary(pairs: Pairs, table: Tensor) -> dict:
     a pixel that counts, whose rows are NaN, left out. And the root mean square error of the mean depth."""
     seen = table[~table.isnan().any(1)]
     if not len(seen):
-        raise ValueError(f"no image of {pairs.name} has a pixel with a depth in the range that is evaluated")
+        raise ValueError(f"no image of {pairs.name} has a pixel with a depth in the range that is evaluated; "
+                         "--depth-range and --depth-scale say which, and in which unit")
     constant = seen[:, -2].mean()
     rmse = (seen[:, -1] - 2 * constant * seen[:, -2] + constant**2).clamp(min=0).sqrt().mean()
     return dict(zip(DEPTH_MEASURES, seen.mean(0).tolist())) | dict(
@@ -863,6 +873,9 @@ class Pictures:
         self.names = file_names([job.val.describe(i) for i in range(len(job.val))])
         own = range(0, len(job.val), world()[1])
         self.shown = {own[i] for i in spread(len(own), 8)}
+        above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise ValueError(f"--predictions {folder} cannot be made in {above}")
         data = {os.path.realpath(path) for pair in job.val.items for path in pair}
         for name in (*self.names, "sheet"):
             if os.path.realpath(folder / f"{name}.png") in data:
@@ -926,7 +939,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "windows of testing are as large as its short side")
     add("--short", type=int, help="short side of photographs, in training times --ratios; depth: default as they are")
     add("--ratios", type=float, nargs=2, metavar=("MIN", "MAX"), help="segmentation: of random sizes in training")
-    add("--gradient-weight", type=float, default=0.0, help="depth: of the gradient loss; officially 0.5, but in vain")
+    add("--gradient-weight", type=float, default=0.0, help="depth: of the gradient loss; officially 0.5, of "
+        "what by a slip comes out as 0")
     add("--scales", type=float, nargs="+", help="segmentation: sizes of photographs in testing, times --short")
     add("--flip", action=argparse.BooleanOptionalAction, default=None, help="average with the mirrored photograph in "
         "testing; default: in depth, and as the recipe of the head says")
@@ -940,7 +954,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--dtype", choices=tuple(DTYPES), default="fp32", help="of the backbone's arithmetic")
     add("--num-workers", type=int, default=-1, help="reading processes; -1: by the number of cores")
-    add("--out", default="", help="results are added to this file; empty: beside the checkpoint")
+    add("--out", default="", help="results are added to this file, head and saves go beside it; empty: beside the "
+        "checkpoint")
     add("--json", action="store_true", help="print the whole result as JSON, and nothing else")
     args = flags.parse_args(argv)
     check(args)
@@ -951,13 +966,14 @@ def check(args: argparse.Namespace) -> None:
     if args.decoder not in DECODERS[args.task]:
         raise ValueError(f"--decoder {args.decoder} is none of --task {args.task}; choose "
                          f"{' or '.join(DECODERS[args.task])}")
-    positive = [args.steps, args.lr, args.short, args.batch_size, args.depth_scale, *(args.crop or ()),
-                *(args.ratios or ()), *(args.scales or ()), args.channels - 1]
-    if any(v is not None and not v > 0 for v in positive) or min(
-            args.weight_decay or 0, args.clip or 0, args.gradient_weight, args.eval_every, args.num_workers + 1) < 0:
-        raise ValueError("--steps, --lr, --short, --batch-size, --crop, --ratios, --scales and --depth-scale must "
-                         "be positive, --channels 2 or more, --weight-decay, --clip, --gradient-weight, --eval-every 0 "
-                         "or more")
+    positive = ("steps", "lr", "short", "batch_size", "depth_scale", "crop", "ratios", "scales")
+    for name in (*positive, "weight_decay", "clip", "gradient_weight", "eval_every"):
+        values = getattr(args, name) if isinstance(getattr(args, name), list) else [getattr(args, name)]
+        if wrong := [v for v in values if v is not None and not (v > 0 if name in positive else v >= 0)]:
+            raise ValueError(f"--{name.replace('_', '-')} must be {'positive' if name in positive else '0 or more'}, "
+                             f"not {wrong[0]}")
+    if args.channels < 2 or args.num_workers < -1:
+        raise ValueError("--channels must be 2 or more, --num-workers -1 or more")
     if args.warmup is not None and not 0 <= args.warmup <= 1 or args.ratios and args.ratios[0] > args.ratios[1]:
         raise ValueError("--warmup is a share, 0 to 1; --ratios are two numbers, the smaller first")
     if args.task == "seg" and (args.depth_range or args.gradient_weight or args.eval_crop or args.depth_scale != 1000):
@@ -994,7 +1010,7 @@ def report(job: Job, protocol: dict, result: dict) -> None:
                    "(rmse of a constant": f"{result['constant_everywhere']['rmse']:.4f})"}
     else:
         columns = {title: "", **{name: f"{result[name]:.2f} %" for name in ("mIoU", "aAcc", "mAcc")},
-                   "(aAcc of the commonest class": f"{result['commonest_class_everywhere']['aAcc']:.2f} %)"}
+                   "(mIoU of the commonest class": f"{result['commonest_class_everywhere']['mIoU']:.2f} %)"}
     columns |= {result["head"]: ""} if "head" in result else {}
     path = Path(args.out) if args.out else Path(f"{job.stem()}.eval_dense.jsonl")
     add_record(path, record, columns, args.json, job.device, job.began)

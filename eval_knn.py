@@ -416,10 +416,13 @@ class Evaluation:
 
 def check_out(out: str) -> None:
     if out:
+        there = os.path.exists(out)
         try:
             Path(out).open("a").close()
         except OSError as error:
             raise ValueError(f"--out {out} cannot be written: {error.strerror}") from None
+        if not there:
+            os.remove(out)
 
 
 def results_stem(args: argparse.Namespace, path: str) -> Path:

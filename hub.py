@@ -347,7 +347,10 @@ def load_dense(spec: str | Path, head: str | Path | None = None, depth_range=Non
         path, ckpt = read(spec) if ckpt is None else (str(spec), ckpt)
         return put_mask2former(path, ckpt)
     if not os.path.exists(head):
-        if spec not in RELEASED or str(spec).endswith("_reg") or head not in DENSE_HEADS:
+        if head in DENSE_HEADS and (spec not in RELEASED or str(spec).endswith("_reg")):
+            raise ValueError(f"{head} is a head of the released dinov2_vit{{s,b,l,g}}14, {spec} is none of these; give "
+                             "the file of its own head")
+        if head not in DENSE_HEADS:
             raise ValueError(f"no such dense head: {head}{nearest(str(head), DENSE_HEADS)}; give a file, or with "
                              f"dinov2_vit{{s,b,l,g}}14 one of {', '.join(DENSE_HEADS)}")
         head = released_file(str(spec), f"{head}_head")
@@ -521,7 +524,9 @@ def depther(name: str, kind: str, pretrained: bool, weights: str, depth_range, k
     if pretrained:
         path = choose_weights(weights, name, {data.upper(): f"{data}_{kind}_head" for data in RANGES})
         return only("depth", path, *put_dense_head(vit, path, depth_range))
-    limits = depth_range or RANGES.get(choose_name(weights).lower(), RANGES["nyu"])
+    if choose_name(weights).lower() not in RANGES:
+        raise ValueError(f"weights={weights!r}: without pretrained weights it says for which depths, 'NYU' or 'KITTI'")
+    limits = depth_range or RANGES[choose_name(weights).lower()]
     head = DPTHead(vit.embed_dim, *limits) if kind == "dpt" else LinearDepthHead(
         vit.embed_dim, 4 if kind == "linear4" else 1, *limits)
     return Dense(vit, head).eval()
@@ -542,7 +547,9 @@ def segmenter(name: str, kind: str, *, pretrained: bool = True, weights: str = "
         if model.decode_head.layers != (4 if kind == "ms" else 1):
             raise ValueError(f"{weights} is a head for dinov2_*_{'ls' if kind == 'ms' else 'ms'}")
         return model
-    classes = CLASSES.get(choose_name(weights).lower(), CLASSES["ade20k"])
+    if choose_name(weights).lower() not in CLASSES:
+        raise ValueError(f"weights={weights!r}: without pretrained weights it says the classes, 'ADE20K' or 'VOC2012'")
+    classes = CLASSES[choose_name(weights).lower()]
     return Dense(vit, SegmentationHead(vit.embed_dim, len(classes), 4 if kind == "ms" else 1)).eval()
 
 
@@ -785,9 +792,12 @@ def describe_dense_head(path: str, ckpt: dict) -> dict[str, str]:
     else:
         depth = "conv_depth.weight" in weights
         what = {"depth head": "linear"} if depth else {"segmentation": f"{len(weights['conv_seg.bias'])} classes"}
-        unit = width // (1 + depth)
-        lines = what | {"takes": f"the last block of a backbone {unit} wide, or 4 blocks of one {unit // 4} wide"}
-    own = {k: v for k, v in own_words(ckpt).items() if v and k != "classes"}
+        unit, own = width // (1 + depth), own_words(ckpt).get("dim")
+        lines = what | {"takes": f"{unit // own} block(s) of a backbone {own} wide" if own else
+                        f"the last block of a backbone {unit} wide, or 4 blocks of one {unit // 4} wide"}
+    own = {k: v for k, v in own_words(ckpt).items() if v and k != "dim"}
+    own |= dict(recipe=Recipe(*own["recipe"])) if "recipe" in own else {}
+    own |= dict(classes=", ".join(own["classes"])) if "classes" in own else {}
     return lines | {"weights": n} | {k.replace("_", " "): str(v) for k, v in own.items()}
 
 

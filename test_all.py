@@ -346,7 +346,7 @@ def test_readme_hub_and_picture_commands_run(trained, tmp_path, monkeypatch, cac
     out/, two photographs, and dense heads."""
     shutil.copytree(trained, tmp_path / "out")
     shutil.copytree(trained, tmp_path / "out_photos")
-    for name, head in (("depth_linear", heads.LinearDepthHead(64, 1)), ("seg_ms", heads.SegmentationHead(64, 5, 4))):
+    for name, head in (("depth_linear4", heads.LinearDepthHead(64)), ("seg_linear", heads.SegmentationHead(64, 5))):
         about = dict(dim=64, dataset="", depth_range=(0.001, 10), classes=list("abcde"), recipe=(32, 99, 32, 16))
         torch.save(dict(state_dict=head.state_dict(), about=about), tmp_path / f"out_photos/ckpt.{name}_head.pth")
     write_images(tmp_path / "photos", ["china.png", "flower.png"], size=(32, 40))
@@ -5114,7 +5114,7 @@ def test_dense_files_that_do_not_fit(small_released, tmp_path):
             ("nyu_dbt", "no such dense head: nyu_dbt, did you mean nyu_dpt"), ("missing.pth", "no such dense head")):
         with pytest.raises(ValueError, match=text):
             load(path)
-    with pytest.raises(ValueError, match="no such dense head: nyu_dpt.*dinov2_vit{s,b,l,g}14"):
+    with pytest.raises(ValueError, match="nyu_dpt is a head of the released dinov2_vit{s,b,l,g}14, dinov2_vits14_reg is none"):
         hub.load_dense("dinov2_vits14_reg", "nyu_dpt")
     linear, segments = save(heads.LinearDepthHead(64, 1), "nyu_linear_head.pth"), save(heads.SegmentationHead(64, 21), "s")
     points = {k: partial(v, weights=str(segments)) for k, v in hub.entry_points().items() if "vits14_" in k}
@@ -5714,8 +5714,8 @@ def spoil(root: Path, what: str) -> None:
 
 
 @pytest.mark.parametrize("task, what, text", [
-    ("seg", "no partner", "1 of the 14 files of pairs have no partner in .*labels/train, the first: .*images/train/00"),
-    ("seg", "no photograph", "1 of the 15 files of .* no partner in .*images/train, the first: .*train/more.png"),
+    ("seg", "no partner", "images/train/00.* has no partner of the same name in .*labels/train"),
+    ("seg", "no photograph", "labels/train/more.png has no partner of the same name in .*images/train"),
     ("seg", "sizes", "images/train/00.png has 48x64 pixels, .*labels/train/00.png has 48x63; .* of one size"),
     ("seg", "colours", r"labels/train/00.png has the shape \(48, 64, 3\).* as a grey or palette PNG"),
     ("seg", "label", r"labels/train/00.png has the label 3, but the 3 classes are numbered from 0 to 2 \(255"),
@@ -6381,3 +6381,76 @@ def test_eval_dense_of_a_network_that_holds_its_head(desk, monkeypatch):
     assert result["aAcc"] == pytest.approx(100 * (answers == labels - 1.0)[labels > 0].mean())
     with pytest.raises(ValueError, match="m2f.pth is for --task seg"):
         dense(desk / "m2f.pth", "--task", "depth", "--data", desk / "ade")
+
+
+# What lies beside
+
+
+def test_eval_dense_folders_that_mislead(dense_pairs, dense_vit, desk):
+    """Two photographs of one name, predictions into the data, files that only other programs can read."""
+    shutil.copytree(dense_pairs, "mine")
+    first = next(Path("mine/images/train").iterdir())
+    Image.open(first).save(first.with_suffix(".bmp"))
+    with pytest.raises(ValueError, match="have one name but for the suffix"):
+        dense(dense_vit, *QUICK, *TASKS["seg"], "--data", "mine")
+    first.with_suffix(".bmp").unlink()
+    before = {p: p.read_bytes() for p in Path("mine").rglob("*.png")}
+    for folder in ("mine/labels/val", "mine/images/val"):
+        with pytest.raises(ValueError, match=f"--predictions {folder} would overwrite {folder}/.*png, one of the data"):
+            dense(dense_vit, *QUICK, *TASKS["seg"], "--data", "mine", "--predictions", folder)
+    assert {p: p.read_bytes() for p in Path("mine").rglob("*.png")} == before
+    (desk / "mine/annotations").mkdir()  # of something else than ADE20K
+    assert eval_dense.open_pairs("mine", "seg", "TRAIN").dataset == ""
+    Path("eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.raises(ValueError, match="eps.png cannot be read"):
+        eval_dense.read_numbers("eps.png")
+    Image.fromarray(np.full((9, 9), 100, np.uint8)).save("flat.png")
+    with pytest.raises(ValueError, match="flat.png has 8 bits, too few for depth"):
+        eval_dense.read_depth("flat.png", 1000)
+    np.save("mm.npy", np.full((9, 9), 3000, np.uint16))
+    assert (eval_dense.read_depth("mm.npy", 1000) == 3).all()
+    with pytest.raises(ValueError, match="--predictions eps.png/x cannot be made in eps.png"):
+        dense(dense_vit, *QUICK, *TASKS["seg"], "--data", "mine", "--predictions", "eps.png/x", "--out", "new.jsonl")
+    assert not Path("new.jsonl").exists()  # a command that is refused leaves no empty file of results
+    os.mkdir(dense_vit.with_name(f"{dense_vit.stem}.depth_linear_head.pth"))
+    with pytest.raises(ValueError, match="depth_linear_head.pth cannot be written"):
+        dense(dense_vit, *QUICK, *TASKS["depth"], "--data", "mine")
+
+
+def test_eval_dense_frame_of_nyu_comes_off_before_scaling():
+    size = eval_dense.train_size((480, 640), "nyu", 240)
+    assert size == (214, 282) and eval_dense.train_size((480, 640)) == (480, 640)
+    assert eval_dense.train_size((480, 640), "kitti", 120) == (120, 160)
+    x, depth = eval_dense.augment_depth(random.Random(0), torch.zeros(3, 480, 640, dtype=torch.uint8),
+                                        torch.ones(480, 640), (999, 999), "nyu", 240)
+    assert x.shape[-2:] == depth.shape == size
+
+
+def test_dense_heads_of_wider_backbones_are_told_by_their_names(tmp_path):
+    """Four blocks of a network are as wide as one of a network four times as wide."""
+    vit = model.build("vit_nano", embed_dim=256, num_heads=4, patch_size=8, img_size=16)
+    for head, name in ((heads.SegmentationHead(64, 150, 4), "ade20k_ms"), (heads.LinearDepthHead(64, 4), "nyu_linear4")):
+        with pytest.raises(ValueError, match="is the head of another backbone"):
+            hub.put_dense_head(vit, as_released(head, tmp_path / f"dinov2_vits14_{name}_head.pth"))
+    odd = as_released(heads.SegmentationHead(256, 151), tmp_path / "dinov2_vits14_ade20k_linear_head.pth")
+    about = hub.put_dense_head(vit, odd)[1]
+    assert about.dataset == "" and len(about.classes) == len(set(about.colours)) == 151
+
+
+def test_dense_odd_files_are_no_heads(tmp_path, capsys):
+    for content in (dict(state_dict=None), dict(about=3), dict(state_dict=[1]), {}):
+        torch.save(content, tmp_path / "odd.pth")
+        with pytest.raises(ValueError, match="odd.pth holds no"):
+            hub.read_dense_head(tmp_path / "odd.pth", hub_vit())
+        with pytest.raises(ValueError, match="odd.pth holds no"):
+            hub.main(["info", str(tmp_path / "odd.pth")])
+
+
+@torch.no_grad()
+def test_heads_of_extreme_photographs():
+    network = heads.Dense(ToyBackbone(), fill_by_names(heads.SegmentationHead(3, 5, 4), "decode_head."))
+    assert heads.scaled_size(2, 20000, 2048, 512) == (1, 2048)
+    wide = torch.zeros(3, 2, 2000, dtype=torch.uint8)
+    assert heads.segment(network, wide, heads.Recipe(20, 100, 20, 15)).shape == (5, 2, 2000)
+    images = torch.zeros(1, 3, 30, 30)
+    assert network.whole_inference(images, rescale=False).shape == (1, 5, 3, 3)

@@ -13,7 +13,8 @@
 
 Images are files, or folders: all images below. A model is whatever hub.load() takes: a checkpoint of train.py, the
 name of a released model, a file of Hugging Face or timm. An image is brought to --size (none: the short side that the
-weights were trained at; 0: as it is), then to multiples of the patch as --fit says. Larger images give finer maps.
+weights were trained at; 0: as it is), then to multiples of the patch as --fit says; for depth and segment otherwise,
+see their --help. Larger images give finer maps.
 
 pca is the picture of the DINOv2 paper (figure 1): the first principal component of all patch features, cut in two,
 tells foreground from background; the first three of the foreground's own are red, green and blue. All images share one
@@ -904,7 +905,8 @@ def pixel(text: str) -> tuple[int, int]:
 
 
 def add_dense_flags(add, command: str) -> None:
-    add("--head", default="", help="a file, or the name of a released head such as nyu_dpt or ade20k_ms")
+    add("--head", default="", help="a file, or the name of a released head such as nyu_dpt or ade20k_ms; needed, but "
+        "for dinov2_vitg14_m2f")
     add("--flip", action=argparse.BooleanOptionalAction, help="average with what the mirrored image gives; default: "
         "for segment as the recipe of the head says, for depth no")
     add("--size", type=int, default=0, help="short side in pixels that images are brought to; default: 0, for segment "
