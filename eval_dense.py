@@ -737,13 +737,14 @@ class HeadTraining:
                 self.done += 1
                 bar.update()
                 due = self.done % self.eval_every == 0 or self.done == steps
-                if due or self.done % 20 == 0:  # seldom: the loss makes the processor wait for the device
+                late = time.monotonic() - saved > 60
+                if due or late or self.done % 20 == 0:  # seldom: the loss makes the processor wait for the device
                     if not (loss := float(loss)) < math.inf:
                         raise ValueError(f"the loss of step {self.done} is {loss}; choose a smaller --lr")
                     bar.set_postfix_str(f"loss {loss:.3f}" + (f", {self.shown()}" if self.curve else ""))
                 if due:
                     self.validate()
-                if due or time.monotonic() - saved > 60:
+                if due or late:
                     self.save()
                     saved = time.monotonic()
         self.head.load_state_dict(self.weights)
