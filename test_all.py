@@ -35,7 +35,6 @@ import types
 import urllib.error
 import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
@@ -2029,23 +2028,18 @@ def observe(cfg: train.Config, out: Path) -> tuple:
 
 
 def save_names_alone() -> None:
-    """For a process that calls observe(): only the names of saves are looked at, and writing them takes long."""
+    """For a process that calls observe(): only the names of saves are looked at, and writing them takes long. PyTorch's
+    pool of threads, lost in the fork, is made anew by one thread: by those of a backward pass at once, it would abort."""
+    torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of the workers of loaders
     train.dcp.save = lambda *a, checkpoint_id, **k: Path(checkpoint_id, ".metadata").touch()
 
 
 def observe_all(configs: list, folder: Path) -> dict:
-    """{config: what observe() sees}, by two processes. What is under way when the system kills one of them, as for want
-    of memory, begins anew, twice at most: that tells nothing of a field."""
-    seen = {}
-    for attempt in range(3):
-        with ProcessPoolExecutor(2, FORKS, save_names_alone) as pool, contextlib.suppress(BrokenProcessPool):
-            futures = {pool.submit(observe, cfg, folder / f"{attempt}_{i}"): cfg for i, cfg in enumerate(configs)
-                       if cfg not in seen}
-            for future in as_completed(futures):
-                seen[futures[future]] = future.result()
-    assert len(seen) == len(configs)
-    return seen
+    """{config: what observe() sees}, by two processes."""
+    with ProcessPoolExecutor(2, FORKS, save_names_alone) as pool:
+        futures = {pool.submit(observe, cfg, folder / str(i)): cfg for i, cfg in enumerate(configs)}
+        return {futures[future]: future.result() for future in as_completed(futures)}
 
 
 def test_train_every_field_has_an_effect(tmp_path):
