@@ -1,4 +1,4 @@
-"""The four losses of DINOv2 and the two ways to make teacher targets, as pure functions of tensors.
+"""The four losses of DINOv2, the two ways to make teacher targets, and all of them without the logits.
 
 Every function computes in float32 whatever it is given, works without torch.distributed, and, when a process group
 exists, gives what one process would give on the joined batch. Nothing here knows a config: copy the file freely.
@@ -6,10 +6,16 @@ exists, gives what one process would give on the joined batch. Nothing here know
     targets = sinkhorn_knopp(teacher_logits, temp=0.06)         # or softmax_center(teacher_logits, center, temp=0.06)
     loss = dino_loss(student_logits, targets) + ibot_loss(...) + 0.1 * koleo_loss(student_cls)
 
-Shapes: B images, L crops, K prototypes, M masked patches, D width. Apache License 2.0.
+Those are the definitions. The logits of thousands of masked patches over 131,072 prototypes are gigabytes, several
+times over; training gets the same numbers and gradients from prototype_loss(), a few hundred rows at a time.
+
+Shapes: B images, L crops, K prototypes, M masked patches, D width, d width before the prototypes. Apache License 2.0.
 Sources: DINO (Caron et al. 2021, arXiv 2104.14294), iBOT (Zhou et al. 2021, arXiv 2111.07832), SwAV's Sinkhorn-Knopp
 (Caron et al. 2020, arXiv 2006.09882), KoLeo (Sablayrolles et al. 2018, arXiv 1806.03198), DINOv2 (arXiv 2304.07193).
 """
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -26,6 +32,44 @@ def all_reduce_(x: Tensor, op: str = "sum") -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Matrices that are never whole
+
+
+@dataclass
+class Rows:
+    """A matrix of which the rows asked for are computed, anew each time: rows[a:b] is a tensor (b - a, K)."""
+
+    shape: tuple[int, int]
+    device: torch.device
+    compute: Callable[[slice], Tensor]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.compute(rows)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Rows":
+        """The matrix of what `function` makes of each row; it may use the memory it is given."""
+        return Rows(self.shape, self.device, lambda rows: function(self.compute(rows)))
+
+
+def logits_of(tokens: Tensor, prototypes: Tensor) -> Rows:
+    """The logits (M, K) of tokens (M, d) and prototypes (K, d), as a head factors them."""
+    return Rows((len(tokens), len(prototypes)), tokens.device, lambda rows: F.linear(tokens[rows], prototypes))
+
+
+PART = dict(cpu=2**23, cuda=2**26)  # elements at a time: few enough for the caches of a CPU, enough to keep a GPU busy
+
+
+def parts(matrix: Tensor | Rows) -> Iterator[slice]:
+    """Slices of rows, together all of them, of at most PART elements or of one row."""
+    n_rows, n_columns = matrix.shape
+    size = max(PART[matrix.device.type] // n_columns, 1)
+    return (slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Teacher targets: rows of probabilities over the prototypes
 
 
@@ -36,9 +80,13 @@ def softmax_center(logits: Tensor, center: Tensor, temp: float) -> Tensor:
 
 
 @torch.no_grad()
-def center_total(logits: Tensor) -> Tensor:
-    """Sum of the logits (M, K) over the rows, and their number M: (K+1,) float32. Totals of parts of a batch add up."""
-    return torch.cat([logits.float().sum(0), torch.full((1,), float(len(logits)), device=logits.device)])
+def center_total(logits: Tensor, prototypes: Tensor | None = None) -> Tensor:
+    """Sum of the logits (M, K) over the rows, and their number M: (K+1,) float32. Totals of parts of a batch add up.
+    With `prototypes` (K, d), the first argument are tokens (M, d): the sum of their logits is the logits of their sum,
+    which spares a pass over M x K."""
+    total = logits.float().sum(0)
+    total = total if prototypes is None else prototypes @ total
+    return torch.cat([total, total.new_full((1,), float(len(logits)))])
 
 
 @torch.no_grad()
@@ -55,33 +103,56 @@ def sinkhorn_knopp(logits: Tensor, temp: float, n_iterations: int = 3) -> Tensor
     joined batch and every row sums to 1 (SwAV, section 3.1).
 
     The scaled matrix is diag(row) E diag(col) and never written back: an iteration is two matrix-vector products. M may
-    differ between processes. For a batch in parts that do not fit at once, call what this calls, part by part.
+    differ between processes. Of logits that do not fit into memory, see sinkhorn_targets().
     """
-    E = exponentials(logits, temp, joint_largest([logits]))
-    return balance_rows(E, balance_columns(lambda: [E], n_iterations))
+    E = exponentials_(logits.float().clone(), temp, joint_largest([logits]))
+    return balance_rows(E, balance_columns([E], n_iterations))
 
 
 @torch.no_grad()
-def joint_largest(parts) -> Tensor:
-    """The largest of the logits (M_i, K) in all `parts`, of all processes; () float32."""
-    largest = [part.amax().float() if len(part) else part.new_full((), -torch.inf).float() for part in parts]
-    return all_reduce_(torch.stack(largest).amax(), "max")
+def sinkhorn_targets(batches: list[Rows], temp: float, n_iterations: int = 3) -> list[Rows]:
+    """sinkhorn_knopp() of all rows of all `batches` of logits (M_i, K) together, as matrices of which a few rows exist
+    at a time. One batch is stored, once: of it nothing is computed twice. Several are the parts of what would not fit:
+    their logits are computed anew in each iteration."""
+    if len(batches) == 1:
+        logits = batches[0][:]
+        E = exponentials_(logits, temp, joint_largest([logits]))
+        exponentials = [Rows(E.shape, E.device, E.__getitem__)]
+    else:
+        largest = joint_largest(batches)
+        exponentials = [logits.map(lambda x: exponentials_(x, temp, largest)) for logits in batches]
+    columns = balance_columns(exponentials, n_iterations)
+    return [E.map(lambda e: balance_rows(e, columns)) for E in exponentials]
 
 
 @torch.no_grad()
-def exponentials(logits: Tensor, temp: float, largest: Tensor) -> Tensor:
-    """E = exp((logits - largest) / temp), (M, K) float32. The shift, common to all rows of all processes, cancels; it
-    keeps exp from overflowing however large the logits grow."""
-    return ((logits.float() - largest) / temp).exp_()
+def joint_largest(batches: list[Tensor | Rows]) -> Tensor:
+    """The largest of the logits (M_i, K) in all `batches`, of all processes; () float32."""
+    nothing = torch.full((), -torch.inf, device=batches[0].device)
+    largest = [logits[rows].amax().float() for logits in batches for rows in parts(logits)]
+    return all_reduce_(torch.stack([nothing, *largest]).amax(), "max")
 
 
 @torch.no_grad()
-def balance_columns(parts, n_iterations: int = 3) -> Tensor:
-    """Scale (K,) of each prototype. `parts()` gives anew, in each iteration, the exponentials (M_i, K) of all parts of
-    this process's batch."""
-    col = None
-    for _ in range(n_iterations):
-        total = sum((torch.ones_like(E[:, 0]) if col is None else row_scale(E, col)) @ E for E in parts())
+def exponentials_(logits: Tensor, temp: float, largest: Tensor) -> Tensor:
+    """E = exp((logits - largest) / temp), in the memory of the logits (M, K) float32. The shift, common to all rows of
+    all processes, cancels; it keeps exp from overflowing however large the logits grow."""
+    for rows in parts(logits):
+        logits[rows].sub_(largest).div_(temp).exp_()
+    return logits
+
+
+@torch.no_grad()
+def balance_columns(batches: list[Tensor | Rows], n_iterations: int = 3) -> Tensor:
+    """Scale (K,) of each prototype, from the exponentials (M_i, K) of all batches of this process. An iteration reads
+    them once: what a few rows add to the columns needs no other rows."""
+    col = torch.ones(batches[0].shape[1], device=batches[0].device)
+    for i in range(n_iterations):
+        total = torch.zeros_like(col)
+        for E in batches:
+            for rows in parts(E):
+                part = E[rows]
+                total += part.sum(0) if i == 0 else row_scale(part, col) @ part
         col = 1 / all_reduce_(total).clamp(min=torch.finfo(total.dtype).tiny)  # a prototype that underflows for every
     return col  # row keeps a finite scale
 
@@ -92,8 +163,8 @@ def row_scale(E: Tensor, col: Tensor) -> Tensor:
 
 @torch.no_grad()
 def balance_rows(E: Tensor, col: Tensor) -> Tensor:
-    """Targets (M, K), in the memory of the exponentials E (M, K)."""
-    return E.mul_(row_scale(E, col)[:, None]).mul_(col)
+    """Targets (M, K) from the exponentials E (M, K)."""
+    return (E * row_scale(E, col)[:, None]).mul_(col)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -124,6 +195,55 @@ def ibot_loss(student_logits: Tensor, targets: Tensor, weight: Tensor, n_crops: 
     global crops, with or without a mask. So with half of the crops masked the mean over masked crops counts half.
     """
     return (cross_entropy(student_logits, targets, temp) * weight).sum() / n_crops
+
+
+class PrototypeLoss(torch.autograd.Function):
+    """What prototype_loss() calls. Loss and gradients are computed together, part after part; the backward pass has
+    nothing left to do but to scale."""
+
+    @staticmethod
+    def forward(ctx, prototypes, targets, weights, temp, part_loss, *tokens):
+        gradients = [torch.zeros_like(prototypes), *map(torch.empty_like, tokens)]
+        losses = [torch.empty_like(weight) for weight in weights]
+        for x, target, weight, loss, gradient in zip(tokens, targets, weights, losses, gradients[1:], strict=True):
+            for rows in parts(target):
+                loss[rows], grad = part_loss(F.linear(x[rows], prototypes), target[rows], weight[rows], temp)
+                torch.mm(grad, prototypes, out=gradient[rows])
+                gradients[0].addmm_(grad.T, x[rows])
+        ctx.gradients = gradients
+        ctx.mark_non_differentiable(*losses)
+        return torch.stack([loss.sum() for loss in losses]).sum(), *losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        gradients, ctx.gradients = ctx.gradients, None  # theirs is the only copy, and the largest tensor of a step
+        if gradients is None:
+            raise RuntimeError("prototype_loss() was already differentiated; compute it again")
+        prototypes, *tokens = [g.mul_(grad) for g in gradients]
+        return prototypes, None, None, None, None, *tokens
+
+
+def part_loss(logits: Tensor, targets: Tensor, weight: Tensor, temp: float) -> tuple[Tensor, Tensor]:
+    """weight * cross_entropy(logits, targets, temp), (n,), and its gradient in the logits, (n, K). Uses up `logits`."""
+    log_p = F.log_softmax(logits.div_(temp), dim=-1)
+    losses = -weight * (targets * log_p).sum(-1)
+    gradient = log_p.exp_().mul_((targets.sum(-1) * weight / temp)[:, None])
+    return losses, gradient.addcmul_(targets, (weight / temp)[:, None], value=-1)
+
+
+def prototype_loss(prototypes: Tensor, batches: list[tuple[Tensor, Tensor | Rows, Tensor]], temp: float = STUDENT_TEMP,
+                   part_loss=part_loss) -> tuple[Tensor, list[Tensor]]:
+    """Sum over rows of weight * cross_entropy(tokens @ prototypes.T, targets), without the logits.
+
+    Args: prototypes (K, d); `batches` of tokens (M_i, d), targets (M_i, K) and weight (M_i,), which share them;
+    `part_loss` may be that function compiled. Targets and weights get no gradient.
+    Returns: the loss (), to be differentiated once, and, without gradient, the weighted losses (M_i,) of the rows.
+    """
+    tokens, targets, weights = zip(*batches)
+    tokens = [x.float() for x in tokens]
+    loss, *rows = PrototypeLoss.apply(prototypes.float(), targets, weights, temp, part_loss, *tokens)
+    return loss, rows
 
 
 def koleo_loss(x: Tensor, group_size: int | None = None, eps: float = 1e-8) -> Tensor:

@@ -382,14 +382,19 @@ class WeightNormLinear(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.kaiming_uniform_(self.weight_v, a=5**0.5)  # nn.Linear's default, which this layer keeps
 
+    def weight(self) -> Tensor:
+        """The rows (K, d), which cost as much as a few hundred tokens: call it once per step."""
+        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=-1, keepdim=True).clamp(min=1e-12))
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=-1, eps=1e-12))
+        return F.linear(x, self.weight())
 
 
 class DINOHead(nn.Module):
     """MLP, L2 normalisation, prototypes: (..., in_dim) -> logits (..., out_dim) (DINO, section 3.1 and appendix C).
 
-    With weight_g = 1 a logit is the cosine between the projected token and the prototype.
+    With weight_g = 1 a logit is the cosine between the projected token and the prototype. With `factored`, the result
+    are the factors of the logits: projected tokens (..., bottleneck_dim) and prototypes (out_dim, bottleneck_dim).
     """
 
     def __init__(self, in_dim: int, out_dim: int, use_bn: bool = False, nlayers: int = 3, hidden_dim: int = 2048,
@@ -404,9 +409,9 @@ class DINOHead(nn.Module):
         self.mlp.apply(init_linear)
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, factored: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         x = F.normalize(self.mlp(x), dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
-        return self.last_layer(x)
+        return (x, self.last_layer.weight()) if factored else self.last_layer(x)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

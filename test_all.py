@@ -676,6 +676,92 @@ def test_losses_sinkhorn_balances():
     assert losses.sinkhorn_knopp(one_sided, 1.0).isfinite().all()
 
 
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Matrices in parts of a few rows, the last one smaller."""
+    monkeypatch.setattr(losses, "PART", dict(cpu=40))
+
+
+def factors(n_prototypes: int, *rows: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Prototypes (K, 6) and tokens (M_i, 6), all of length 1, as a head makes them; in float64."""
+    torch.manual_seed(1)
+    vectors = [torch.nn.functional.normalize(torch.randn(n, 6, dtype=torch.float64), dim=-1) for n in (n_prototypes, *rows)]
+    return vectors[0], vectors[1:]
+
+
+def test_losses_prototype_loss_is_the_definitions(small_parts):
+    """Value, losses of the rows and gradients equal those of dino_loss() + ibot_loss() by autograd, although no part
+    has more than five rows; also by the compiled part, and for no masked patches at all."""
+    prototypes, (cls, patches, teacher) = factors(8, 12, 11, 23)
+    prototypes, cls, patches = (x.float().requires_grad_() for x in (prototypes, cls, patches))
+    targets = losses.softmax_center(teacher.float() @ prototypes.detach().T, torch.zeros(8), 0.1)
+    patch_targets, weight = targets[12:], torch.rand(11)
+    for n in (11, 0):
+        inputs = prototypes, cls, patches
+        dino = losses.dino_loss((cls @ prototypes.T).view(3, 4, 8), targets[:12].view(3, 4, 8)[:1])
+        ibot = losses.ibot_loss((patches @ prototypes.T)[:n], patch_targets[:n], weight[:n], n_crops=5)
+        expected = torch.autograd.grad(0.3 * (dino + ibot), inputs)
+        lazy = losses.Rows((n, 8), CPU, patch_targets[:n].__getitem__)
+        for part in (losses.part_loss, torch.compile(losses.part_loss, backend="aot_eager", dynamic=True)):
+            loss, rows = losses.prototype_loss(prototypes, [
+                (cls, targets[:4].repeat(3, 1), torch.full((12,), 1 / 4)), (patches[:n], lazy, weight[:n] / 5)],
+                part_loss=part)
+            assert_close(loss, dino + ibot, 1e-6)
+            assert_close(rows[0].sum(), dino, 1e-6)
+            assert [len(x) for x in rows] == [12, n] and not any(x.requires_grad for x in rows)
+            for got, want in zip(torch.autograd.grad(0.3 * loss, inputs, retain_graph=True), expected):
+                assert_close(got, want, 1e-6)
+            with pytest.raises(RuntimeError, match="already differentiated"):
+                torch.autograd.grad(loss, inputs)
+
+
+def test_losses_prototype_loss_holds_few_rows():
+    """No tensor of a loss over 300 x 5,000 logits is as large as they are."""
+    prototypes, (tokens, teacher) = factors(5_000, 300, 300)
+    prototypes, tokens = prototypes.float().requires_grad_(), tokens.float().requires_grad_()
+    largest = LargestTensor()
+    with pytest.MonkeyPatch.context() as patch, largest:
+        patch.setattr(losses, "PART", dict(cpu=50_000))
+        logits = losses.logits_of(teacher.float(), prototypes.detach())
+        targets = logits.map(lambda x: losses.softmax_center(x, torch.zeros(5_000), 0.1))
+        losses.prototype_loss(prototypes, [(tokens, targets, torch.rand(300))])[0].backward()
+    assert largest.numel <= max(50_000, prototypes.numel())
+    with largest:
+        losses.cross_entropy(tokens @ prototypes.T, torch.rand(300, 5_000))
+    assert largest.numel == 300 * 5_000
+
+
+class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(x.numel() for x in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(x))])
+        return out
+
+
+def test_losses_sinkhorn_targets_of_parts(small_parts):
+    """Stored or computed anew in each iteration, whole or in parts of a few rows: the targets are those of
+    sinkhorn_knopp(), also where some parts have no rows."""
+    prototypes, batches = factors(8, 13, 0, 7)
+    batches = [losses.logits_of(x.float(), prototypes.float()) for x in batches]
+    together = losses.sinkhorn_knopp(torch.cat([logits[:] for logits in batches]), 0.05)
+    joined = losses.Rows((20, 8), CPU, torch.cat([logits[:] for logits in batches]).__getitem__)
+    for found in (losses.sinkhorn_targets(batches, 0.05), losses.sinkhorn_targets([joined], 0.05)):
+        for _ in range(2):  # asking again gives the same
+            assert_close(torch.cat([x[rows] for x in found for rows in losses.parts(x)]), together, 1e-6)
+    assert_close(together.sum(1), torch.ones(20), 1e-5)
+
+
+def test_losses_center_total_without_logits():
+    prototypes, (tokens,) = factors(8, 13)
+    assert_close(losses.center_total(tokens.float(), prototypes.float()),
+                 losses.center_total((tokens @ prototypes.T).float()), 1e-6)
+    assert losses.center_total(tokens.float(), prototypes.float())[-1] == 13
+
+
 def test_losses_koleo_edges():
     """Finite for one image and for duplicates, in any dtype, with gradients; groups are independent."""
     for x in (torch.ones(1, 4), torch.ones(6, 4), torch.zeros(4, 4), torch.randn(6, 4).half(),
@@ -2445,8 +2531,9 @@ def poison(steps: set[int]) -> None:
         os.environ.get("WORLD_SIZE", 1))
 
     def poisoned(*args):
-        terms = step_losses(*args)
-        return terms | dict(ibot=terms["ibot"] * math.nan) if next(number) in steps and last else terms
+        loss, terms = step_losses(*args)
+        poison = math.nan if next(number) in steps and last else 1.0
+        return loss * poison, terms | dict(ibot=terms["ibot"] * poison)
 
     train.step_losses = poisoned
 

@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import inspect
 import itertools
@@ -62,8 +63,8 @@ from data import (
 from eval_knn import evaluate, knn_accuracy
 from hub import pick_device
 from losses import (
-    balance_columns, balance_rows, center_total, dino_loss, exponentials, ibot_loss, joint_largest, koleo_loss,
-    sinkhorn_knopp, softmax_center, update_center)
+    Rows, center_total, koleo_loss, logits_of, part_loss, prototype_loss, sinkhorn_targets, softmax_center,
+    update_center)
 from model import ARCHS, FORMAT, DINOHead, build, init_linear, load_backbone, load_strictly
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -379,12 +380,13 @@ def build_centers(cfg: Config, device: torch.device) -> dict[str, Tensor]:
     return dict(cls=torch.zeros(cfg.head_n_prototypes, device=device), patch=torch.zeros(k_patch, device=device))
 
 
-def project(network: nn.ModuleDict, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (rows, K) of CLS tokens (rows, D) and of masked patches (M, D), through one shared head or one each."""
+def project(network: nn.ModuleDict, cls: Tensor, patches: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Factors of the logits of CLS tokens (rows, D) and of masked patches (M, D), through one shared head or one each:
+    for both, projected tokens (rows, d) and prototypes (K, d)."""
     if "ibot_head" in network:
-        return network["dino_head"](cls), network["ibot_head"](patches)
-    logits = network["dino_head"](torch.cat([cls, patches]))
-    return logits[: len(cls)], logits[len(cls) :]
+        return [network["dino_head"](cls, factored=True), network["ibot_head"](patches, factored=True)]
+    tokens, prototypes = network["dino_head"](torch.cat([cls, patches]), factored=True)
+    return [(part, prototypes) for part in tokens.split([len(cls), len(patches)])]
 
 
 def masked_patches(batch: Batch, cfg: Config) -> Tensor:
@@ -395,51 +397,40 @@ def masked_patches(batch: Batch, cfg: Config) -> Tensor:
 @torch.no_grad()
 def teacher_targets(teacher: nn.ModuleDict, batches: list[Batch], cfg: Config, temp: float, centers: dict[str, Tensor],
                     totals: dict[str, Tensor]):
-    """Probabilities over the prototypes, for one batch after the other: of both crops' CLS (2, B, K) and of the masked
-    patches (M, K). The teacher sees the crops without masks.
+    """Probabilities over the prototypes, for one batch after the other: of both crops' CLS (2, B, K), and of the masked
+    patches Rows (M, K), computed a few at a time. The teacher sees the crops without masks.
 
     `batches` are the parts of one process's share of a step. Centering treats each row alone; what update_center() will
     want of the rows is added up in `totals`. Sinkhorn-Knopp balances the rows of all parts of all processes.
     """
-    def features(batch: Batch) -> tuple[Tensor, Tensor]:
+    def factors(batch: Batch) -> list[tuple[Tensor, Tensor]]:
         out = teacher["backbone"](batch.global_crops, is_training=True)
-        return out["x_norm_clstoken"], out["x_norm_patchtokens"].flatten(0, 1)[masked_patches(batch, cfg)]
+        patches = out["x_norm_patchtokens"].flatten(0, 1)[masked_patches(batch, cfg)]  # (M, D)
+        return project(teacher, out["x_norm_clstoken"], patches)
 
     if cfg.centering == "centering":
         for batch in batches:
             targets = []
-            for name, logits in zip(("cls", "patch"), project(teacher, *features(batch))):  # (2B, K), (M, K)
-                targets.append(softmax_center(logits, centers[name], temp))
-                totals[name] = totals.get(name, 0) + center_total(logits)
-            yield targets[0].unflatten(0, (2, -1)), targets[1]
-    elif len(batches) == 1:
-        cls, patches = (sinkhorn_knopp(logits, temp) for logits in project(teacher, *features(batches[0])))
-        yield cls.unflatten(0, (2, -1)), patches
+            for name, (tokens, prototypes) in zip(("cls", "patch"), factors(batch)):
+                centered = partial(softmax_center, center=centers[name], temp=temp)
+                targets.append(logits_of(tokens, prototypes).map(centered))  # (2B, K), (M, K)
+                totals[name] = totals.get(name, 0) + center_total(tokens, prototypes)
+            yield targets[0][:].unflatten(0, (2, -1)), targets[1]
     else:
-        cls, patches = zip(*map(features, batches))  # of all parts, (2B, D) and (M, D) each
-        patch_head = teacher["ibot_head" if "ibot_head" in teacher else "dino_head"]
-        both = sinkhorn_in_parts(teacher["dino_head"], cls, temp), sinkhorn_in_parts(patch_head, patches, temp)
-        for cls, patches in zip(*both):
-            yield cls.unflatten(0, (2, -1)), patches
+        logits = [[logits_of(*pair) for pair in factors(batch)] for batch in batches]
+        for cls, patches in zip(*(sinkhorn_targets(list(part), temp) for part in zip(*logits))):
+            yield cls[:].unflatten(0, (2, -1)), patches
 
 
-def sinkhorn_in_parts(head: nn.Module, parts: tuple[Tensor, ...], temp: float):
-    """sinkhorn_knopp() of all logits head(part) together, one part after the other. All logits at once would fill the
-    memory; so the features, which are small, go through the head again in each iteration."""
-    largest = joint_largest(map(head, parts))
-    anew = lambda: (exponentials(head(part), temp, largest) for part in parts)  # noqa: E731
-    columns = balance_columns(anew)
-    return (balance_rows(E, columns) for E in anew())
-
-
-def step_losses(student: nn.ModuleDict, batch: Batch, targets: tuple[Tensor, Tensor],
-                cfg: Config) -> dict[str, Tensor]:
-    """The four terms of the DINOv2 loss on one process's batch, weighted: their sum is what is minimised.
+def step_losses(student: nn.ModuleDict, batch: Batch, targets: tuple[Tensor, Tensor | Rows],
+                cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    """The DINOv2 loss of one process's batch, (), and its four terms, weighted, without gradient.
 
     With L local crops there are 2L + 2 pairs (student crop, teacher crop) of different crops of the same image; the
-    DINO terms are the mean over these pairs: dino_loss() sums, the division is here. Rows of a batch are crop-major, so
-    (L+2)*B rows unflatten to (L+2, B). `targets` are the teacher's. All terms are means over images or groups of them,
-    so the loss of a whole step is the mean over its parts, and over processes.
+    DINO terms are the mean over these pairs. Since the loss of a pair is linear in the target, each student crop is
+    compared once, with the sum of its targets. Rows of a batch are crop-major: (L+2)*B rows unflatten to (L+2, B).
+    `targets` are the teacher's. All terms are means over images or groups of them, so the loss of a whole step is the
+    mean over its parts, and over processes. What the terms are, is dino_loss() and ibot_loss() in losses.py.
     """
     n_images, n_local = len(batch.samples), len(batch.local_crops) // len(batch.samples)
     targets, patch_targets = targets  # (2, B, K), (M, K)
@@ -450,21 +441,38 @@ def step_losses(student: nn.ModuleDict, batch: Batch, targets: tuple[Tensor, Ten
                                          drop_orders=orders)
     cls, cls_local = out["x_norm_clstoken"], out_local["x_norm_clstoken"]  # (2B, D), (L*B, D)
     patches = out["x_norm_patchtokens"].flatten(0, 1)[masked_patches(batch, cfg)]  # (M, D)
-    logits, patch_logits = project(student, torch.cat([cls_local, cls]), patches)
-    logits = logits.unflatten(0, (n_local + 2, n_images))  # (L+2, B, K)
+    (cls_tokens, prototypes), (patch_tokens, patch_prototypes) = project(student, torch.cat([cls_local, cls]), patches)
 
     # Every local crop against both teacher crops; every global crop against the other one, never against itself.
-    pairs = 2 * n_local + 2
-    local = dino_loss(logits[:n_local], targets)
-    cross = dino_loss(logits[n_local : n_local + 1], targets[1:]) + dino_loss(logits[n_local + 1 :], targets[:1])
-    terms = dict(dino_local=cfg.dino_loss_weight * local / pairs, dino_global=cfg.dino_loss_weight * cross / pairs)
+    sums = torch.stack([targets.sum(0), targets[1], targets[0]]).flatten(0, 1)  # (3B, K)
+    rows = torch.arange(len(cls_tokens), device=cls.device)
+    which = (rows // n_images - n_local + 1).clamp(min=0) * n_images + rows % n_images  # ((L+2)*B,) rows of `sums`
+    cls_targets = Rows((len(which), sums.shape[1]), sums.device, lambda rows: sums[which[rows]])
+    cls_weight = torch.full_like(cls_tokens[:, 0], cfg.dino_loss_weight / ((2 * n_local + 2) * n_images))
+    n_crops = 2 * n_images  # with or without a mask
+    patch_weight = batch.mask_weight[: len(patches)] * (cfg.ibot_loss_weight / n_crops)  # (M,)
+    losses = [(cls_tokens, cls_targets, cls_weight), (patch_tokens, patch_targets, patch_weight)]
+    compare = partial(prototype_loss, part_loss=compiled(part_loss) if cfg.compile else part_loss)
+    if "ibot_head" in student:
+        (loss, (cls_rows,)), (patch_loss, (patch_rows,)) = map(compare, (prototypes, patch_prototypes), zip(losses))
+        loss = loss + patch_loss
+    else:
+        loss, (cls_rows, patch_rows) = compare(prototypes, losses)
+
+    n = n_local * n_images
+    terms = dict(dino_local=cls_rows[:n].sum(), dino_global=cls_rows[n:].sum())
     if cfg.ibot_loss_weight > 0:
-        ibot = ibot_loss(patch_logits, patch_targets, batch.mask_weight, n_crops=2 * n_images)
-        terms["ibot"] = cfg.ibot_loss_weight * ibot
+        terms["ibot"] = patch_rows.sum()
     if cfg.koleo_loss_weight > 0:
         koleo = sum(koleo_loss(crop, cfg.group_size) for crop in cls.chunk(2))  # an image's two crops may be close
-        terms["koleo"] = cfg.koleo_loss_weight * koleo
-    return terms
+        loss = loss + cfg.koleo_loss_weight * koleo
+        terms["koleo"] = cfg.koleo_loss_weight * koleo.detach()
+    return loss, terms
+
+
+@functools.cache
+def compiled(function):
+    return torch.compile(function, dynamic=True)  # the number of masked patches differs from step to step
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -517,9 +525,9 @@ def train_step(student, teacher, optimizer, batches: list[Batch], cfg: Config, n
     optimizer.zero_grad(set_to_none=True)
     terms, totals = {}, {}
     for batch, targets in zip(batches, teacher_targets(teacher, batches, cfg, now["teacher_temp"], centers, totals)):
-        part = {k: v / len(batches) for k, v in step_losses(student, batch, targets, cfg).items()}
-        sum(part.values()).backward()
-        terms = {k: terms.get(k, 0) + v.detach() for k, v in part.items()}
+        loss, part = step_losses(student, batch, targets, cfg)
+        (loss / len(batches)).backward()
+        terms = {k: terms.get(k, 0) + v / len(batches) for k, v in part.items()}
     norms, finite = clip_gradients(student, cfg.clip_grad, sum(terms.values()))
     optimizer.found_inf = 1.0 - finite.float()  # as torch.amp does it: a fused optimiser then changes nothing
     optimizer.step()
