@@ -13,6 +13,7 @@ Shapes: B images, L crops, K prototypes, M masked patches, D width, d width befo
 Sources: DINO (Caron et al. 2021, arXiv 2104.14294), iBOT (Zhou et al. 2021, arXiv 2111.07832), SwAV's Sinkhorn-Knopp
 (Caron et al. 2020, arXiv 2006.09882), KoLeo (Sablayrolles et al. 2018, arXiv 1806.03198), DINOv2 (arXiv 2304.07193).
 """
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -59,14 +60,14 @@ def logits_of(tokens: Tensor, prototypes: Tensor) -> Rows:
     return Rows((len(tokens), len(prototypes)), tokens.device, lambda rows: F.linear(tokens[rows], prototypes))
 
 
-PART = dict(cpu=2**23, cuda=2**26)  # elements at a time: few enough for the caches of a CPU, enough to keep a GPU busy
+PART = dict(cpu=2**22, cuda=2**26)  # elements at a time: few enough for the caches of a CPU, enough to keep a GPU busy
 
 
 def parts(matrix: Tensor | Rows) -> Iterator[slice]:
-    """Slices of rows, together all of them, of at most PART elements or of one row."""
+    """Slices of rows, together all of them, of equal length but for 1, of at most PART elements or of one row."""
     n_rows, n_columns = matrix.shape
-    size = max(PART[matrix.device.type] // n_columns, 1)
-    return (slice(start, min(start + size, n_rows)) for start in range(0, n_rows, size))
+    n = math.ceil(n_rows / max(PART[matrix.device.type] // n_columns, 1))
+    return (slice(n_rows * i // n, n_rows * (i + 1) // n) for i in range(n))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -98,8 +98,9 @@ class Attention(nn.Module):
         shapes = shapes or [x.shape[:2]]
         outs = []
         for qkv in unpack(self.qkv(x), shapes):
-            q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, D/H)
-            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+            q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # each (B, N, H, D/H), of which the backward
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # pass stacks the gradients as qkv is
+            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # (B, H, N, D/H)
             outs.append(out.transpose(1, 2).flatten(2))  # (B, N, D)
         return self.proj(pack(outs))
 

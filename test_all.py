@@ -33,6 +33,7 @@ import threading
 import time
 import types
 import urllib.error
+import weakref
 import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
@@ -2056,21 +2057,89 @@ def test_train_survives_half_a_line_of_metrics(trained, tmp_path):
     assert metrics(tmp_path / "out") == metrics(trained)
 
 
-def test_train_compiled_blocks_are_called(tmp_path, monkeypatch):
-    """--compile captures each block as one graph, with stochastic depth, and the losses stay the same."""
-    graphs = []
+def test_train_compiles_once(tmp_path, monkeypatch):
+    """--compile: one whole graph for the student's blocks and one for the teacher's, with stochastic depth, one for the
+    losses, none after the first step although the number of masked patches changes; and the losses stay the same."""
+    graphs = {}
 
     def count(graph, inputs):
-        graphs.append(graph)
+        graphs.setdefault(name, []).append(len(metrics(tmp_path / name)) if (tmp_path / name).exists() else 0)
         return graph.forward
 
-    whole = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: whole(self, backend=count, fullgraph=True))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    train.compiled.cache_clear()
     for name, flags in dict(plain=[], compiled=["--compile"]).items():
-        train_main(*TINY, "--steps", 2, "--out", tmp_path / name, "--drop-path-rate", 0.3, *flags)
-    assert len(graphs) >= 2
+        train_main(*TINY, "--steps", 6, "--log-every", 1, "--out", tmp_path / name, "--drop-path-rate", 0.3, *flags)
+    train.compiled.cache_clear()
+    assert graphs == dict(compiled=[0, 0, 0])
     plain, compiled = ([r["loss"] for r in metrics(tmp_path / name)] for name in ("plain", "compiled"))
     assert plain == pytest.approx(compiled, rel=1e-4)
+
+
+def small_step(**changes):
+    """A function that does training steps on the same small batch."""
+    cfg = train.Config(**train.PRESETS["digits"] | dict(batch_size=8, group_size=4, num_workers=0) | changes)
+    torch.manual_seed(0)
+    student, teacher = train.build_network(cfg).train(), train.build_network(cfg).eval().requires_grad_(False)
+    optimizer, centers = torch.optim.AdamW(train.param_groups(student, cfg), fused=True), train.build_centers(cfg, CPU)
+    batches = train.training_batches(cfg, data.open_source(cfg.data), 0, 1)
+    parts = [data.prepare(batches[i], CPU) for i in range(cfg.accum)]
+    now = {k: float(v[100]) for k, v in train.schedules(cfg).items()}
+    return partial(train.train_step, student, teacher, optimizer, parts, cfg, now, centers)
+
+
+@pytest.mark.parametrize("accum", [1, 2])
+@pytest.mark.parametrize("centering", ["sinkhorn_knopp", "centering"])
+def test_train_targets_are_gone_before_the_backward_pass(centering, accum, monkeypatch):
+    """They may be as large as the logits. Of a share in parts, what is left can only compute some rows anew."""
+    seen, backward, softmax_center, sinkhorn = [], torch.Tensor.backward, train.softmax_center, train.sinkhorn_targets
+
+    def noted(rows):
+        seen.append(weakref.ref(rows))
+        return rows
+
+    monkeypatch.setattr(train, "softmax_center", lambda logits, **k: noted(softmax_center(logits, **k)))
+    monkeypatch.setattr(train, "sinkhorn_targets", lambda *args: [
+        x.map(noted) for x in sinkhorn([*map(noted, args[0])], *args[1:])])
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: (
+        left.append([x() for x in seen if torch.is_tensor(x()) or accum == 1 and x()]), backward(loss)))
+    left = []
+    small_step(centering=centering, accum=accum)()
+    assert len(seen) >= 2 and len(left) == accum and left[-1] == []
+
+
+def test_train_step_does_not_wait_for_its_numbers(monkeypatch):
+    """No number is fetched from the device during a step, which would make the host wait for it."""
+    class NoFetch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert not any(word in str(function) for word in ("_local_scalar_dense", "nonzero", "masked_select"))
+            return function(*args, **(kwargs or {}))
+
+    for changes in (dict(centering="sinkhorn_knopp", accum=2), dict(centering="centering", drop_path_rate=0.3),
+                    dict(ibot_separate_head=True)):
+        step = small_step(**changes)
+        step()
+        with NoFetch():
+            step()
+        with NoFetch(), pytest.raises(AssertionError):
+            step()[0]["ibot"].item()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_train_step_does_not_wait_for_the_gpu(tmp_path, monkeypatch):
+    """As above, by the driver's own account, from the fourth step on."""
+    step, number = train.train_step, itertools.count()
+
+    def watched(*args):
+        torch.cuda.set_sync_debug_mode("error" if next(number) >= 3 else "default")
+        try:
+            return step(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(train, "train_step", watched)
+    train_main(*TINY, "--device", "cuda", "--steps", 6, "--out", tmp_path / "out")
+    assert next(number) == 6
 
 
 FIELD_CHANGES = dict(  # every field of Config, with a value that must change something in a two-step run

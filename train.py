@@ -394,7 +394,6 @@ def masked_patches(batch: Batch, cfg: Config) -> Tensor:
     return batch.mask_index if cfg.ibot_loss_weight > 0 else batch.mask_index[:0]
 
 
-@torch.no_grad()
 def teacher_targets(teacher: nn.ModuleDict, batches: list[Batch], cfg: Config, temp: float, centers: dict[str, Tensor],
                     totals: dict[str, Tensor]):
     """Probabilities over the prototypes, for one batch after the other: of both crops' CLS (2, B, K), and of the masked
@@ -403,23 +402,29 @@ def teacher_targets(teacher: nn.ModuleDict, batches: list[Batch], cfg: Config, t
     `batches` are the parts of one process's share of a step. Centering treats each row alone; what update_center() will
     want of the rows is added up in `totals`. Sinkhorn-Knopp balances the rows of all parts of all processes.
     """
+    @torch.no_grad()
     def factors(batch: Batch) -> list[tuple[Tensor, Tensor]]:
         out = teacher["backbone"](batch.global_crops, is_training=True)
         patches = out["x_norm_patchtokens"].flatten(0, 1)[masked_patches(batch, cfg)]  # (M, D)
         return project(teacher, out["x_norm_clstoken"], patches)
 
+    def centered(name: str, tokens: Tensor, prototypes: Tensor) -> Rows:
+        totals[name] = totals.get(name, 0) + center_total(tokens, prototypes)
+        return logits_of(tokens, prototypes).map(partial(softmax_center, center=centers[name], temp=temp))
+
+    @torch.no_grad()
+    def whole_cls(cls: Rows, patches: Rows) -> tuple[Tensor, Rows]:
+        return cls[:].unflatten(0, (2, -1)), patches
+
+    # Nothing here may hold on to what was yielded: it may be as large as the logits, and the backward pass wants room.
     if cfg.centering == "centering":
         for batch in batches:
-            targets = []
-            for name, (tokens, prototypes) in zip(("cls", "patch"), factors(batch)):
-                centered = partial(softmax_center, center=centers[name], temp=temp)
-                targets.append(logits_of(tokens, prototypes).map(centered))  # (2B, K), (M, K)
-                totals[name] = totals.get(name, 0) + center_total(tokens, prototypes)
-            yield targets[0][:].unflatten(0, (2, -1)), targets[1]
+            yield whole_cls(*(centered(name, *pair) for name, pair in zip(("cls", "patch"), factors(batch))))
     else:
-        logits = [[logits_of(*pair) for pair in factors(batch)] for batch in batches]
-        for cls, patches in zip(*(sinkhorn_targets(list(part), temp) for part in zip(*logits))):
-            yield cls[:].unflatten(0, (2, -1)), patches
+        cls, patches = (sinkhorn_targets(list(parts), temp) for parts in zip(*(
+            [logits_of(*pair) for pair in factors(batch)] for batch in batches)))
+        while cls:
+            yield whole_cls(cls.pop(0), patches.pop(0))
 
 
 def step_losses(student: nn.ModuleDict, batch: Batch, targets: tuple[Tensor, Tensor | Rows],
@@ -524,8 +529,9 @@ def train_step(student, teacher, optimizer, batches: list[Batch], cfg: Config, n
     apply_schedule(optimizer, now)
     optimizer.zero_grad(set_to_none=True)
     terms, totals = {}, {}
-    for batch, targets in zip(batches, teacher_targets(teacher, batches, cfg, now["teacher_temp"], centers, totals)):
-        loss, part = step_losses(student, batch, targets, cfg)
+    targets = teacher_targets(teacher, batches, cfg, now["teacher_temp"], centers, totals)
+    for batch in batches:
+        loss, part = step_losses(student, batch, next(targets), cfg)
         (loss / len(batches)).backward()
         terms = {k: terms.get(k, 0) + v / len(batches) for k, v in part.items()}
     norms, finite = clip_gradients(student, cfg.clip_grad, sum(terms.values()))
@@ -552,6 +558,7 @@ def start_processes(device: torch.device) -> DeviceMesh:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for the heads
     alone = {} if "WORLD_SIZE" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONG,
                             device_id=device if device.type == "cuda" else None, **alone)
@@ -622,7 +629,7 @@ def shard(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype, recomput
         if recompute_blocks:
             block.forward = partial(recompute, block.forward, use_reentrant=False)
         if compile_blocks:
-            block.compile()
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)  # one for all blocks
         fully_shard(block, **backbone)
     for name, module in network.items():
         fully_shard(module, **(backbone if name == "backbone" else head))
