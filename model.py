@@ -384,8 +384,8 @@ class WeightNormLinear(nn.Module):
         nn.init.kaiming_uniform_(self.weight_v, a=5**0.5)  # nn.Linear's default, which this layer keeps
 
     def weight(self) -> Tensor:
-        """The rows (K, d), which cost as much as a few hundred tokens: call it once per step."""
-        return self.weight_v * (self.weight_g / self.weight_v.norm(dim=-1, keepdim=True).clamp(min=1e-12))
+        """The rows (K, d): a pass over all of them, wanted once per step."""
+        return torch._weight_norm(self.weight_v, self.weight_g)  # what nn.utils.weight_norm calls: forward and backward
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight())
