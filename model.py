@@ -84,7 +84,14 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; each crop batch attends within its own images."""
+    """Multi-head self-attention; each crop batch attends within its own images.
+
+    `kernel`, if set on a module, computes all crop batches at once in the place of PyTorch's attention, one after the
+    other: a function of qkv (T, 3, H, D/H), the B and the N of the batches, and the scale, to (T, H, D/H), such as that
+    of kernels/attention.py.
+    """
+
+    kernel = None
 
     def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = True, proj_bias: bool = True):
         super().__init__()
@@ -95,10 +102,14 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
     def forward(self, x: Tensor, shapes: list[tuple[int, int]] | None = None) -> Tensor:
-        shapes = shapes or [x.shape[:2]]
+        shapes, qkv, heads = shapes or [x.shape[:2]], self.qkv(x), (3, self.num_heads, -1)
+        if self.kernel is not None:
+            batches, lengths = map(list, zip(*shapes))
+            out = self.kernel(qkv.flatten(0, 1).unflatten(-1, heads), batches, lengths, self.scale)  # (T, H, D/H)
+            return self.proj(out.view(x.shape))
         outs = []
-        for qkv in unpack(self.qkv(x), shapes):
-            q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # each (B, N, H, D/H), of which the backward
+        for part in unpack(qkv, shapes):
+            q, k, v = part.unflatten(-1, heads).unbind(2)  # each (B, N, H, D/H), of which the backward
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # pass stacks the gradients as qkv is
             out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # (B, H, N, D/H)
             outs.append(out.transpose(1, 2).flatten(2))  # (B, N, D)

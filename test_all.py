@@ -2080,7 +2080,8 @@ def small_step(**changes):
     """A function that does training steps on the same small batch."""
     cfg = train.Config(**train.PRESETS["digits"] | dict(batch_size=8, group_size=4, num_workers=0) | changes)
     torch.manual_seed(0)
-    student, teacher = train.build_network(cfg).train(), train.build_network(cfg).eval().requires_grad_(False)
+    student = train.build_network(cfg, cfg.drop_path_rate).train()
+    teacher = train.build_network(cfg).eval().requires_grad_(False)
     optimizer, centers = torch.optim.AdamW(train.param_groups(student, cfg), fused=True), train.build_centers(cfg, CPU)
     batches = train.training_batches(cfg, data.open_source(cfg.data), 0, 1)
     parts = [data.prepare(batches[i], CPU) for i in range(cfg.accum)]
@@ -2142,6 +2143,30 @@ def test_cuda_train_step_does_not_wait_for_the_gpu(tmp_path, monkeypatch):
     assert next(number) == 6
 
 
+def test_train_attention_by_a_kernel(monkeypatch):
+    """A kernel is given what all crops of a block need, once per block, and its result is used."""
+    calls = []
+
+    def kernel(qkv, batches, lengths, scale):  # as kernels/attention.py, by PyTorch
+        calls.append((qkv.shape, batches, lengths))
+        outs = []
+        for part, b, n in zip(qkv.split([b * n for b, n in zip(batches, lengths)]), batches, lengths):
+            q, k, v = part.view(b, n, *qkv.shape[1:]).permute(2, 0, 3, 1, 4)
+            outs.append(torch.softmax(q @ k.mT * scale, -1).matmul(v).transpose(1, 2).flatten(0, 1))
+        return torch.cat(outs)
+
+    results = []
+    for with_kernel in (False, True):
+        step = small_step(drop_path_rate=0.3)
+        for block in [b for network in step.args[:2] for b in network["backbone"].block_list()] * with_kernel:
+            block.attn.kernel = kernel
+        step()
+        results.append([{k: v.item() for k, v in step()[0].items()}, *step.args[0].parameters()])
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
+    assert len(calls) == 2 * 2 * 3  # steps, networks, blocks
+    assert calls[0] == ((16 * 10, 3, 2, 32), [16], [10]) and calls[3] == ((10 * 10 + 10 * 5, 3, 2, 32), [10, 10], [10, 5])
+
+
 FIELD_CHANGES = dict(  # every field of Config, with a value that must change something in a two-step run
     in_chans=1, mean=(0.4, 0.5, 0.4), std=(0.2, 0.2, 0.3), max_bad_share=0.5,
     data="digits:split=VAL", eval_train="digits:split=VAL", eval_val="digits:split=TRAIN", eval_resize=24, eval_crop=8,
@@ -2162,7 +2187,7 @@ FIELD_CHANGES = dict(  # every field of Config, with a value that must change so
 NO_EFFECT_BY_DESIGN = {  # other tests use them: nothing may change
     "num_workers", "device", "recompute_blocks", "max_bad_share"}
 ELSEWHERE = {  # tests of their own
-    "init", "out", "compile", "accum", "deterministic", "save_minutes", "save_patience", "max_nonfinite"}
+    "init", "out", "compile", "kernels", "accum", "deterministic", "save_minutes", "save_patience", "max_nonfinite"}
 
 
 def observe(cfg: train.Config, out: Path) -> tuple:
@@ -2927,6 +2952,8 @@ class Payload:
     (["--mask-ratio-min-max", "0.5", "0.1"], "wants the smaller value first"),
     (["--mask-sample-probability", "2"], "must lie between 0.0 and 1.0, got 2.0"),
     (["--device", "gpu"], "'gpu' is no device"),
+    (["--kernels"], "--kernels computes in bf16; add --dtype bf16"),
+    (["--kernels", "--dtype", "bf16"], "error: --kernels: "),
     (["--device", "mps"], "no Apple GPU"),
     (["--device", "cuda"], "finds no CUDA GPU"),
     (["--init", "/no/file.pth"], "no such checkpoint"),

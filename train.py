@@ -21,6 +21,7 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import importlib.util
 import inspect
 import itertools
 import json
@@ -154,6 +155,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, mps
     dtype: str = "auto"  # of backbone weights and activations in the step: bf16, fp32, auto: bf16 on a GPU
     compile: bool = False  # torch.compile each block; a minute to start, faster steps
+    kernels: bool = False  # attention by kernels/attention.cu: bf16 on an NVIDIA GPU; nvcc compiles it once
     accum: int = 1  # parts in which each process computes its share of a step; more need less memory, same result
     recompute_blocks: bool = False  # recompute blocks in the backward pass: far less memory, a third more time
     deterministic: bool = False  # the same run twice gives the same bits; slower on a GPU
@@ -203,7 +205,7 @@ PRESETS = {
 PRESETS["vitg14"] = PRESETS["vitl14"] | dict(arch="vit_giant2", batch_size=12 * 256, group_size=12)
 
 CHANGEABLE = {  # without --resume: not what is computed, but where, how long and what is written
-    "out", "steps", "num_workers", "accum", "device", "compile", "recompute_blocks", "deterministic", "log_every",
+    "out", "steps", "num_workers", "accum", "device", "compile", "kernels", "recompute_blocks", "deterministic", "log_every",
     "eval_every", "export_every", "save_every", "save_minutes", "save_patience", "keep", "max_nonfinite",
     "max_bad_share"}
 
@@ -863,7 +865,7 @@ def teacher_checkpoint(teacher: nn.ModuleDict, cfg: Config, preset: str, step: i
 class TrainState:
     """What a run is at one step: networks, optimiser, centers. Everything else follows from the config and the step."""
 
-    def __init__(self, cfg: Config, mesh: DeviceMesh, device: torch.device):
+    def __init__(self, cfg: Config, mesh: DeviceMesh, device: torch.device, kernel=None):
         torch.manual_seed(cfg.seed)
         self.student = build_network(cfg, cfg.drop_path_rate)
         if cfg.init:
@@ -872,8 +874,10 @@ class TrainState:
             self.teacher = build_network(cfg)
         self.teacher.load_state_dict({k: v.clone() for k, v in self.student.state_dict().items()}, assign=True)
         self.teacher.requires_grad_(False).eval()
-        bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type != "cpu")
-        dtype = torch.bfloat16 if bf16 else torch.float32
+        dtype = compute_dtype(cfg, device)
+        if kernel is not None:
+            for block in self.student["backbone"].block_list() + self.teacher["backbone"].block_list():
+                block.attn.kernel = kernel
         shard(self.student.to(device), mesh, dtype, cfg.recompute_blocks, cfg.compile)
         shard(self.teacher.to(device), mesh, dtype, compile_blocks=cfg.compile, with_backward=False)
         self.optimizer = torch.optim.AdamW(param_groups(self.student, cfg), lr=0.0, betas=cfg.betas, fused=True)
@@ -1488,12 +1492,13 @@ def set_up(argv: list[str] | None) -> Run:
     check_output(cfg, args.resume, args.overwrite)
     check_shared_memory(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     be_deterministic(cfg.deterministic)
+    kernel = load_kernel(cfg, device) if cfg.kernels else None
     mesh = start_processes(device)
     evals = eval_specs(cfg.data, cfg.eval_train, cfg.eval_val) if cfg.eval_every else ()
     source, *eval_sources = open_everywhere([cfg.data, *evals], cfg.in_chans)
     check_readable(source)
     knn = Knn(cfg, device, eval_sources) if cfg.eval_every else None
-    state = TrainState(cfg, mesh, device)
+    state = TrainState(cfg, mesh, device, kernel)
     lock = take_output(cfg)
     try:
         overwrite = args.overwrite and not any(together(restarted))  # else what is there, this command has written
@@ -1510,6 +1515,22 @@ def set_up(argv: list[str] | None) -> Run:
             raise ValueError(f"--out {cfg.out} cannot be written ({error}); choose another folder") from None
         raise
     return Run(cfg, args.preset, device, source, knn, state, lock, start, newest.get("counters", {}), damaged)
+
+
+def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
+    """Of weights and activations of the backbones."""
+    bf16 = cfg.dtype == "bf16" or cfg.dtype == "auto" and device.type != "cpu"
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def load_kernel(cfg: Config, device: torch.device):
+    """The attention of kernels/attention.py, see model.Attention. Raises ValueError with the reason if there is none."""
+    if compute_dtype(cfg, device) != torch.bfloat16:
+        raise ValueError("--kernels computes in bf16; add --dtype bf16, or leave it out")
+    spec = importlib.util.spec_from_file_location("attention", Path(__file__).parent / "kernels/attention.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.load(device)
 
 
 def take_output(cfg: Config) -> OutputLock | None:
