@@ -1952,12 +1952,12 @@ def test_train_init_starts_from_a_checkpoint(trained, tmp_path):
 
 
 def test_train_bf16_and_recomputation(tmp_path):
-    """Recomputing blocks changes nothing; bfloat16 changes the losses by its rounding."""
+    """Recomputing blocks, or the cheap part of them, changes nothing; bfloat16 changes the losses by its rounding."""
     losses_of = {}
-    for name, flags in dict(plain=[], again=["--recompute-blocks"], bf16=["--dtype", "bf16"]).items():
+    for name, flags in dict(plain=[], again=["--recompute", "blocks"], some=["--recompute", "selective"], bf16=["--dtype", "bf16"]).items():
         train_main(*TINY, "--steps", 2, "--out", tmp_path / name, "--drop-path-rate", 0.3, *flags)
         losses_of[name] = [r["loss"] for r in metrics(tmp_path / name)]
-    assert losses_of["plain"] == losses_of["again"]
+    assert losses_of["plain"] == losses_of["again"] == losses_of["some"]
     assert losses_of["plain"] != losses_of["bf16"] and losses_of["plain"] == pytest.approx(losses_of["bf16"], rel=0.05)
 
 
@@ -1987,6 +1987,99 @@ def test_train_compiled_blocks_are_called(tmp_path, monkeypatch):
     assert plain == pytest.approx(compiled, rel=1e-4)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# train.py: sharing weights among processes, and computing them anew
+
+
+def on_machines_of(n: int) -> None:
+    """Has the processes believe that each `n` of them are on a machine of their own; the last may hold fewer."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    os.environ |= dict(LOCAL_WORLD_SIZE=str(min(n, world - rank // n * n)), LOCAL_RANK=str(rank % n))
+
+
+def test_shard_modes_equal_one_process_and_continue_each_other(tmp_path):
+    """none, hybrid on two machines, full, grad, each going on from the save of the one before: losses, gradient norms
+    and weights of one process, with clipping at work; and each state is saved once, whoever holds copies of it."""
+    flags = [*TINY, "--steps", 8, "--drop-path-rate", 0.3, "--batch-size", 16, "--save-every", 5, "--clip-grad", 0.3]
+    alone = Launched(tmp_path / "log1", train.main, *flags, "--out", tmp_path / "one")
+    flags += ["--out", tmp_path / "many"]
+    for mode, world, stop in (("none", 2, 2), ("hybrid", 4, 2), ("full", 2, 2), ("grad", 4, None)):
+        before = partial(on_machines_and_stop, stop)
+        text = Launched(tmp_path / "log", train.main, *flags, "--shard", mode, world=world, before=before).wait()
+    assert re.findall(r"step (\d+) of 8, batch 16 on (\d)", text) == [("0", "2"), ("2", "4"), ("4", "2"), ("6", "4")]
+    alone.wait()
+    for one, many in zip(metrics(tmp_path / "one"), metrics(tmp_path / "many"), strict=True):
+        assert one["grad_norm/backbone"] > 0.3 and one == pytest.approx(many, rel=1e-3, abs=1e-6)
+    saves = sorted((tmp_path / "many/resume").iterdir())
+    one, many = (saved_tensors(p, tmp_path) for p in (tmp_path / "one/resume/step_000000008", saves[-1]))
+    worst = {k: (one[k] - many[k]).abs().max().item() for k in one if not k.endswith("qkv.bias")}
+    assert one.keys() == many.keys() and max(worst.values()) < 2e-3, max(worst, key=worst.get)
+    sizes = [sum(f.stat().st_size for f in save.glob("*.distcp")) for save in saves]
+    assert max(sizes) < 1.5 * min(sizes)  # each tensor has a head of its own in a file
+
+
+def on_machines_and_stop(step: int | None) -> None:
+    on_machines_of(2)
+    if step:
+        stop_at(step)
+
+
+def shards_checks() -> None:
+    """Run by four processes on two machines: what each holds before, between and after the passes, in bytes."""
+    cfg = train.Config(**train.PRESETS["digits"] | dict(batch_size=16, group_size=4, ibot_separate_head=True))
+    train.start_processes(CPU)
+    batch = data.prepare(train.training_batches(cfg, data.open_source("digits"), dist.get_rank(), 4)[0], CPU)
+    gradients = {}
+    for mode, sharers in dict(none=1, hybrid=2, grad=4, full=4).items():
+        torch.manual_seed(0)
+        network, teacher = train.build_network(cfg), train.build_network(cfg).requires_grad_(False).eval()
+        whole = {name: p.numel() for name, p in network.named_parameters()}
+        mesh = train.share_mesh("cpu", mode)
+        assert mesh.shape == ((4,) if sharers == 4 else (4 // sharers, sharers))
+        train.shard(network, mesh, torch.bfloat16, mode=mode)
+        train.shard(teacher, mesh, torch.bfloat16, with_backward=False, mode=mode)
+        held = {name: p.to_local() for name, p in network.named_parameters()}
+        assert train.n_copies(network) * sharers == 4 and all(p.dtype == torch.float32 for p in held.values())
+        for name, p in held.items():  # rows are dealt out; of few rows, some processes have none
+            rows = network.get_parameter(name).shape[0]
+            assert p.numel() in (whole[name] * -(-rows // sharers) // rows, 0) if rows < sharers or rows % sharers else (
+                p.numel() == whole[name] // sharers), (mode, name)
+
+        targets = next(train.teacher_targets(teacher, [batch], cfg, 0.05, {}, {}))
+        loss = sum(train.step_losses(network, batch, targets, cfg).values())
+        gathered = {name: not isinstance(p, train.DTensor) for name, p in network.named_parameters()}
+        assert not any(not isinstance(p, train.DTensor) for p in teacher.parameters())  # or its mean would miss them
+        assert all(kept == (mode != "full" or "_head." in name) for name, kept in gathered.items()), mode
+        kinds = {(name.split(".")[0], p.dtype) for name, p in network.named_parameters() if gathered[name]}
+        assert kinds - {("backbone", torch.bfloat16)} == {(h, torch.float32) for h in ("dino_head", "ibot_head")}
+        loss.backward()
+        assert all(isinstance(p, train.DTensor) for p in network.parameters())
+        gradients[mode] = {name: p.grad.full_tensor() for name, p in network.named_parameters()}
+    for mode, grads in gradients.items():
+        for name, g in grads.items():  # added up in float32: in bfloat16, sums would have no more than 8 bits
+            assert g.dtype == torch.float32 and torch.allclose(g, gradients["grad"][name], rtol=1e-5, atol=1e-7), name
+        fc1 = grads["backbone.blocks.0.mlp.fc1.weight"]
+        assert (fc1.bfloat16() != fc1).float().mean() > 0.5, mode
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_shard_modes_hold_what_they_should(tmp_path):
+    Launched(tmp_path / "log", shards_checks, world=4, before=partial(on_machines_of, 2)).wait()
+
+
+def test_shard_hybrid_wants_equal_machines(tmp_path):
+    """One line on each process, and nothing is written."""
+    flags = [*TINY, "--batch-size", 12, "--steps", 1, "--shard", "hybrid", "--out", tmp_path / "out"]
+    text = Launched(tmp_path / "log", train.main, *flags, world=3, before=partial(on_machines_of, 2)).wait(2)
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 3 and "--shard hybrid wants as many processes on each machine" in errors[0]
+    assert "take --shard grad" in errors[0] and not (tmp_path / "out").exists()
+    for field, value, fix in (("shard", "ful", "did you mean full"), ("recompute", "block", "did you mean blocks")):
+        with pytest.raises(ValueError, match=f"--{field} '{value}', {fix}"):
+            train.check(train.Config(**{field: value}), 1)
+
+
 FIELD_CHANGES = dict(  # every field of Config, with a value that must change something in a two-step run
     in_chans=1, mean=(0.4, 0.5, 0.4), std=(0.2, 0.2, 0.3), max_bad_share=0.5,
     data="digits:split=VAL", eval_train="digits:split=VAL", eval_val="digits:split=TRAIN", eval_resize=24, eval_crop=8,
@@ -2002,10 +2095,11 @@ FIELD_CHANGES = dict(  # every field of Config, with a value that must change so
     final_momentum_teacher=0.5, warmup_teacher_temp=0.05, teacher_temp=0.09, warmup_teacher_temp_steps=4, steps=4,
     warmup_steps=0, lr=1e-3, min_lr=1e-3, weight_decay=0.5, weight_decay_end=0.5, layerwise_decay=0.5,
     patch_embed_lr_mult=0.1, clip_grad=0.01, freeze_last_layer_steps=2, betas=(0.5, 0.6), device="cpu", dtype="bf16",
-    compile=True, recompute_blocks=True, accum=2, deterministic=True, out="", log_every=2, eval_every=2, export_every=1,
+    compile=True, recompute="blocks", shard="full", accum=2, deterministic=True, out="", log_every=2, eval_every=2,
+    export_every=1,
     save_every=1, save_minutes=1e-9, save_patience=1.0, keep=1, max_nonfinite=1)
 NO_EFFECT_BY_DESIGN = {  # other tests use them: nothing may change
-    "num_workers", "device", "recompute_blocks", "max_bad_share"}
+    "num_workers", "device", "recompute", "shard", "max_bad_share"}
 ELSEWHERE = {  # tests of their own
     "init", "out", "compile", "accum", "deterministic", "save_minutes", "save_patience", "max_nonfinite"}
 
