@@ -677,7 +677,7 @@ def keep_products(context, op, *args, **kwargs) -> CheckpointPolicy:
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 RECOMPUTED = dict(  # arguments of checkpoint(), for --recompute
-    none={}, blocks={}, selective=dict(context_fn=partial(create_selective_checkpoint_contexts, keep_products)))
+    none={}, selective=dict(context_fn=partial(create_selective_checkpoint_contexts, keep_products)), blocks={})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
