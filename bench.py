@@ -328,7 +328,7 @@ def block_bytes(cfg: train.Config, images: int, dtype: torch.dtype) -> dict[str,
             x = torch.empty(1, sum(b * n for b, n in shapes), network["backbone"].embed_dim, dtype=dtype)
         block = network["backbone"].block_list()[-1]
         if way != "none":
-            block.forward = partial(train.checkpoint, block.forward, use_reentrant=False, **train.RECOMPUTED[way])
+            block.forward = train.recomputed(block.forward, way)
         with mock.patch.object(F, "scaled_dot_product_attention", attention_on_meta):
             kept[way] = kept_bytes(partial(block, x.requires_grad_(), shapes))
     return kept

@@ -1971,7 +1971,8 @@ def test_train_survives_half_a_line_of_metrics(trained, tmp_path):
 
 
 def test_train_compiled_blocks_are_called(tmp_path, monkeypatch):
-    """--compile captures each block as one graph, with stochastic depth, and the losses stay the same."""
+    """--compile captures each block as one graph, with stochastic depth, in bfloat16, so with FSDP2 around it, and when
+    blocks are computed anew; the losses stay the same."""
     graphs = []
 
     def count(graph, inputs):
@@ -1980,11 +1981,12 @@ def test_train_compiled_blocks_are_called(tmp_path, monkeypatch):
 
     whole = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: whole(self, backend=count, fullgraph=True))
-    for name, flags in dict(plain=[], compiled=["--compile"]).items():
-        train_main(*TINY, "--steps", 2, "--out", tmp_path / name, "--drop-path-rate", 0.3, *flags)
-    assert len(graphs) >= 2
-    plain, compiled = ([r["loss"] for r in metrics(tmp_path / name)] for name in ("plain", "compiled"))
-    assert plain == pytest.approx(compiled, rel=1e-4)
+    for name, flags in dict(plain=[], compiled=["--compile"], anew=["--compile", "--recompute", "selective"]).items():
+        before = len(graphs)
+        train_main(*TINY, "--steps", 2, "--out", tmp_path / name, "--drop-path-rate", 0.3, "--dtype", "bf16", *flags)
+        assert len(graphs) > before or name == "plain"
+        losses_of = [[r["loss"] for r in metrics(tmp_path / n)] for n in ("plain", name)]
+        assert losses_of[0] == pytest.approx(losses_of[1], rel=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2066,6 +2068,34 @@ def shards_checks() -> None:
 
 def test_shard_modes_hold_what_they_should(tmp_path):
     Launched(tmp_path / "log", shards_checks, world=4, before=partial(on_machines_of, 2)).wait()
+
+
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+def test_recompute_gives_the_same_gradients_in_less_memory(ffn):
+    """Blocks that keep everything, matrix products and attention, nothing; plain, and compiled as one graph each."""
+    def passes(way: str, compiled: bool):
+        torch.manual_seed(0)
+        cfg = train.Config(**train.PRESETS["digits"] | dict(ffn_layer=ffn, init_std=0.1))
+        network = train.build_network(cfg, 0.3)
+        train.shard(network, types.SimpleNamespace(size=lambda: 1), torch.float32, way)  # alone: nothing to share
+        for block in network["backbone"].block_list() if compiled else ():
+            block.compile(backend="aot_eager", fullgraph=True)
+        images = [torch.randn(8, 3, 12, 12), torch.randn(16, 3, 8, 8)]
+        orders = [torch.stack([torch.randperm(len(i))[None] for _ in range(6)]) for i in images]
+        forward = partial(network["backbone"], images, is_training=True, drop_orders=orders)
+        size = 0 if compiled else bench.kept_bytes(forward)
+        sum(out["x_prenorm"].square().mean() for out in forward()).backward()
+        return size, {name: p.grad for name, p in network["backbone"].named_parameters() if p.grad is not None}
+
+    kept, expected = passes("none", False)
+    sizes = [kept]
+    for way, compiled in itertools.product(("selective", "blocks"), (False, True)):
+        size, gradients = passes(way, compiled)
+        assert gradients.keys() == expected.keys() and len(expected) > 30
+        for name, g in gradients.items():
+            assert_close(g, expected[name], 1e-5 if compiled else 0.0, f"{way} {name}")
+        sizes += [] if compiled else [size]
+    assert sizes[0] > 1.5 * sizes[1] > 3 * sizes[2], sizes
 
 
 def test_shard_hybrid_wants_equal_machines(tmp_path):

@@ -281,7 +281,7 @@ def check(cfg: Config, n_ranks: int) -> None:
             raise ValueError(f"--{field.replace('_', '-')} {size} is not a multiple of --patch-size {p}; use {fits}")
     check_groups(cfg.batch_size, cfg.group_size, n_ranks, cfg.accum)
     choices = dict(centering=("centering", "sinkhorn_knopp"), dtype=("auto", "bf16", "fp32"), arch=tuple(ARCHS),
-                   ffn_layer=("mlp", "swiglu", "swiglufused", "identity"), recompute=tuple(RECOMPUTED), shard=SHARDS)
+                   ffn_layer=("mlp", "swiglu", "swiglufused", "identity"), recompute=RECOMPUTED, shard=SHARDS)
     for field, allowed in choices.items():
         if (value := getattr(cfg, field)) not in allowed:
             flag = "--" + field.replace("_", "-")
@@ -644,7 +644,7 @@ def shard(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype, recomput
     backbone, blocks = network["backbone"], network["backbone"].block_list()
     for block in blocks:
         if recompute != "none":
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **RECOMPUTED[recompute])
+            block.forward = recomputed(block.forward, recompute)
         if compile_blocks:
             block.compile()
     if mesh.size() == 1 and dtype == torch.float32:
@@ -669,15 +669,24 @@ def prefetch(backbone: nn.Module, blocks: list[nn.Module], heads: list[nn.Module
     backbone.register_forward_pre_hook(lambda *_: [head.unshard(async_op=True) for head in heads] and None)
 
 
+RECOMPUTED = ("none", "selective", "blocks")
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+
+
+def recomputed(forward, way: str):
+    """`forward`, which keeps for its backward pass only its input, or with "selective" also the results of matrix
+    products and attention, which take nearly all of the time. A function, since torch.compile passes over a partial."""
+    contexts = dict(context_fn=partial(create_selective_checkpoint_contexts, keep_products))
+
+    def forward_and_forget(*arguments):
+        return checkpoint(forward, *arguments, use_reentrant=False, **contexts if way == "selective" else {})
+
+    return forward_and_forget
+
+
 def keep_products(context, op, *args, **kwargs) -> CheckpointPolicy:
-    """What selective recomputation keeps: the results of matrix products and attention, nearly all of the time."""
     kept = op in PRODUCTS or op.name().startswith("aten::_scaled_dot_product_")  # attention has a name per device
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
-RECOMPUTED = dict(  # arguments of checkpoint(), for --recompute
-    none={}, selective=dict(context_fn=partial(create_selective_checkpoint_contexts, keep_products)), blocks={})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
