@@ -318,8 +318,8 @@ def attention_on_meta(q, k, v, scale: float):
 
 @cache
 def block_bytes(cfg: train.Config, images: int, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes that one block of the student keeps for the backward pass, for each way of --recompute. From a block
-    without data, on the meta device."""
+    """{way of --recompute: bytes that one block of the student keeps for the backward pass}. From a block without data,
+    on the meta device."""
     kept, sides = {}, [(2, cfg.global_crops_size), (cfg.local_crops_number, cfg.local_crops_size)]
     shapes = [(n * images, 1 + cfg.num_register_tokens + (side // cfg.patch_size) ** 2) for n, side in sides]
     for way in train.RECOMPUTED:
@@ -335,7 +335,7 @@ def block_bytes(cfg: train.Config, images: int, dtype: torch.dtype) -> dict[str,
 
 
 def activations(cfg: train.Config, images: int, dtype: torch.dtype, way: str) -> float:
-    """Bytes of all blocks when the backward pass has begun, which makes one block at a time anew."""
+    """Bytes that all blocks keep, with what the backward pass makes anew of the one block that it has begun with."""
     kept, depth = block_bytes(cfg, images, dtype), train.ARCHS[cfg.arch]["depth"]
     return depth * kept[way] + kept["none"] - kept[way]
 
@@ -420,35 +420,36 @@ def check_memory(preset: str) -> list[dict]:
         if preset not in ("digits", "fashion"):
             cfg = replace(cfg, batch_size=8, group_size=8, data=folder)
             write_photos(Path(folder))
-        batches = train.training_batches(cfg, data.open_source(cfg.data, cfg.in_chans), 0, 1)
-        batch = data.prepare(batches[0], torch.device("cpu"), cfg.mean, cfg.std)
-    crops = 2 * 4 * (batch.global_crops.numel() + batch.local_crops.numel())
-    for way in train.RECOMPUTED:
-        results = context.SimpleQueue()
-        process = context.Process(target=measure_steps, args=(replace(cfg, recompute=way), batch, results))
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise ValueError(f"two steps of {preset} ended with code {process.exitcode}; is the memory enough?")
-        parts = memory(cfg, "grad", 1, cfg.batch_size, way, half=False)
-        kept = train.ARCHS[cfg.arch]["depth"] * block_bytes(cfg, cfg.batch_size, torch.float32)[way]
-        for part, estimate, measured in zip(("kept by blocks", "all, at most"),
-                                            (kept, sum(parts.values()) - crops), results.get()):
-            rows.append({"part": f"{part}, recompute {way}", "GB estimated": estimate / 1e9, "GB measured": measured / 1e9})
+        for way in train.RECOMPUTED:
+            results = context.SimpleQueue()
+            process = context.Process(target=measure_steps, args=(replace(cfg, recompute=way), results))
+            process.start()
+            process.join()
+            if process.exitcode:
+                raise ValueError(f"two steps of {preset} ended with code {process.exitcode}; is the memory enough?")
+            kept = train.ARCHS[cfg.arch]["depth"] * block_bytes(cfg, cfg.batch_size, torch.float32)[way]
+            estimates = kept, sum(memory(cfg, "grad", 1, cfg.batch_size, way, half=False).values())
+            parts = "kept by the student's backbone", "all, at most"
+            rows += [{"part": f"{part}, --recompute {way}", "GB estimated": estimate / 1e9, "GB measured": size / 1e9}
+                     for part, estimate, size in zip(parts, estimates, results.get())]
     return rows
 
 
-def measure_steps(cfg: train.Config, batch: data.Batch, results) -> None:
-    """In a process of its own: bytes that the student's pass keeps, and bytes that two steps add to the process."""
-    before, state = peak_memory(torch.device("cpu")), train.TrainState(
-        cfg, train.start_processes(torch.device("cpu")), torch.device("cpu"))
+def measure_steps(cfg: train.Config, results) -> None:
+    """In a process of its own: bytes that the student's forward pass keeps, and bytes that two steps add at most to
+    those of a program that has done nothing."""
+    cpu = torch.device("cpu")
+    before, state = peak_memory(cpu), train.TrainState(cfg, train.start_processes(cpu), cpu)
+    batch = train.training_batches(cfg, data.open_source(cfg.data, cfg.in_chans), 0, 1)[0]
+    batch = data.prepare(batch, cpu, cfg.mean, cfg.std)
     orders = None if batch.global_orders is None else [batch.global_orders, batch.local_orders]
     kept = kept_bytes(lambda: state.student["backbone"]([batch.global_crops, batch.local_crops], [batch.masks, None],
                                                         is_training=True, drop_orders=orders))
     now = dict(lr=0.0, last_layer_lr=0.0, weight_decay=0.0, momentum=1.0, teacher_temp=cfg.teacher_temp)
     for _ in range(2):
         train.train_step(state.student, state.teacher, state.optimizer, [batch], cfg, now, state.centers)
-    results.put((kept, 1e9 * (peak_memory(torch.device("cpu")) - before)))
+    results.put((kept, 1e9 * (peak_memory(cpu) - before)))
+    train.dist.destroy_process_group()
 
 
 def bench_scale(args, device: torch.device) -> list[dict]:
@@ -465,8 +466,8 @@ def bench_scale(args, device: torch.device) -> list[dict]:
         compute = images / PEAK / USED * np.array([teacher, student, 2 * student])
         parts = pieces(cfg)
         sizes = dict(backbone=sum(parts["blocks"] + parts["rest"]), heads=sum(parts["heads"]))
-        networks.append(dict([("preset", preset), ("images per GPU", images), ("TFLOP per image", train_flops(cfg) / 1e12),
-                              ("compute ms", 1e3 * compute.sum())])
+        networks.append({"preset": preset, "images per GPU": images, "TFLOP per image": train_flops(cfg) / 1e12,
+                         "compute ms": 1e3 * compute.sum()}
                         | {f"{name}, M": size / 1e6 for name, size in sizes.items()}
                         | {f"GB, recompute {way}": activations(cfg, images, torch.bfloat16, way) / 1e9
                            for way in train.RECOMPUTED})
@@ -698,8 +699,8 @@ def bench_memory(make, ways: tuple[str, ...], args, device: torch.device) -> lis
 
 
 DENSE_WAYS = ("heads.LinearDepthHead", "enlarged first, as officially")
-BENCHES = {"data": bench_data, "save": bench_save, "scale": bench_scale, "knn": bench_knn, "logreg": bench_logreg, "linear": bench_linear,
-           "hub": bench_hub, "dense": partial(bench_memory, linear_depth, DENSE_WAYS),
+BENCHES = {"data": bench_data, "save": bench_save, "scale": bench_scale, "knn": bench_knn, "logreg": bench_logreg,
+           "linear": bench_linear, "hub": bench_hub, "dense": partial(bench_memory, linear_depth, DENSE_WAYS),
            "m2f": partial(bench_memory, whole_mask2former, ("Mask2Former over ViT-g, 896x896",))}
 
 

@@ -1954,7 +1954,8 @@ def test_train_init_starts_from_a_checkpoint(trained, tmp_path):
 def test_train_bf16_and_recomputation(tmp_path):
     """Recomputing blocks, or the cheap part of them, changes nothing; bfloat16 changes the losses by its rounding."""
     losses_of = {}
-    for name, flags in dict(plain=[], again=["--recompute", "blocks"], some=["--recompute", "selective"], bf16=["--dtype", "bf16"]).items():
+    for name, flags in dict(plain=[], again=["--recompute", "blocks"], some=["--recompute", "selective"],
+                            bf16=["--dtype", "bf16"]).items():
         train_main(*TINY, "--steps", 2, "--out", tmp_path / name, "--drop-path-rate", 0.3, *flags)
         losses_of[name] = [r["loss"] for r in metrics(tmp_path / name)]
     assert losses_of["plain"] == losses_of["again"] == losses_of["some"]
@@ -2040,12 +2041,11 @@ def shards_checks() -> None:
         assert mesh.shape == ((4,) if sharers == 4 else (4 // sharers, sharers))
         train.shard(network, mesh, torch.bfloat16, mode=mode)
         train.shard(teacher, mesh, torch.bfloat16, with_backward=False, mode=mode)
+        assert train.n_copies(network) * sharers == 4
         held = {name: p.to_local() for name, p in network.named_parameters()}
-        assert train.n_copies(network) * sharers == 4 and all(p.dtype == torch.float32 for p in held.values())
-        for name, p in held.items():  # rows are dealt out; of few rows, some processes have none
-            rows = network.get_parameter(name).shape[0]
-            assert p.numel() in (whole[name] * -(-rows // sharers) // rows, 0) if rows < sharers or rows % sharers else (
-                p.numel() == whole[name] // sharers), (mode, name)
+        for name, p in held.items():  # rows are dealt out evenly; of single rows, the first process has them
+            even = network.get_parameter(name).shape[0] % sharers == 0
+            assert p.dtype == torch.float32 and p.numel() in ([whole[name] // sharers] if even else [0, whole[name]])
 
         targets = next(train.teacher_targets(teacher, [batch], cfg, 0.05, {}, {}))
         loss = sum(train.step_losses(network, batch, targets, cfg).values())
@@ -3664,6 +3664,43 @@ def test_bench_save(capsys):
     assert len(rows) == 6 and all(row["ms"] == row["ms"] for row in rows) and rows[0]["ms"] > 0 and rows[2]["ms"] > 0
     with pytest.raises(ValueError, match="unknown preset 'digit', did you mean digits"):
         bench.main(["save", "--preset", "digit"])
+
+
+@pytest.mark.parametrize("preset,teraflop", [("vits16_short", 0.123), ("vitb16_short", 0.444), ("vitl16_short", 1.535),
+                                             ("vitl14", 2.04), ("vitg14", 7.54)])
+def test_bench_nominal_flops(preset, teraflop):
+    assert bench.train_flops(train.Config(**train.PRESETS[preset])) == pytest.approx(teraflop * 1e12, rel=0.02)
+
+
+def test_bench_scale(capsys):
+    """What must hold between the modes; and bytes by hand, of ViT-L/14 on 8 GPUs."""
+    bench.main(["scale", "--preset", "vitl14", "--json"])
+    network, *rows = json.loads(capsys.readouterr().out)["rows"]
+    rows = {row["shard"]: row for row in rows}
+    assert tuple(rows) == train.SHARDS and network["images per GPU"] == 32
+    backbone, heads = 1e6 * network["backbone, M"], 1e6 * network["heads, M"]
+    gathered = 2 * backbone + 4 * heads
+    by_hand = dict(none=8 * (backbone + heads), grad=2 * gathered + 4 * (backbone + heads))
+    by_hand |= dict(hybrid=by_hand["grad"], full=by_hand["grad"] + 2 * backbone)
+    for mode, size in by_hand.items():
+        assert rows[mode]["8: GB"] == pytest.approx(7 / 8 * size / 1e9)
+    across = 2 * 3 / 4 * 4 * (backbone + heads) / 8  # four machines add up eighths, of float32
+    assert rows["hybrid"]["32: GB"] == rows["none"]["32: GB"] == pytest.approx(across / 1e9)
+    assert rows["none"]["8: memory"] > rows["hybrid"]["8: memory"] == rows["grad"]["8: memory"] > rows["full"]["8: memory"]
+    assert rows["hybrid"]["256: memory"] == rows["hybrid"]["8: memory"] > rows["grad"]["256: memory"]
+    kept = [network[f"GB, recompute {way}"] for way in train.RECOMPUTED]
+    assert kept[0] > 1.5 * kept[1] > 4 * kept[2]
+
+
+@pytest.mark.parametrize("way", train.RECOMPUTED)
+def test_bench_estimates_activations(way):
+    """What a block on the meta device keeps, times the blocks, is what a real backbone keeps, but for its embeddings and
+    its last norm."""
+    cfg = train.Config(**train.PRESETS["digits"] | dict(device="cpu", dtype="fp32", recompute=way, drop_path_rate=0.3))
+    results = multiprocessing.SimpleQueue()
+    bench.measure_steps(cfg, results)
+    estimate, tokens = 3 * bench.block_bytes(cfg, 128, torch.float32)[way], 128 * (2 * 10 + 2 * 5) * 64 * 4
+    assert estimate < results.get()[0] < estimate + 3 * tokens
 
 
 @pytest.mark.parametrize("what,flags,rows", [("knn", ["--images", 2000, "--queries", 20], 4), ("linear", [], 2),

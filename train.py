@@ -661,12 +661,16 @@ def shard(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype, recomput
 
 def prefetch(backbone: nn.Module, blocks: list[nn.Module], heads: list[nn.Module]) -> None:
     """Has the weights of the next blocks gathered while one computes, in both directions, and those of the heads, the
-    largest, while the backbone does: by themselves they would wait for its end."""
+    largest, while the backbone does: FSDP2 sees roots of their own in them, which would wait for its end."""
+    def gather_heads(*_):
+        for head in heads:
+            head.unshard(async_op=True)  # every head is called after the backbone, and waits for this
+
     backbone.set_modules_to_forward_prefetch(blocks[:AHEAD])
     for i, block in enumerate(blocks):
         block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + AHEAD])
         block.set_modules_to_backward_prefetch(blocks[max(i - AHEAD, 0) : i][::-1])
-    backbone.register_forward_pre_hook(lambda *_: [head.unshard(async_op=True) for head in heads] and None)
+    backbone.register_forward_pre_hook(gather_heads)
 
 
 RECOMPUTED = ("none", "selective", "blocks")
