@@ -708,7 +708,7 @@ def parse(argv: list[str] | None):
     parser = data.Parser(__doc__)
     parser.add_argument("what", choices=tuple(BENCHES), help="what to measure")
     parser.add_argument("--data", default="", help="images, named as train.py's --data")
-    parser.add_argument("--preset", default="", help="of train.py, for `save` (vits16_short) and `scale` (five of them)")
+    parser.add_argument("--preset", default="", help="of train.py, for `save` (vits16_short) and `scale` (five)")
     parser.add_argument("--check", action="store_true", help="for `scale`: measure the memory of real steps")
     parser.add_argument("--images", type=int, default=100_000, help="for `knn`; `logreg` takes a fifth of it")
     parser.add_argument("--queries", type=int, default=5_000, help="images to classify, for `knn`")

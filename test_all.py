@@ -2074,6 +2074,7 @@ def test_shard_modes_hold_what_they_should(tmp_path):
 def test_recompute_gives_the_same_gradients_in_less_memory(ffn):
     """Blocks that keep everything, matrix products and attention, nothing; plain, and compiled as one graph each."""
     def passes(way: str, compiled: bool):
+        torch._dynamo.reset()  # it counts what it compiled before
         torch.manual_seed(0)
         cfg = train.Config(**train.PRESETS["digits"] | dict(ffn_layer=ffn, init_std=0.1))
         network = train.build_network(cfg, 0.3)
