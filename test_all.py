@@ -2029,7 +2029,9 @@ def on_machines_and_stop(step: int | None) -> None:
 
 def shards_checks() -> None:
     """Run by four processes on two machines: what each holds before, between and after the passes, in bytes."""
-    cfg = train.Config(**train.PRESETS["digits"] | dict(batch_size=16, group_size=4, ibot_separate_head=True))
+    cfg = train.Config(**train.PRESETS["digits"] | dict(
+        batch_size=16, group_size=4, ibot_separate_head=True, ibot_head_n_prototypes=48, ibot_head_hidden_dim=32,
+        ibot_head_bottleneck_dim=16))
     train.start_processes(CPU)
     batch = data.prepare(train.training_batches(cfg, data.open_source("digits"), dist.get_rank(), 4)[0], CPU)
     gradients = {}
@@ -2097,6 +2099,16 @@ def test_recompute_gives_the_same_gradients_in_less_memory(ffn):
             assert_close(g, expected[name], 1e-5 if compiled else 0.0, f"{way} {name}")
         sizes += [] if compiled else [size]
     assert sizes[0] > 1.5 * sizes[1] > 3 * sizes[2], sizes
+
+
+def test_shard_and_recompute_of_a_run_that_knew_neither(trained, tmp_path):
+    """A run that began with the field recompute_blocks, or without --shard, goes on, with any value of the two."""
+    shutil.copytree(trained, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    config = {k: v for k, v in config.items() if k not in ("shard", "recompute")} | dict(recompute_blocks=True)
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    flags = ["--steps", 4, "--eval-every", 2, "--export-every", 3, "--save-every", 2, "--out", tmp_path / "out"]
+    assert set_up_and_release(*TINY, *flags, "--shard", "full", "--recompute", "selective").start == 4
 
 
 def test_shard_hybrid_wants_equal_machines(tmp_path):

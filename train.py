@@ -154,7 +154,7 @@ class Config:
     dtype: str = "auto"  # of backbone weights and activations in the step: bf16, fp32, auto: bf16 on a GPU
     compile: bool = False  # torch.compile each block; a minute to start, faster steps
     accum: int = 1  # parts in which each process computes its share of a step; more need less memory, same result
-    recompute: str = "none"  # anew for backward: none, selective (but products, attention), blocks: least memory
+    recompute: str = "none"  # anew in the backward pass: none; selective: all but matrix products; blocks: all
     shard: str = "grad"  # the state over processes: none, grad, full or hybrid; which and when: README, "Scaling"
     deterministic: bool = False  # the same run twice gives the same bits; slower on a GPU
     # output
