@@ -5,6 +5,9 @@
     python bench.py data --data /my/photos      # on your images instead of scikit-learn's two photographs
     python bench.py save                        # what saving and guarding a run costs, of ViT-S/16
     python bench.py save --preset digits        # or of another preset
+    python bench.py scale                       # of ViT-S, B, L and g on 8, 32 and 256 GPUs: bytes sent, time, memory,
+                                                # by calculation; --preset vitl14 for one of them
+    python bench.py scale --preset digits --check  # the memory against that of real steps, on this CPU
     python bench.py knn --repeats 3             # exact k-NN against the matrix product alone, the official way, and
                                                 # scikit-learn
     python bench.py knn --ours-only --images 1281167 --dim 1024 --queries 512  # memory at the size of ImageNet-1k
@@ -21,6 +24,7 @@ on a noisy machine too. A GPU's part is measured if there is one. Apache License
 import io
 import itertools
 import json
+import math
 import multiprocessing
 import platform
 import random
@@ -30,14 +34,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision import transforms as T
 from tqdm import tqdm
 
@@ -152,11 +161,13 @@ def bench_data(args, device: torch.device) -> list[dict]:
 
 
 def show(rows: list[dict]) -> None:
-    """A Markdown table."""
-    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
-    for row in rows:
-        cells = [v if isinstance(v, str) else f"{v:,.{0 if abs(v) >= 10 else 2}f}" for v in row.values()]
-        print("| " + " | ".join(cells) + " |")
+    """Markdown tables, one for all consecutive rows with the same columns."""
+    for names, table in itertools.groupby(rows, key=tuple):
+        print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
+        for row in table:
+            cells = [v if isinstance(v, str) else f"{v:,.{0 if abs(v) >= 10 else 2}f}" for v in row.values()]
+            print("| " + " | ".join(cells) + " |")
+        print()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -168,16 +179,16 @@ def bench_save(args, device: torch.device) -> list[dict]:
     lost. A save costs the wait for its copies, and whatever the steps beside its writing take longer than others."""
     n = 64 if device.type == "cuda" else 8
     with tempfile.TemporaryDirectory() as folder:
-        fields = train.PRESETS[args.preset] | dict(out=f"{folder}/out", keep=1)
-        if args.preset not in ("digits", "fashion"):  # the batch of one device
-            fields |= dict(batch_size=n, group_size=n, data=folder)
+        preset = args.preset or "vits16_short"
+        cfg = train.Config(**train.PRESETS[preset] | dict(out=f"{folder}/out", keep=1))
+        if preset not in ("digits", "fashion"):  # the batch of one device
+            cfg = replace(cfg, batch_size=n, group_size=n, data=folder)
             write_photos(Path(folder))
-        cfg = train.Config(**fields)
         source = data.open_source(args.data or cfg.data, cfg.in_chans)
         mesh, lock = train.start_processes(device), train.OutputLock(Path(cfg.out))
         state, batches = train.TrainState(cfg, mesh, device), train.training_batches(cfg, source, 0, 1)
         log = train.Log(Path(cfg.out) / "metrics.jsonl", 0, 0, {})
-        saver = train.Saver(cfg, args.preset, state, lock, 0, [], lambda text: None)
+        saver = train.Saver(cfg, preset, state, lock, 0, [], lambda text: None)
         guard, agreement = train.NonFinite(cfg, log, batches, saver), train.Agreement()
         batch, now = [data.prepare(batches[0], device, cfg.mean, cfg.std)], dict(
             lr=0.0, last_layer_lr=0.0, weight_decay=0.0, momentum=1.0, teacher_temp=cfg.teacher_temp)
@@ -214,13 +225,262 @@ def bench_save(args, device: torch.device) -> list[dict]:
         1e3 * statistics.median(times) for times in (bare, guards, stalls, extra, written))
     percent = lambda ms: 100 * ms / (500 * step_ms)  # noqa: E731
     return [dict([("part", name), ("ms", ms), ("% of 500 steps", share)]) for name, ms, share in (
-        (f"a step of {args.preset}, batch {cfg.batch_size}", step_ms, 0.2),
+        (f"a step of {preset}, batch {cfg.batch_size}", step_ms, 0.2),
         ("guards after a step: signals, non-finite numbers, agreement", guard_ms, percent(500 * guard_ms)),
         ("a save: training waits for copies", stall_ms, percent(stall_ms)),
         ("a save: the steps beside its writing take longer by", extra_ms, percent(max(extra_ms, 0.0))),
         ("all, at --save-every 500", 500 * guard_ms + stall_ms + max(extra_ms, 0.0),
          percent(500 * guard_ms + stall_ms + max(extra_ms, 0.0))),
         (f"for comparison: writing {size / 2**20:,.0f} MB in the background took", written_ms, percent(written_ms)))]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# scale: what training costs on many GPUs, by calculation. All that is assumed of hardware stands in these lines.
+
+PEAK, USED = 989e12, 0.4  # bfloat16 FLOP/s of an H100, and the share of them that we aim at
+NVLINK, NETWORK = 450e9, 50e9  # bytes per second and direction of one GPU, within a machine and between machines
+NVLINK_HOP, NETWORK_HOP = 2e-6, 4e-6  # seconds from one GPU to the next one
+MACHINE = 8  # GPUs
+CHUNK = 2048  # rows of logits that exist at once; without chunks, as many as there are
+
+
+def head_rows(cfg: train.Config, crops: int) -> dict[str, float]:
+    """Rows per image that go through each head: the CLS tokens of `crops` crops, and the masked patches of two."""
+    patches = 2 * (cfg.global_crops_size // cfg.patch_size) ** 2
+    masked = cfg.mask_sample_probability * patches * sum(cfg.mask_ratio_min_max) / 2 * (cfg.ibot_loss_weight > 0)
+    return dict(dino_head=crops, ibot_head=masked) if cfg.ibot_separate_head else dict(dino_head=crops + masked)
+
+
+def pass_flops(cfg: train.Config) -> tuple[float, float]:
+    """Floating-point operations per image of a forward pass of the teacher and of the student: matrix products and
+    attention, two per multiplication and addition; with nothing taken off for stochastic depth."""
+    with torch.device("meta"):
+        network = train.build_network(cfg)
+    backbone = network["backbone"]
+
+    def per_row(module) -> int:  # of the matrices in it
+        return 2 * sum(p.numel() for p in module.parameters() if p.ndim > 1 and p[0].numel() > 1)
+
+    def forward(*crops: tuple[int, int]) -> float:
+        rows = head_rows(cfg, sum(number for number, _ in crops))
+        flops = sum(rows[name] * per_row(network[name]) for name in rows.keys() & network.keys())
+        for number, side in crops:
+            patches = (side // cfg.patch_size) ** 2
+            tokens = 1 + cfg.num_register_tokens + patches
+            flops += number * (tokens * per_row(backbone.blocks) + patches * per_row(backbone.patch_embed)
+                               + 4 * backbone.n_blocks * backbone.embed_dim * tokens**2)
+        return flops
+
+    both = 2, cfg.global_crops_size
+    return forward(both), forward(both, (cfg.local_crops_number, cfg.local_crops_size))
+
+
+def train_flops(cfg: train.Config) -> float:
+    """Nominal floating-point operations of a training step per image: the teacher's forward pass, the student's, and
+    its backward pass as twice that. What is recomputed to save memory is no use, so does not count."""
+    teacher, student = pass_flops(cfg)
+    return teacher + 3 * student
+
+
+class Living(TorchDispatchMode):
+    """Keeps account, while on, of the storages of all new tensors. `bytes()`: of those that are still there; what
+    autograd keeps for the backward pass stays, what it does not is gone."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor) and (key := t.untyped_storage()._cdata) not in given:  # a view is not new
+                self.storages[key] = StorageWeakRef(t.untyped_storage()), t.untyped_storage().nbytes()
+        return result
+
+    def bytes(self) -> int:
+        return sum(size for storage, size in self.storages.values() if not storage.expired())
+
+
+def kept_bytes(call) -> int:
+    """Bytes that are taken for as long as the result of call() is there, by that and for its backward pass."""
+    with Living() as living:
+        result = call()
+        size = living.bytes()
+    del result
+    return size
+
+
+def attention_on_meta(q, k, v, scale: float):
+    """Attention that keeps what the fused kernels keep; by itself, the meta device would keep a row for each token."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)[0]
+
+
+@cache
+def block_bytes(cfg: train.Config, images: int, dtype: torch.dtype) -> dict[str, int]:
+    """{way of --recompute: bytes that one block of the student keeps for the backward pass}. From a block without data,
+    on the meta device."""
+    kept, sides = {}, [(2, cfg.global_crops_size), (cfg.local_crops_number, cfg.local_crops_size)]
+    shapes = [(n * images, 1 + cfg.num_register_tokens + (side // cfg.patch_size) ** 2) for n, side in sides]
+    for way in train.RECOMPUTED:
+        with torch.device("meta"):
+            network = train.build_network(cfg, cfg.drop_path_rate).to(dtype).train()
+            x = torch.empty(1, sum(b * n for b, n in shapes), network["backbone"].embed_dim, dtype=dtype)
+        block = network["backbone"].block_list()[-1]
+        if way != "none":
+            block.forward = train.recomputed(block.forward, way)
+        with mock.patch.object(F, "scaled_dot_product_attention", attention_on_meta):
+            kept[way] = kept_bytes(partial(block, x.requires_grad_(), shapes))
+    return kept
+
+
+def activations(cfg: train.Config, images: int, dtype: torch.dtype, way: str) -> float:
+    """Bytes that all blocks keep, with what the backward pass makes anew of the one block that it has begun with."""
+    kept, depth = block_bytes(cfg, images, dtype), train.ARCHS[cfg.arch]["depth"]
+    return depth * kept[way] + kept["none"] - kept[way]
+
+
+@cache
+def other_bytes(cfg: train.Config, images: int) -> float:
+    """Bytes beside blocks and weights at the start of the backward pass: what the heads keep, three tables of logits
+    (float32, a chunk of the rows), the normalised prototypes, the crops of this step and of the next one."""
+    total, rows = 0.0, head_rows(cfg, 2 + cfg.local_crops_number)
+    with torch.device("meta"):
+        network = train.build_network(cfg)
+        for name in rows.keys() & network.keys():
+            head, n = network[name], max(round(rows[name] * images), 1)
+            features = torch.empty(n, network["backbone"].embed_dim)
+            total += kept_bytes(lambda: F.normalize(head.mlp(features), dim=-1))  # noqa: B023 called at once
+            total += 3 * 4 * min(n, CHUNK) * len(head.last_layer.weight_v) + 4 * head.last_layer.weight_v.numel()
+    pixels = 2 * cfg.global_crops_size**2 + cfg.local_crops_number * cfg.local_crops_size**2
+    return total + 2 * 4 * cfg.in_chans * images * pixels
+
+
+@cache
+def pieces(cfg: train.Config) -> dict[str, list[int]]:
+    """Numbers of parameters that are gathered at once: of each block, of the rest of the backbone, of each head."""
+    with torch.device("meta"):
+        network = train.build_network(cfg)
+    size = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    blocks = [size(block) for block in network["backbone"].block_list()]
+    rest = size(network["backbone"]) - sum(blocks)
+    return dict(blocks=blocks, rest=[rest], heads=[size(m) for name, m in network.items() if name != "backbone"])
+
+
+def ring(size: float, gpus: int) -> np.ndarray:
+    """(bytes a GPU sends by NVLink, by network, seconds) of an all-gather or a reduce-scatter of `size` bytes. One ring
+    through all machines uses the network links of all GPUs of a machine at once."""
+    machines, sent = -(-gpus // MACHINE), size * (gpus - 1) / gpus
+    outside = sent / MACHINE if machines > 1 else 0.0
+    hops = (gpus - machines) * NVLINK_HOP + (machines > 1) * machines * NETWORK_HOP
+    return np.array([sent, outside, max(sent / NVLINK, outside / NETWORK) + hops])
+
+
+def all_reduce(size: float, machines: int) -> np.ndarray:
+    """Likewise, of `size` bytes that one GPU of each machine has, along a tree."""
+    sent = 2 * size * (machines - 1) / machines
+    return np.array([0.0, sent, sent / NETWORK + 2 * math.ceil(math.log2(machines)) * NETWORK_HOP])
+
+
+def traffic(cfg: train.Config, mode: str, gpus: int) -> np.ndarray:
+    """(3, 3) bytes by NVLink, by network, seconds: of the teacher's forward pass, the student's, the backward pass.
+    The backbone is gathered in bfloat16, heads in float32; gradients are added up in float32."""
+    parts = pieces(cfg)
+    backbone, heads = parts["blocks"] + parts["rest"], parts["heads"]
+    near = min(gpus, MACHINE) if mode in ("hybrid", "none") else gpus  # "none" adds up within a machine first
+    gather = lambda counts, n_bytes: sum((ring(n_bytes * n, near) for n in counts), np.zeros(3))  # noqa: E731
+    forward = gather(backbone, 2) + gather(heads, 4) if mode != "none" else np.zeros(3)
+    backward = gather(backbone + heads, 4) + (mode == "full") * gather(backbone, 2)
+    backward += (mode == "none") * gather(backbone + heads, 4)  # and hands out the sum
+    if near < gpus:
+        backward += sum(all_reduce(4 * n / near, gpus // near) for n in backbone + heads)
+    return np.stack([forward, forward, backward])
+
+
+def memory(cfg: train.Config, mode: str, gpus: int, images: int, way: str, half: bool = True) -> dict[str, float]:
+    """Bytes on one GPU when the backward pass begins, which is when most is held: activations are there and gradients
+    are not (--accum adds 4 bytes per parameter and sharer). `half`: bfloat16, else float32."""
+    parts, sharers = pieces(cfg), dict(none=1, hybrid=min(gpus, MACHINE)).get(mode, gpus)
+    blocks, rest, heads = (sum(counts) for counts in parts.values())
+    gathered = (blocks if mode != "full" else (1 + train.AHEAD) * max(parts["blocks"])) + rest
+    alone = gpus == 1 and not half  # then nothing is gathered
+    return dict(
+        state=16 * (blocks + rest + heads) / sharers,  # student, two moments, teacher: float32
+        gathered=0.0 if alone else (2 if half else 4) * gathered + 4 * heads,
+        gradients=4 * heads / sharers + (0 if alone else 8 * heads),  # of the heads, the first; and what is sent
+        blocks=activations(cfg, images, torch.bfloat16 if half else torch.float32, way),
+        others=other_bytes(cfg, images))
+
+
+def check_memory(preset: str) -> list[dict]:
+    """Rows of {part, GB estimated, GB measured}: of two steps by a process on the CPU, for each way of --recompute."""
+    rows, cfg = [], replace(train.Config(**train.PRESETS[preset]), device="cpu", dtype="fp32")
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        if preset not in ("digits", "fashion"):
+            cfg = replace(cfg, batch_size=8, group_size=8, data=folder)
+            write_photos(Path(folder))
+        for way in train.RECOMPUTED:
+            results = context.SimpleQueue()
+            process = context.Process(target=measure_steps, args=(replace(cfg, recompute=way), results))
+            process.start()
+            process.join()
+            if process.exitcode:
+                raise ValueError(f"two steps of {preset} ended with code {process.exitcode}; is the memory enough?")
+            kept = train.ARCHS[cfg.arch]["depth"] * block_bytes(cfg, cfg.batch_size, torch.float32)[way]
+            estimates = kept, sum(memory(cfg, "grad", 1, cfg.batch_size, way, half=False).values())
+            parts = "kept by the student's backbone", "all, at most"
+            rows += [{"part": f"{part}, --recompute {way}", "GB estimated": estimate / 1e9, "GB measured": size / 1e9}
+                     for part, estimate, size in zip(parts, estimates, results.get())]
+    return rows
+
+
+def measure_steps(cfg: train.Config, results) -> None:
+    """In a process of its own: bytes that the student's forward pass keeps, and bytes that two steps add at most to
+    those of a program that has done nothing."""
+    cpu = torch.device("cpu")
+    before, state = peak_memory(cpu), train.TrainState(cfg, train.start_processes(cpu), cpu)
+    batch = train.training_batches(cfg, data.open_source(cfg.data, cfg.in_chans), 0, 1)[0]
+    batch = data.prepare(batch, cpu, cfg.mean, cfg.std)
+    orders = None if batch.global_orders is None else [batch.global_orders, batch.local_orders]
+    kept = kept_bytes(lambda: state.student["backbone"]([batch.global_crops, batch.local_crops], [batch.masks, None],
+                                                        is_training=True, drop_orders=orders))
+    now = dict(lr=0.0, last_layer_lr=0.0, weight_decay=0.0, momentum=1.0, teacher_temp=cfg.teacher_temp)
+    for _ in range(2):
+        train.train_step(state.student, state.teacher, state.optimizer, [batch], cfg, now, state.centers)
+    results.put((kept, 1e9 * (peak_memory(cpu) - before)))
+    train.dist.destroy_process_group()
+
+
+def bench_scale(args, device: torch.device) -> list[dict]:
+    """Rows of networks: their work and activations; then of networks and --shard: for each number of GPUs the bytes
+    that each sends per step, by NVLink in one machine and by network in more, the time of that, and what of it the
+    three passes cannot hide; and the memory that each needs."""
+    if args.check:
+        return check_memory(args.preset or "vits16_short")
+    presets = [args.preset] if args.preset else ["vits16_short", "vitb16_short", "vitl16_short", "vitl14", "vitg14"]
+    networks, modes = [], []
+    for preset in presets:
+        cfg = train.Config(**train.PRESETS[preset])
+        images, (teacher, student) = cfg.group_size, pass_flops(cfg)
+        compute = images / PEAK / USED * np.array([teacher, student, 2 * student])
+        parts = pieces(cfg)
+        sizes = dict(backbone=sum(parts["blocks"] + parts["rest"]), heads=sum(parts["heads"]))
+        networks.append({"preset": preset, "images per GPU": images, "TFLOP per image": train_flops(cfg) / 1e12,
+                         "compute ms": 1e3 * compute.sum()}
+                        | {f"{name}, M": size / 1e6 for name, size in sizes.items()}
+                        | {f"GB, recompute {way}": activations(cfg, images, torch.bfloat16, way) / 1e9
+                           for way in train.RECOMPUTED})
+        for mode in train.SHARDS:
+            row = dict(preset=preset, shard=mode)
+            for gpus in (8, 32, 256):
+                passes = traffic(cfg, mode, gpus)
+                row[f"{gpus}: GB"] = passes[:, int(gpus > MACHINE)].sum() / 1e9
+                row[f"{gpus}: ms"] = 1e3 * passes[:, 2].sum()
+                row[f"{gpus}: not hidden"] = 1e3 * (passes[:, 2] - compute).clip(0).sum()
+            modes.append(row | {f"{gpus}: memory": sum(memory(cfg, mode, gpus, images, "none").values()) / 1e9
+                                for gpus in (8, 256)})
+    return networks + modes
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -439,8 +699,8 @@ def bench_memory(make, ways: tuple[str, ...], args, device: torch.device) -> lis
 
 
 DENSE_WAYS = ("heads.LinearDepthHead", "enlarged first, as officially")
-BENCHES = {"data": bench_data, "save": bench_save, "knn": bench_knn, "logreg": bench_logreg, "linear": bench_linear,
-           "hub": bench_hub, "dense": partial(bench_memory, linear_depth, DENSE_WAYS),
+BENCHES = {"data": bench_data, "save": bench_save, "scale": bench_scale, "knn": bench_knn, "logreg": bench_logreg,
+           "linear": bench_linear, "hub": bench_hub, "dense": partial(bench_memory, linear_depth, DENSE_WAYS),
            "m2f": partial(bench_memory, whole_mask2former, ("Mask2Former over ViT-g, 896x896",))}
 
 
@@ -448,7 +708,8 @@ def parse(argv: list[str] | None):
     parser = data.Parser(__doc__)
     parser.add_argument("what", choices=tuple(BENCHES), help="what to measure")
     parser.add_argument("--data", default="", help="images, named as train.py's --data")
-    parser.add_argument("--preset", default="vits16_short", help="of train.py, for `save`")
+    parser.add_argument("--preset", default="", help="of train.py, for `save` (vits16_short) and `scale` (five)")
+    parser.add_argument("--check", action="store_true", help="for `scale`: measure the memory of real steps")
     parser.add_argument("--images", type=int, default=100_000, help="for `knn`; `logreg` takes a fifth of it")
     parser.add_argument("--queries", type=int, default=5_000, help="images to classify, for `knn`")
     parser.add_argument("--dim", type=int, default=384, help="width of the features, for `knn`, `logreg`, `linear`, "
@@ -461,7 +722,7 @@ def parse(argv: list[str] | None):
     args = parser.parse_args(argv)
     if min(args.repeats, args.images, args.queries, args.dim, args.every) < 1:
         raise ValueError("--repeats, --images, --queries, --dim and --every must be 1 or more")
-    if args.preset not in train.PRESETS:
+    if args.preset not in ("", *train.PRESETS):
         raise ValueError(f"unknown preset {args.preset!r}{data.nearest(args.preset, train.PRESETS)}")
     if args.name not in hub.RELEASED:
         raise ValueError(f"unknown model {args.name!r}{data.nearest(args.name, hub.RELEASED)}")

@@ -2039,12 +2039,13 @@ def test_train_init_starts_from_a_checkpoint(trained, tmp_path):
 
 
 def test_train_bf16_and_recomputation(tmp_path):
-    """Recomputing blocks changes nothing; bfloat16 changes the losses by its rounding."""
+    """Recomputing blocks, or the cheap part of them, changes nothing; bfloat16 changes the losses by its rounding."""
     losses_of = {}
-    for name, flags in dict(plain=[], again=["--recompute-blocks"], bf16=["--dtype", "bf16"]).items():
+    for name, flags in dict(plain=[], again=["--recompute", "blocks"], some=["--recompute", "selective"],
+                            bf16=["--dtype", "bf16"]).items():
         train_main(*TINY, "--steps", 2, "--out", tmp_path / name, "--drop-path-rate", 0.3, *flags)
         losses_of[name] = [r["loss"] for r in metrics(tmp_path / name)]
-    assert losses_of["plain"] == losses_of["again"]
+    assert losses_of["plain"] == losses_of["again"] == losses_of["some"]
     assert losses_of["plain"] != losses_of["bf16"] and losses_of["plain"] == pytest.approx(losses_of["bf16"], rel=0.05)
 
 
@@ -2058,8 +2059,9 @@ def test_train_survives_half_a_line_of_metrics(trained, tmp_path):
 
 
 def test_train_compiles_once(tmp_path, monkeypatch):
-    """--compile: one whole graph for the student's blocks and one for the teacher's, with stochastic depth, one for the
-    losses, none after the first step although the number of masked patches changes; and the losses stay the same."""
+    """--compile: one whole graph for the student's blocks and one for the teacher's, with stochastic depth, with FSDP2
+    around them, also when they are computed anew, and one for the losses; none after the first step, although the number
+    of masked patches changes. The losses stay the same."""
     graphs = {}
 
     def count(graph, inputs):
@@ -2067,13 +2069,148 @@ def test_train_compiles_once(tmp_path, monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    for name, flags in dict(plain=[], whole=["--compile"], selective=["--compile", "--recompute", "selective"],
+                            blocks=["--compile", "--recompute", "blocks"]).items():
+        train.compiled.cache_clear()
+        train_main(*TINY, "--steps", 4, "--log-every", 1, "--out", tmp_path / name, "--drop-path-rate", 0.3,
+                   "--dtype", "bf16", *flags)
+        assert graphs.get(name, []) == [0] * dict(plain=0, whole=3).get(name, 1)  # the teacher's and the losses' remain
+        losses_of = [[r["loss"] for r in metrics(tmp_path / n)] for n in ("plain", name)]
+        assert losses_of[0] == pytest.approx(losses_of[1], rel=1e-4)
     train.compiled.cache_clear()
-    for name, flags in dict(plain=[], compiled=["--compile"]).items():
-        train_main(*TINY, "--steps", 6, "--log-every", 1, "--out", tmp_path / name, "--drop-path-rate", 0.3, *flags)
-    train.compiled.cache_clear()
-    assert graphs == dict(compiled=[0, 0, 0])
-    plain, compiled = ([r["loss"] for r in metrics(tmp_path / name)] for name in ("plain", "compiled"))
-    assert plain == pytest.approx(compiled, rel=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train.py: sharing weights among processes, and computing them anew
+
+
+def on_machines_of(n: int) -> None:
+    """Has the processes believe that each `n` of them are on a machine of their own; the last may hold fewer."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    os.environ |= dict(LOCAL_WORLD_SIZE=str(min(n, world - rank // n * n)), LOCAL_RANK=str(rank % n))
+
+
+def test_shard_modes_equal_one_process_and_continue_each_other(tmp_path):
+    """none, hybrid on two machines, full, grad, each going on from the save of the one before: losses, gradient norms
+    and weights of one process, with clipping at work; and each state is saved once, whoever holds copies of it."""
+    flags = [*TINY, "--steps", 8, "--drop-path-rate", 0.3, "--batch-size", 16, "--save-every", 5, "--clip-grad", 0.3]
+    alone = Launched(tmp_path / "log1", train.main, *flags, "--out", tmp_path / "one")
+    flags += ["--out", tmp_path / "many"]
+    for mode, world, stop in (("none", 2, 2), ("hybrid", 4, 2), ("full", 2, 2), ("grad", 4, None)):
+        before = partial(on_machines_and_stop, stop)
+        text = Launched(tmp_path / "log", train.main, *flags, "--shard", mode, world=world, before=before).wait()
+    assert re.findall(r"step (\d+) of 8, batch 16 on (\d)", text) == [("0", "2"), ("2", "4"), ("4", "2"), ("6", "4")]
+    alone.wait()
+    for one, many in zip(metrics(tmp_path / "one"), metrics(tmp_path / "many"), strict=True):
+        assert one["grad_norm/backbone"] > 0.3 and one == pytest.approx(many, rel=1e-3, abs=1e-6)
+    saves = sorted((tmp_path / "many/resume").iterdir())
+    one, many = (saved_tensors(p, tmp_path) for p in (tmp_path / "one/resume/step_000000008", saves[-1]))
+    worst = {k: (one[k] - many[k]).abs().max().item() for k in one if not k.endswith("qkv.bias")}
+    assert one.keys() == many.keys() and max(worst.values()) < 2e-3, max(worst, key=worst.get)
+    sizes = [sum(f.stat().st_size for f in save.glob("*.distcp")) for save in saves]
+    assert max(sizes) < 1.5 * min(sizes)  # each tensor has a head of its own in a file
+
+
+def on_machines_and_stop(step: int | None) -> None:
+    on_machines_of(2)
+    if step:
+        stop_at(step)
+
+
+def shards_checks() -> None:
+    """Run by four processes on two machines: what each holds before, between and after the passes, in bytes."""
+    cfg = train.Config(**train.PRESETS["digits"] | dict(
+        batch_size=16, group_size=4, ibot_separate_head=True, ibot_head_n_prototypes=48, ibot_head_hidden_dim=32,
+        ibot_head_bottleneck_dim=16))
+    train.start_processes(CPU)
+    batch = data.prepare(train.training_batches(cfg, data.open_source("digits"), dist.get_rank(), 4)[0], CPU)
+    gradients = {}
+    for mode, sharers in dict(none=1, hybrid=2, grad=4, full=4).items():
+        torch.manual_seed(0)
+        network, teacher = train.build_network(cfg), train.build_network(cfg).requires_grad_(False).eval()
+        whole = {name: p.numel() for name, p in network.named_parameters()}
+        mesh = train.share_mesh("cpu", mode)
+        assert mesh.shape == ((4,) if sharers == 4 else (4 // sharers, sharers))
+        train.shard(network, mesh, torch.bfloat16, mode=mode)
+        train.shard(teacher, mesh, torch.bfloat16, with_backward=False, mode=mode)
+        assert train.n_copies(network) * sharers == 4
+        held = {name: p.to_local() for name, p in network.named_parameters()}
+        for name, p in held.items():  # rows are dealt out evenly; of single rows, the first process has them
+            even = network.get_parameter(name).shape[0] % sharers == 0
+            assert p.dtype == torch.float32 and p.numel() in ([whole[name] // sharers] if even else [0, whole[name]])
+
+        targets = next(train.teacher_targets(teacher, [batch], cfg, 0.05, {}, {}))
+        loss, _ = train.step_losses(network, batch, targets, cfg)
+        gathered = {name: not isinstance(p, train.DTensor) for name, p in network.named_parameters()}
+        assert not any(not isinstance(p, train.DTensor) for p in teacher.parameters())  # or its mean would miss them
+        assert all(kept == (mode != "full" or "_head." in name) for name, kept in gathered.items()), mode
+        kinds = {(name.split(".")[0], p.dtype) for name, p in network.named_parameters() if gathered[name]}
+        assert kinds - {("backbone", torch.bfloat16)} == {(h, torch.float32) for h in ("dino_head", "ibot_head")}
+        loss.backward()
+        assert all(isinstance(p, train.DTensor) for p in network.parameters())
+        gradients[mode] = {name: p.grad.full_tensor() for name, p in network.named_parameters()}
+    for mode, grads in gradients.items():
+        for name, g in grads.items():  # added up in float32: in bfloat16, sums would have no more than 8 bits
+            assert g.dtype == torch.float32 and torch.allclose(g, gradients["grad"][name], rtol=1e-5, atol=1e-7), name
+        fc1 = grads["backbone.blocks.0.mlp.fc1.weight"]
+        assert (fc1.bfloat16() != fc1).float().mean() > 0.5, mode
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_shard_modes_hold_what_they_should(tmp_path):
+    Launched(tmp_path / "log", shards_checks, world=4, before=partial(on_machines_of, 2)).wait()
+
+
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+def test_recompute_gives_the_same_gradients_in_less_memory(ffn):
+    """Blocks that keep everything, matrix products and attention, nothing; plain, and compiled as one graph each."""
+    def passes(way: str, compiled: bool):
+        torch._dynamo.reset()  # it counts what it compiled before
+        torch.manual_seed(0)
+        cfg = train.Config(**train.PRESETS["digits"] | dict(ffn_layer=ffn, init_std=0.1))
+        network = train.build_network(cfg, 0.3)
+        train.shard(network, types.SimpleNamespace(size=lambda: 1), torch.float32, way)  # alone: nothing to share
+        for block in network["backbone"].block_list() if compiled else ():
+            block.compile(backend="aot_eager", fullgraph=True)
+        images = [torch.randn(8, 3, 12, 12), torch.randn(16, 3, 8, 8)]
+        orders = [torch.stack([torch.randperm(len(i))[None] for _ in range(6)]) for i in images]
+        forward = partial(network["backbone"], images, is_training=True, drop_orders=orders)
+        size = 0 if compiled else bench.kept_bytes(forward)
+        sum(out["x_prenorm"].square().mean() for out in forward()).backward()
+        return size, {name: p.grad for name, p in network["backbone"].named_parameters() if p.grad is not None}
+
+    kept, expected = passes("none", False)
+    sizes = [kept]
+    for way, compiled in itertools.product(("selective", "blocks"), (False, True)):
+        size, gradients = passes(way, compiled)
+        assert gradients.keys() == expected.keys() and len(expected) > 30
+        for name, g in gradients.items():
+            assert_close(g, expected[name], 1e-5 if compiled else 0.0, f"{way} {name}")
+        sizes += [] if compiled else [size]
+    assert sizes[0] > 1.5 * sizes[1] > 3 * sizes[2], sizes
+
+
+def test_shard_and_recompute_of_a_run_that_knew_neither(trained, tmp_path):
+    """A run that began with the field recompute_blocks, or without --shard, goes on, with any value of the two."""
+    shutil.copytree(trained, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    config = {k: v for k, v in config.items() if k not in ("shard", "recompute")} | dict(recompute_blocks=True)
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    flags = ["--steps", 4, "--eval-every", 2, "--export-every", 3, "--save-every", 2, "--out", tmp_path / "out"]
+    assert set_up_and_release(*TINY, *flags, "--shard", "full", "--recompute", "selective").start == 4
+
+
+def test_shard_hybrid_wants_equal_machines(tmp_path):
+    """One line on each process, and nothing is written."""
+    flags = [*TINY, "--batch-size", 12, "--steps", 1, "--shard", "hybrid", "--out", tmp_path / "out"]
+    text = Launched(tmp_path / "log", train.main, *flags, world=3, before=partial(on_machines_of, 2)).wait(2)
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 3 and "--shard hybrid wants as many processes on each machine" in errors[0]
+    assert "take --shard grad" in errors[0] and not (tmp_path / "out").exists()
+    for field, value, fix in (("shard", "ful", "did you mean full"), ("recompute", "block", "did you mean blocks")):
+        with pytest.raises(ValueError, match=f"--{field} '{value}', {fix}"):
+            train.check(train.Config(**{field: value}), 1)
 
 
 def small_step(**changes):
@@ -2182,10 +2319,11 @@ FIELD_CHANGES = dict(  # every field of Config, with a value that must change so
     final_momentum_teacher=0.5, warmup_teacher_temp=0.05, teacher_temp=0.09, warmup_teacher_temp_steps=4, steps=4,
     warmup_steps=0, lr=1e-3, min_lr=1e-3, weight_decay=0.5, weight_decay_end=0.5, layerwise_decay=0.5,
     patch_embed_lr_mult=0.1, clip_grad=0.01, freeze_last_layer_steps=2, betas=(0.5, 0.6), device="cpu", dtype="bf16",
-    compile=True, recompute_blocks=True, accum=2, deterministic=True, out="", log_every=2, eval_every=2, export_every=1,
+    compile=True, recompute="blocks", shard="full", accum=2, deterministic=True, out="", log_every=2, eval_every=2,
+    export_every=1,
     save_every=1, save_minutes=1e-9, save_patience=1.0, keep=1, max_nonfinite=1)
 NO_EFFECT_BY_DESIGN = {  # other tests use them: nothing may change
-    "num_workers", "device", "recompute_blocks", "max_bad_share"}
+    "num_workers", "device", "recompute", "shard", "max_bad_share"}
 ELSEWHERE = {  # tests of their own
     "init", "out", "compile", "kernels", "accum", "deterministic", "save_minutes", "save_patience", "max_nonfinite"}
 
@@ -3723,6 +3861,43 @@ def test_bench_save(capsys):
     assert len(rows) == 6 and all(row["ms"] == row["ms"] for row in rows) and rows[0]["ms"] > 0 and rows[2]["ms"] > 0
     with pytest.raises(ValueError, match="unknown preset 'digit', did you mean digits"):
         bench.main(["save", "--preset", "digit"])
+
+
+@pytest.mark.parametrize("preset,teraflop", [("vits16_short", 0.123), ("vitb16_short", 0.444), ("vitl16_short", 1.535),
+                                             ("vitl14", 2.04), ("vitg14", 7.54)])
+def test_bench_nominal_flops(preset, teraflop):
+    assert bench.train_flops(train.Config(**train.PRESETS[preset])) == pytest.approx(teraflop * 1e12, rel=0.02)
+
+
+def test_bench_scale(capsys):
+    """What must hold between the modes; and bytes by hand, of ViT-L/14 on 8 GPUs."""
+    bench.main(["scale", "--preset", "vitl14", "--json"])
+    network, *rows = json.loads(capsys.readouterr().out)["rows"]
+    rows = {row["shard"]: row for row in rows}
+    assert tuple(rows) == train.SHARDS and network["images per GPU"] == 32
+    backbone, heads = 1e6 * network["backbone, M"], 1e6 * network["heads, M"]
+    gathered = 2 * backbone + 4 * heads
+    by_hand = dict(none=8 * (backbone + heads), grad=2 * gathered + 4 * (backbone + heads))
+    by_hand |= dict(hybrid=by_hand["grad"], full=by_hand["grad"] + 2 * backbone)
+    for mode, size in by_hand.items():
+        assert rows[mode]["8: GB"] == pytest.approx(7 / 8 * size / 1e9)
+    across = 2 * 3 / 4 * 4 * (backbone + heads) / 8  # four machines add up eighths, of float32
+    assert rows["hybrid"]["32: GB"] == rows["none"]["32: GB"] == pytest.approx(across / 1e9)
+    assert rows["none"]["8: memory"] > rows["hybrid"]["8: memory"] == rows["grad"]["8: memory"] > rows["full"]["8: memory"]
+    assert rows["hybrid"]["256: memory"] == rows["hybrid"]["8: memory"] > rows["grad"]["256: memory"]
+    kept = [network[f"GB, recompute {way}"] for way in train.RECOMPUTED]
+    assert kept[0] > 1.5 * kept[1] > 4 * kept[2]
+
+
+@pytest.mark.parametrize("way", train.RECOMPUTED)
+def test_bench_estimates_activations(way):
+    """What a block on the meta device keeps, times the blocks, is what a real backbone keeps, but for its embeddings and
+    its last norm."""
+    cfg = train.Config(**train.PRESETS["digits"] | dict(device="cpu", dtype="fp32", recompute=way, drop_path_rate=0.3))
+    results = multiprocessing.SimpleQueue()
+    bench.measure_steps(cfg, results)
+    estimate, tokens = 3 * bench.block_bytes(cfg, 128, torch.float32)[way], 128 * (2 * 10 + 2 * 5) * 64 * 4
+    assert estimate < results.get()[0] < estimate + 3 * tokens
 
 
 @pytest.mark.parametrize("what,flags,rows", [("knn", ["--images", 2000, "--queries", 20], 4), ("linear", [], 2),

@@ -55,7 +55,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
 
 from data import (
@@ -157,7 +157,8 @@ class Config:
     compile: bool = False  # torch.compile each block; a minute to start, faster steps
     kernels: bool = False  # attention by kernels/attention.cu: bf16 on an NVIDIA GPU; nvcc compiles it once
     accum: int = 1  # parts in which each process computes its share of a step; more need less memory, same result
-    recompute_blocks: bool = False  # recompute blocks in the backward pass: far less memory, a third more time
+    recompute: str = "none"  # anew in the backward pass: none; selective: all but matrix products; blocks: all
+    shard: str = "grad"  # the state over processes: none, grad, full or hybrid; which and when: README, "Scaling"
     deterministic: bool = False  # the same run twice gives the same bits; slower on a GPU
     # output
     out: str = "out"  # folder for everything this run writes
@@ -205,8 +206,8 @@ PRESETS = {
 PRESETS["vitg14"] = PRESETS["vitl14"] | dict(arch="vit_giant2", batch_size=12 * 256, group_size=12)
 
 CHANGEABLE = {  # without --resume: not what is computed, but where, how long and what is written
-    "out", "steps", "num_workers", "accum", "device", "compile", "kernels", "recompute_blocks", "deterministic", "log_every",
-    "eval_every", "export_every", "save_every", "save_minutes", "save_patience", "keep", "max_nonfinite",
+    "out", "steps", "num_workers", "accum", "device", "compile", "kernels", "recompute", "shard", "deterministic",
+    "log_every", "eval_every", "export_every", "save_every", "save_minutes", "save_patience", "keep", "max_nonfinite",
     "max_bad_share"}
 
 
@@ -283,7 +284,7 @@ def check(cfg: Config, n_ranks: int) -> None:
             raise ValueError(f"--{field.replace('_', '-')} {size} is not a multiple of --patch-size {p}; use {fits}")
     check_groups(cfg.batch_size, cfg.group_size, n_ranks, cfg.accum)
     choices = dict(centering=("centering", "sinkhorn_knopp"), dtype=("auto", "bf16", "fp32"), arch=tuple(ARCHS),
-                   ffn_layer=("mlp", "swiglu", "swiglufused", "identity"))
+                   ffn_layer=("mlp", "swiglu", "swiglufused", "identity"), recompute=RECOMPUTED, shard=SHARDS)
     for field, allowed in choices.items():
         if (value := getattr(cfg, field)) not in allowed:
             flag = "--" + field.replace("_", "-")
@@ -491,6 +492,12 @@ def local_shards(params) -> list[Tensor]:
     return [p.to_local() if isinstance(p, DTensor) else p for p in params]
 
 
+def n_copies(module: nn.Module) -> int:
+    """How many copies of a module's weights the processes hold together."""
+    p = next(module.parameters())
+    return p.device_mesh.size(0) if isinstance(p, DTensor) and p.device_mesh.ndim == 2 else 1
+
+
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher = momentum * teacher + (1 - momentum) * student."""
@@ -501,13 +508,14 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 def clip_gradients(modules: dict[str, nn.Module], max_norm: float, loss: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Scales the gradients of each module to a joint L2 norm of at most max_norm (0: no limit). Returns the norms
     before, over all shards, and whether all gradients and the `loss` of all processes are finite, (): both the same on
-    all processes."""
+    all processes. Where several copies of the weights exist, all of them are added up and divided by their number:
+    sums within each copy could differ in their rounding, and the copies with them."""
     grads = {name: local_shards(p.grad for p in m.parameters() if p.grad is not None) for name, m in modules.items()}
     squares = [torch.stack(torch._foreach_norm(g)).square().sum() for g in grads.values()]
     sums = torch.stack([*squares, loss.float()])
     if dist.is_initialized():
         dist.all_reduce(sums)
-    norms = dict(zip(grads, sums[:-1].sqrt()))
+    norms = dict(zip(grads, (sums[:-1] / n_copies(next(iter(modules.values())))).sqrt()))
     for name, norm in norms.items():
         if max_norm:
             torch._foreach_mul_(grads[name], (max_norm / (norm + 1e-6)).clamp(max=1))
@@ -554,8 +562,9 @@ def train_step(student, teacher, optimizer, batches: list[Batch], cfg: Config, n
 LONG = timedelta(hours=2)  # that processes wait for each other, as when one lists a folder or writes a large file
 
 
-def start_processes(device: torch.device) -> DeviceMesh:
-    """The process group of torchrun, or a group of one: both are the same code from here on."""
+def start_processes(device: torch.device, mode: str = "grad") -> DeviceMesh:
+    """The process group of torchrun, or a group of one: both are the same code from here on. Returns who shares weights
+    with whom, see share_mesh()."""
     # Features leave the backbone as views of one tensor; nothing here changes them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     if device.type == "cuda":
@@ -564,7 +573,27 @@ def start_processes(device: torch.device) -> DeviceMesh:
     alone = {} if "WORLD_SIZE" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONG,
                             device_id=device if device.type == "cuda" else None, **alone)
-    return init_device_mesh(device.type, (dist.get_world_size(),))
+    return share_mesh(device.type, mode)
+
+
+SHARDS = ("none", "grad", "full", "hybrid")
+
+
+def share_mesh(device_type: str, mode: str) -> DeviceMesh:
+    """The mesh for --shard `mode`: (processes,), or (copies, processes that share one copy) where there are several:
+    for "hybrid" one copy on each machine, for "none" one on each process. Raises ValueError on all processes if the
+    machines differ in their number of processes."""
+    n, rank, here = dist.get_world_size(), dist.get_rank(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if mode == "hybrid":
+        places = together(lambda: (here, rank - int(os.environ.get("LOCAL_RANK", 0))))  # and where a machine begins
+        if any(size != here or first % here for size, first in places):
+            raise ValueError("--shard hybrid wants as many processes on each machine, numbered machine by machine, but "
+                             f"there are {' '.join(str(size) for size, _ in places)} beside the {n} processes; give "
+                             "torchrun one --nproc-per-node, or take --shard grad")
+    sharers = dict(none=1, hybrid=here).get(mode, n)
+    if sharers == n:
+        return init_device_mesh(device_type, (n,))
+    return init_device_mesh(device_type, (n // sharers, sharers), mesh_dim_names=("copies", "sharers"))
 
 
 def together(work, group=None) -> list:
@@ -615,26 +644,71 @@ class Agreement:
         return self.flags.bool().tolist()
 
 
-def shard(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype, recompute_blocks: bool = False,
-          compile_blocks: bool = False, with_backward: bool = True) -> None:
+AHEAD = 2  # blocks whose weights are gathered while one computes; one hides all but a hitch in the network
+
+
+def shard(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype, recompute: str = "none",
+          compile_blocks: bool = False, with_backward: bool = True, mode: str = "grad") -> None:
     """Applies, from outside and in this order, recomputation, torch.compile and FSDP2, to each block and each head.
 
     Master weights and gradient reduction stay float32; the backbone computes in `dtype`. Heads compute in float32
     (TF32 on a GPU): bfloat16 logits divided by a temperature of 0.04 would be off by 0.1. The student keeps its
-    gathered weights until the backward pass; the teacher, which has none, must give them up after each forward: FSDP2
-    would keep those of the root, and update_teacher() would change copies.
+    gathered weights until the backward pass, with `mode` "full" only those of the heads, with which that begins; the
+    teacher, which has none, must give them up after each forward: FSDP2 would keep those of the root, and
+    update_teacher() would change copies. A process alone that computes in float32 has nothing to share or to cast:
+    it needs no FSDP2, which would copy all weights and gradients.
     """
-    backbone = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
-                    reshard_after_forward=not with_backward)
-    head = backbone | dict(mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32))
-    for block in network["backbone"].block_list():
-        if recompute_blocks:
-            block.forward = partial(recompute, block.forward, use_reentrant=False)
+    backbone, blocks = network["backbone"], network["backbone"].block_list()
+    for block in blocks:
+        if recompute != "none":
+            block.forward = recomputed(block.forward, recompute)
         if compile_blocks:
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)  # one for all blocks
-        fully_shard(block, **backbone)
-    for name, module in network.items():
-        fully_shard(module, **(backbone if name == "backbone" else head))
+    if mesh.size() == 1 and dtype == torch.float32:
+        return
+    policy = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+    for module in [*blocks, backbone]:
+        fully_shard(module, **policy, reshard_after_forward=mode == "full" or not with_backward)
+    heads = [module for name, module in network.items() if name != "backbone"]
+    policy["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+    for head in heads:
+        fully_shard(head, **policy, reshard_after_forward=not with_backward)
+    prefetch(backbone, blocks, heads)
+
+
+def prefetch(backbone: nn.Module, blocks: list[nn.Module], heads: list[nn.Module]) -> None:
+    """Has the weights of the next blocks gathered while one computes, in both directions, and those of the heads, the
+    largest, while the backbone does: FSDP2 sees roots of their own in them, which would wait for its end."""
+    def gather_heads(*_):
+        for head in heads:
+            head.unshard(async_op=True)  # every head is called after the backbone, and waits for this
+
+    backbone.set_modules_to_forward_prefetch(blocks[:AHEAD])
+    for i, block in enumerate(blocks):
+        block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + AHEAD])
+        block.set_modules_to_backward_prefetch(blocks[max(i - AHEAD, 0) : i][::-1])
+    backbone.register_forward_pre_hook(gather_heads)
+
+
+RECOMPUTED = ("none", "selective", "blocks")
+PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+ATTENTION = ("aten::_scaled_dot_product_", "dinov2::attention")  # has a name per device; and ours
+
+
+def recomputed(forward, way: str):
+    """`forward`, which keeps for its backward pass only its input, or with "selective" also the results of matrix
+    products and attention, which take nearly all of the time. A function, since torch.compile passes over a partial."""
+    contexts = dict(context_fn=partial(create_selective_checkpoint_contexts, keep_products))
+
+    def forward_and_forget(*arguments):
+        return checkpoint(forward, *arguments, use_reentrant=False, **contexts if way == "selective" else {})
+
+    return forward_and_forget
+
+
+def keep_products(context, op, *args, **kwargs) -> CheckpointPolicy:
+    kept = op in PRODUCTS or op.name().startswith(ATTENTION)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -878,7 +952,8 @@ class TrainState:
         if kernel is not None:
             for block in self.student["backbone"].block_list() + self.teacher["backbone"].block_list():
                 block.attn.kernel = kernel
-        shard(self.student.to(device), mesh, dtype, cfg.recompute_blocks, cfg.compile)
+        self.sharers = mesh.shape[-1]  # processes that hold one copy of the weights; the first ones save it
+        shard(self.student.to(device), mesh, dtype, cfg.recompute, cfg.compile, mode=cfg.shard)
         shard(self.teacher.to(device), mesh, dtype, compile_blocks=cfg.compile, with_backward=False)
         self.optimizer = torch.optim.AdamW(param_groups(self.student, cfg), lr=0.0, betas=cfg.betas, fused=True)
         self.centers = build_centers(cfg, device)
@@ -1007,7 +1082,8 @@ class Saver:
         self.cfg, self.preset, self.state, self.lock, self.damaged, self.say = cfg, preset, state, lock, damaged, say
         self.folder, self.main = Path(cfg.out) / "resume", dist.get_rank() == 0
         self.group = dist.new_group(backend="gloo", timeout=LONG)  # of the threads' own: the trainers talk meanwhile
-        self.mesh = DeviceMesh.from_group(self.group, "cpu")
+        holders = dist.new_group(range(state.sharers), backend="gloo", timeout=LONG)  # of the copy that is saved
+        self.mesh = DeviceMesh.from_group(holders, "cpu") if dist.get_rank() < state.sharers else None
         self.key, self.attempt = together(lambda: lock.key if lock else "", self.group)[0], 0
         self.copies: dict[str, dict[str, Tensor]] = {}  # on the host
         self.owed: dict[Path, dict] = {}  # checkpoints of the teacher that are not written yet
@@ -1062,13 +1138,16 @@ class Saver:
         self.stall = time.perf_counter() - began
 
     def copy(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of the run as they are now, on the host, in the same memory each time."""
+        """The tensors of the run as they are now, on the host, in the same memory each time; those of one copy of the
+        weights, nothing on the processes that hold others."""
         def empty_copy(tensor: Tensor) -> Tensor:
             local = local_shards([tensor])[0]
             copy = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
-            return DTensor.from_local(copy, self.mesh, tensor.placements, run_check=False, shape=tensor.shape,
+            return DTensor.from_local(copy, self.mesh, tensor.placements[-1:], run_check=False, shape=tensor.shape,
                                       stride=tensor.stride()) if isinstance(tensor, DTensor) else copy
 
+        if self.mesh is None:
+            return {}
         state = self.state.tensors()
         if not self.copies:
             self.copies = {part: {k: empty_copy(t.detach()) for k, t in named.items()} for part, named in state.items()}
@@ -1493,7 +1572,7 @@ def set_up(argv: list[str] | None) -> Run:
     check_shared_memory(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     be_deterministic(cfg.deterministic)
     kernel = load_kernel(cfg, device) if cfg.kernels else None
-    mesh = start_processes(device)
+    mesh = start_processes(device, cfg.shard)
     evals = eval_specs(cfg.data, cfg.eval_train, cfg.eval_val) if cfg.eval_every else ()
     source, *eval_sources = open_everywhere([cfg.data, *evals], cfg.in_chans)
     check_readable(source)
