@@ -38,7 +38,7 @@
 #define HEAD_DIM 64  // D: 32, 64 or 128; a compiled library knows one
 #endif
 #ifndef LONG_WARPS
-#define LONG_WARPS 8  // of a backward block; GPUs with less than 160 KB of shared memory per block get 5
+#define LONG_WARPS 8  // of a backward block; 4 where a block can have less than 160 KB of shared memory
 #endif
 
 typedef uint16_t Bits;  // a bf16 or fp16 number. Which of the two only the types BFloat16 and Float16 know
@@ -118,6 +118,13 @@ __device__ inline float log2_fast(float x) { return __log2f(x); }
 __device__ inline float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 __device__ inline void sync_block() { __syncthreads(); }
 __device__ inline void sync_warp() { __syncwarp(); }
+
+// x, in a way that hides from the compiler that it is known: it would keep all addresses that follow from it in registers
+// through the whole kernel.
+__device__ inline int anew(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
 
 // Queues a kernel; 0 or the number of the error.
 template <class... P, class... A>
@@ -234,6 +241,19 @@ __device__ inline void put_fragments(uint32_t tile, const float (&c)[N][4], int 
         const uint32_t to = corner ^ 16 * (first + n);
         store_shared(to, E::pack(c[n][0] * factor0, c[n][1] * factor0));
         store_shared(to + 8 * 16 * WIDTH, E::pack(c[n][2] * factor1, c[n][3] * factor1));
+    }
+}
+
+// The same straight to global memory, rows `stride` numbers apart.
+template <class E, int N>
+__device__ inline void store_fragments(Bits* target, const float (&c)[N][4], int stride, float factor, int valid,
+                                       int lane) {
+#pragma unroll
+    for (int i = 0; i < 2 * N; i++) {
+        const int row = lane / 4 + i % 2 * 8;
+        const float* pair = &c[i / 2][i % 2 * 2];
+        if (row < valid)
+            store(target + row * stride + i / 2 * 8 + lane % 4 * 2, E::pack(pair[0] * factor, pair[1] * factor));
     }
 }
 
@@ -376,11 +396,14 @@ __global__ void __launch_bounds__(32 * FORWARD_WARPS, D <= 64 ? 2 : 1)
 template <int WARPS_, int KEY_TILES_, int QUERIES_, int BLOCKS_>
 struct Shape {
     static constexpr int WARPS = WARPS_, KEY_TILES = KEY_TILES_, QUERIES = QUERIES_, BLOCKS = BLOCKS_;
-    static constexpr int KEYS = 16 * WARPS * KEY_TILES;     // of a block
-    static constexpr bool SMALL = KEYS <= TILE;             // one step does it all: needs no second buffer
+    static constexpr int OWNED = 16 * WARPS * KEY_TILES;    // keys of a block that have a warp
+    static constexpr bool SMALL = OWNED <= TILE;            // one step does it all: needs no second buffer
+    static constexpr int SHARED = SMALL ? 0 : 16;           // further keys, see shared_scores()
+    static constexpr int KEYS = OWNED + SHARED;
+    static constexpr int UNITS = 2 * CHUNKS / WARPS;        // a warp's (16, 8) blocks of the shared keys' dK and dV
     static constexpr int STAGES = SMALL ? 1 : 2;
     static constexpr int PARTS = WARPS >= 8 ? 2 : 1;        // the columns of dQ that a warp computes: D / PARTS
-    static constexpr int BYTES = 2 * ROW * (KEYS + STAGES * TILE) + KEYS * 2 * TILE + STAGES * 2 * 4 * TILE;
+    static constexpr int BYTES = 2 * ROW * (KEYS + STAGES * TILE) + (KEYS + SHARED) * 2 * TILE + STAGES * 2 * 4 * TILE;
 };
 using SmallShape = Shape<4, 1, 16, D <= 64 ? 3 : 2>;
 using LargeShape = Shape<LONG_WARPS, D <= 64 ? 2 : 1, 32, 1>;
@@ -390,7 +413,7 @@ template <class E, int K, int Q>
 __device__ __forceinline__ void multiply_transposed(float (&c)[K][Q / 8][4], uint32_t a, uint32_t b, int lane) {
 #pragma unroll
     for (int i = 0; i < K * Q / 2; i++) c[i / (Q / 2)][i / 4 % (Q / 8)][i % 4] = 0;
-#pragma unroll
+#pragma unroll 2  // in full it would take more registers than there are
     for (int d = 0; d < D / 16; d++) {
         uint32_t rows[K][4], columns[4];
 #pragma unroll
@@ -489,22 +512,81 @@ __device__ __forceinline__ void row_sums(const Bits* out, const Bits* grad, int 
     }
 }
 
-// dq (16, D / PARTS) = dS K of 16 queries, and where it goes: through shared memory to dqkv. With several blocks of keys
-// the sum so far waits in `partial` (D numbers a row, rows `stride` apart), which only this thread reads and writes.
+// The S::SHARED keys that no warp owns. With 8 warps they are the keys 256 to 271: 16 x 16 patches and CLS make 257
+// tokens, and for that one all queries would have to pass by again. Here every warp takes 8 of the 64 queries and leaves
+// P^T and dS^T, each (16, 64), for all.
 template <class E, class S>
-__device__ __forceinline__ void query_product(Bits* target, int target_stride, float* partial, int stride,
-                                              uint32_t staging, uint32_t exchange, uint32_t keys, int key_groups,
-                                              int query, int part, int valid, bool first, bool last, float scale,
-                                              int lane) {
-    constexpr int N = CHUNKS / S::PARTS;
-    float dq[N][4];
+__device__ __forceinline__ void shared_scores(uint32_t weights, uint32_t exchange, uint32_t keys, uint32_t values,
+                                              uint32_t queries, uint32_t grads, uint32_t lse, uint32_t delta, int valid,
+                                              int query_count, float scale2, int warp, int lane) {
+    for (int n = warp; n < TILE / 8; n += S::WARPS) {
+        if (n * 8 >= ceil_div(query_count, S::QUERIES) * S::QUERIES) return;
+        float p[1][4] = {}, ds[1][4] = {};
 #pragma unroll
-    for (int i = 0; i < 2 * N; i++) {
-        const int n = i / 2, r = i % 2, row = lane / 4 + 8 * r;
-        const float* from = partial + row * stride + (part * N + n) * 8 + lane % 4 * 2;
-        const float2 sum = !first && row < valid ? load<float2>(from) : float2{0, 0};
-        dq[n][2 * r] = sum.x, dq[n][2 * r + 1] = sum.y;
+        for (int d = 0; d < D / 32; d++) {
+            uint32_t rows[4], columns[4];
+            const uint32_t place = chunk_at(n * 8 * ROW, lane % 8, lane / 8) ^ 64 * d;
+            load_matrices<false>(columns, queries + place);
+            load_rows_first<false>(rows, keys, 4 * d, lane);
+            E::mma(p[0], rows, columns[0], columns[1]);
+            load_rows_first<false>(rows, keys, 4 * d + 2, lane);
+            E::mma(p[0], rows, columns[2], columns[3]);
+            load_matrices<false>(columns, grads + place);
+            load_rows_first<false>(rows, values, 4 * d, lane);
+            E::mma(ds[0], rows, columns[0], columns[1]);
+            load_rows_first<false>(rows, values, 4 * d + 2, lane);
+            E::mma(ds[0], rows, columns[2], columns[3]);
+        }
+        const uint32_t column = 4 * (n * 8 + lane % 4 * 2);
+        const float2 shift = load_shared<float2>(lse + column), mean = load_shared<float2>(delta + column);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            p[0][i] = exp2_fast(p[0][i] * scale2 - (i % 2 ? shift.y : shift.x) * LOG2E);
+            if (i / 2 * 8 + lane / 4 >= valid) p[0][i] = 0;
+            ds[0][i] = p[0][i] * (ds[0][i] - (i % 2 ? mean.y : mean.x));
+        }
+        put_fragments<E, 1, TILE / 8>(weights, p, n, 1, 1, lane);
+        put_fragments<E, 1, TILE / 8>(exchange, ds, n, 1, 1, lane);
     }
+}
+
+// Adds to the shared keys' dV = P^T dO and dK = dS^T Q, of which each warp has 8 columns at a time: unit u < D / 8 is
+// column chunk u of dV, the units after it are dK.
+template <class E, class S>
+__device__ __forceinline__ void shared_products(float (&sums)[S::UNITS][1][4], uint32_t weights, uint32_t exchange,
+                                                uint32_t queries, uint32_t grads, int query_count, int warp, int lane) {
+#pragma unroll
+    for (int i = 0; i < S::UNITS; i++) {
+        const int unit = warp + i * S::WARPS;
+        const uint32_t left = unit < CHUNKS ? weights : exchange, right = unit < CHUNKS ? grads : queries;
+#pragma unroll 1
+        for (int first = 0; first < query_count; first += 32) {
+            uint32_t rows[4], columns[4];
+            load_matrices<true>(columns, chunk_at(right + first * ROW, lane, unit % CHUNKS));
+            load_rows_first<false, TILE / 8>(rows, left, first / 8, lane);
+            E::mma(sums[i][0], rows, columns[0], columns[1]);
+            load_rows_first<false, TILE / 8>(rows, left, first / 8 + 2, lane);
+            E::mma(sums[i][0], rows, columns[2], columns[3]);
+        }
+    }
+}
+
+// dq (16, D / PARTS) = dS K of 16 queries. With several blocks of keys the sum so far waits in `partial`, which only this
+// thread reads and writes; rows are `width` apart there, `stride` in `target`, the columns' place in dqkv.
+template <class E, class S>
+__device__ __forceinline__ void query_product(Bits* target, int stride, float* partial, int width, uint32_t exchange,
+                                              uint32_t keys, int key_groups, int query, int part, int valid, bool first,
+                                              bool last, float scale, int lane) {
+    constexpr int N = CHUNKS / S::PARTS;
+    float dq[N][4] = {};
+    if (!first)
+#pragma unroll
+        for (int i = 0; i < 2 * N; i++) {
+            const int row = lane / 4 + i % 2 * 8;
+            if (row >= valid) continue;
+            const float2 sum = load<float2>(partial + row * width + i / 2 * 8 + lane % 4 * 2);
+            dq[i / 2][i % 2 * 2] = sum.x, dq[i / 2][i % 2 * 2 + 1] = sum.y;
+        }
 #pragma unroll 2
     for (int g = 0; g < key_groups; g++) {
         uint32_t rows[4], columns[4];
@@ -516,95 +598,107 @@ __device__ __forceinline__ void query_product(Bits* target, int target_stride, f
             E::mma(dq[2 * n + 1], rows, columns[2], columns[3]);
         }
     }
-    if (last) {
-        put_fragments<E>(staging, dq, part * N, scale, scale, lane);
-        sync_warp();
-        store_tile<16, N>(target, staging, part * N, target_stride, valid, lane);
-        return;
-    }
+    if (last) return store_fragments<E>(target, dq, stride, scale, valid, lane);
 #pragma unroll
     for (int i = 0; i < 2 * N; i++) {
-        const int n = i / 2, r = i % 2, row = lane / 4 + 8 * r;
+        const int row = lane / 4 + i % 2 * 8;
         if (row < valid)
-            store(partial + row * stride + (part * N + n) * 8 + lane % 4 * 2,
-                  float2{dq[n][2 * r], dq[n][2 * r + 1]});
+            store(partial + row * width + i / 2 * 8 + lane % 4 * 2,
+                  float2{dq[i / 2][i % 2 * 2], dq[i / 2][i % 2 * 2 + 1]});
     }
 }
 
-// grad, out (T, H, D), qkv, dqkv (T, 3, H, D), lse (H, T); scratch: delta (H, T), then dQ so far (T, H, D), float32.
+// grad, out (T, H, D), qkv, dqkv (T, 3, H, D), lse (H, T); delta (H, T) and partial (T, H, D) are float32 scratch.
 template <class E, class S>
 __global__ void __launch_bounds__(32 * S::WARPS, S::BLOCKS)
     backward_kernel(const __grid_constant__ Work work, const Bits* grad, const Bits* qkv, const Bits* out,
-                    const float* lse, float* scratch, Bits* dqkv) {
+                    const float* lse, float* delta, float* partial, Bits* dqkv) {
     constexpr int KEYS = S::KEYS, WARP_KEYS = 16 * S::KEY_TILES;
     const uint32_t keys = shared_memory();                         // (KEYS, D)
     const uint32_t values = keys + KEYS * ROW;                     // (KEYS, D)
-    const uint32_t queries = values + KEYS * ROW;                  // (STAGES, 64, D), later dQ
+    const uint32_t queries = values + KEYS * ROW;                  // (STAGES, 64, D)
     const uint32_t grads = queries + S::STAGES * TILE * ROW;       // (STAGES, 64, D)
     const uint32_t exchange = grads + S::STAGES * TILE * ROW;      // (KEYS, 64), dS^T
-    const uint32_t row_lse = exchange + KEYS * 2 * TILE;           // (STAGES, 64), float32
+    const uint32_t weights = exchange + KEYS * 2 * TILE;           // (SHARED, 64), P^T of the shared keys
+    const uint32_t row_lse = weights + S::SHARED * 2 * TILE;       // (STAGES, 64), float32
     const uint32_t row_delta = row_lse + S::STAGES * 4 * TILE;     // (STAGES, 64), float32
     const int thread = threadIdx.x, threads = 32 * S::WARPS, warp = thread / 32, lane = thread % 32;
     const Run& run = find_run(work);
     const int pair = blockIdx.x - run.first_block, length = S::SMALL ? min(run.length, TILE) : run.length;
-    const int token = run.first_token + pair / work.heads * length, stride = 3 * work.heads * D;
-    const int head = pair % work.heads, width = work.heads * D;
-    const Bits* const source = qkv + int64_t(token) * stride + head * D;
-    const Bits* const out_source = out + int64_t(token) * width + head * D;
-    const Bits* const grad_source = grad + int64_t(token) * width + head * D;
-    Bits* const target = dqkv + int64_t(token) * stride + head * D;
-    const float* const lse_source = lse + int64_t(head) * work.tokens + token;
-    float* const delta = scratch + int64_t(head) * work.tokens + token;
-    float* const partial = scratch + int64_t(work.heads) * work.tokens + int64_t(token) * width + head * D;
+    const int token = run.first_token + pair / work.heads * length, head = pair % work.heads;
+    const int width = work.heads * D, stride = 3 * width;
+    // where this image and head lie in (T, matrices, H, D), and in (H, T)
+    auto place = [&](auto* base, int matrices, int matrix) {
+        return base + (int64_t(anew(token)) * matrices + matrix) * width + head * D;
+    };
+    auto row_place = [&](auto* base) { return base + int64_t(head) * work.tokens + anew(token); };
 
     auto load_queries = [&](int step) {
         const int first = step * TILE, valid = length - first, stage = step % S::STAGES * TILE;
         const int rows = min(TILE, ceil_div(valid, S::QUERIES) * S::QUERIES);
-        load_tile(queries + stage * ROW, source + first * stride, stride, valid, rows, thread, threads);
-        load_tile(grads + stage * ROW, grad_source + first * width, width, valid, rows, thread, threads);
+        load_tile(queries + stage * ROW, place(qkv, 3, 0) + first * stride, stride, valid, rows, thread, threads);
+        load_tile(grads + stage * ROW, place(grad, 1, 0) + first * width, width, valid, rows, thread, threads);
         if (thread < TILE) {
             const int row = thread < valid ? first + thread : 0;
-            copy_async<4>(row_lse + 4 * (stage + thread), lse_source + row, thread < valid);
-            if (!S::SMALL) copy_async<4>(row_delta + 4 * (stage + thread), delta + row, thread < valid);
+            copy_async<4>(row_lse + 4 * (stage + thread), row_place(lse) + row, thread < valid);
+            if (!S::SMALL) copy_async<4>(row_delta + 4 * (stage + thread), row_place(delta) + row, thread < valid);
         }
     };
     if (!S::SMALL) {
-        row_sums<E, S>(out_source, grad_source, width, length, [&](int row, float sum) {
-            if (row < length) store(delta + row, sum);
+        row_sums<E, S>(place(out, 1, 0), place(grad, 1, 0), width, length, [&](int row, float sum) {
+            if (row < length) store(row_place(delta) + row, sum);
         });
         sync_block();  // load_queries() reads them
     }
-    for (int first_key = 0; first_key < length; first_key += KEYS) {
+    const int steps = S::SMALL ? 1 : ceil_div(length, TILE), last_key = S::SMALL ? 0 : (length - 1) / KEYS * KEYS;
+    for (int first_key = 0; first_key <= last_key; first_key += KEYS) {
         const int key_count = min(KEYS, length - first_key), valid = key_count - warp * WARP_KEYS;
-        const int offset = first_key * stride, rows = ceil_div(key_count, WARP_KEYS) * WARP_KEYS;
-        load_tile(keys, source + width + offset, stride, key_count, rows, thread, threads);
-        load_tile(values, source + 2 * width + offset, stride, key_count, rows, thread, threads);
+        const int shared_valid = key_count - S::OWNED;
+        const int rows = min(KEYS, ceil_div(key_count, WARP_KEYS) * WARP_KEYS);
+        load_tile(keys, place(qkv, 3, 1) + first_key * stride, stride, key_count, rows, thread, threads);
+        load_tile(values, place(qkv, 3, 2) + first_key * stride, stride, key_count, rows, thread, threads);
         load_queries(0);
         if (S::SMALL)  // while the copies are under way
-            row_sums<E, S>(out_source, grad_source, width, length, [&](int row, float sum) {
+            row_sums<E, S>(place(out, 1, 0), place(grad, 1, 0), width, length, [&](int row, float sum) {
                 store_shared(row_delta + 4 * row, sum);
             });
         const uint32_t my_keys = keys + warp * WARP_KEYS * ROW;  // where dK and dV leave from, too
         const uint32_t my_values = values + warp * WARP_KEYS * ROW;
-        float dk[S::KEY_TILES][CHUNKS][4] = {}, dv[S::KEY_TILES][CHUNKS][4] = {};
-        for (int step = 0; step < ceil_div(length, TILE); step++) {
-            const int first = step * TILE, count = min(TILE, length - first), stage = step % S::STAGES * TILE;
+        float dk[S::KEY_TILES][CHUNKS][4] = {}, dv[S::KEY_TILES][CHUNKS][4] = {}, shared_sums[S::UNITS][1][4] = {};
+        for (int step = 0; step < steps; step++) {
+            const int first = step * TILE, count = min(TILE, length - first), stage = step % S::STAGES;
+            const uint32_t q = queries + stage * TILE * ROW, g = grads + stage * TILE * ROW;
+            const uint32_t l = row_lse + stage * 4 * TILE, m = row_delta + stage * 4 * TILE;
             copy_wait();
             sync_block();  // the step's queries have arrived, and nobody reads the former ones and their dS any more
-            if (first + TILE < length) load_queries(step + 1);
+            if (step + 1 < steps) load_queries(step + 1);
             if (valid > 0)
-                key_products<E, S>(dk, dv, my_keys, my_values, queries + stage * ROW, grads + stage * ROW,
-                                   row_lse + 4 * stage, row_delta + 4 * stage, exchange + warp * WARP_KEYS * 2 * TILE,
+                key_products<E, S>(dk, dv, my_keys, my_values, q, g, l, m, exchange + warp * WARP_KEYS * 2 * TILE,
                                    valid, count, work.scale * LOG2E, lane);
-            sync_block();  // dS is complete, and the space of the queries is free
-            const int query = warp % 4 * 16, row = first + query;
-            if (warp < 4 * S::PARTS && query < count)
-                query_product<E, S>(target + row * stride, stride, partial + row * width, width,
-                                    queries + (stage + query) * ROW, exchange, keys, ceil_div(key_count, 16), query,
-                                    warp / 4, count - query, first_key == 0, first_key + KEYS >= length, work.scale,
-                                    lane);
+            if (S::SHARED && shared_valid > 0)
+                shared_scores<E, S>(weights, exchange + S::OWNED * 2 * TILE, keys + S::OWNED * ROW,
+                                    values + S::OWNED * ROW, q, g, l, m, shared_valid, count, work.scale * LOG2E, warp,
+                                    anew(lane));
+            sync_block();  // dS is complete
+            if (S::SHARED && shared_valid > 0)
+                shared_products<E, S>(shared_sums, weights, exchange + S::OWNED * 2 * TILE, q, g, count, warp,
+                                      anew(lane));
+            const int query = warp % 4 * 16, row = first + query, part = warp / 4;
+            if (part < S::PARTS && query < count)
+                query_product<E, S>(place(dqkv, 3, 0) + row * stride + part * (D / S::PARTS), stride,
+                                    place(partial, 1, 0) + row * width + part * (D / S::PARTS), width, exchange, keys,
+                                    ceil_div(key_count, 16), query, part, count - query, first_key == 0,
+                                    first_key == last_key, work.scale, anew(lane));
         }
         sync_block();  // nobody reads keys any more
+        Bits* const target = place(dqkv, 3, 1) + first_key * stride;
+        if (S::SHARED && shared_valid > 0)
+#pragma unroll
+            for (int i = 0; i < S::UNITS; i++) {
+                const int unit = warp + i * S::WARPS;
+                Bits* const to = target + S::OWNED * stride + (unit < CHUNKS ? width : 0) + unit % CHUNKS * 8;
+                store_fragments<E>(to, shared_sums[i], stride, unit < CHUNKS ? 1 : work.scale, shared_valid, lane);
+            }
         if (valid > 0) {
 #pragma unroll
             for (int k = 0; k < S::KEY_TILES; k++) {
@@ -612,11 +706,11 @@ __global__ void __launch_bounds__(32 * S::WARPS, S::BLOCKS)
                 put_fragments<E>(my_values + k * 16 * ROW, dv[k], 0, 1, 1, lane);
             }
             sync_warp();
-            Bits* const to = target + offset + warp * WARP_KEYS * stride;
-            store_tile<WARP_KEYS, CHUNKS>(to + width, my_keys, 0, stride, valid, lane);
-            store_tile<WARP_KEYS, CHUNKS>(to + 2 * width, my_values, 0, stride, valid, lane);
+            Bits* const to = target + warp * WARP_KEYS * stride;
+            store_tile<WARP_KEYS, CHUNKS>(to, my_keys, 0, stride, valid, anew(lane));
+            store_tile<WARP_KEYS, CHUNKS>(to + width, my_values, 0, stride, valid, anew(lane));
         }
-        if (first_key + KEYS < length) sync_block();  // the next keys overwrite what others still copy
+        if (first_key < last_key) sync_block();  // the next keys overwrite what others still copy
     }
 }
 
@@ -655,6 +749,9 @@ static int forward(const void* qkv, void* out, float* lse, const int* batches, c
                            static_cast<const Bits*>(qkv), static_cast<Bits*>(out), lse) : 0;
 }
 
+// Scratch memory holds delta (H, T), then dQ so far, aligned, both float32.
+static int64_t delta_size(int64_t tokens, int heads) { return (tokens * heads + 3) / 4 * 4; }
+
 template <class E, class S>
 static int backward(const void* grad, const void* qkv, const void* out, const float* lse, float* scratch, void* dqkv,
                     const int* batches, const int* lengths, int runs, int heads, float scale, int shortest, int longest,
@@ -664,7 +761,7 @@ static int backward(const void* grad, const void* qkv, const void* out, const fl
                             [&](int batch, int) { return batch * heads; });
     return blocks ? launch(backward_kernel<E, S>, blocks, 32 * S::WARPS, S::BYTES, stream, work,
                            static_cast<const Bits*>(grad), static_cast<const Bits*>(qkv), static_cast<const Bits*>(out),
-                           lse, scratch, static_cast<Bits*>(dqkv)) : 0;
+                           lse, scratch, scratch + delta_size(work.tokens, heads), static_cast<Bits*>(dqkv)) : 0;
 }
 
 extern "C" int attention_forward(const void* qkv, void* out, float* lse, const int* batches, const int* lengths,
@@ -680,7 +777,7 @@ extern "C" int64_t attention_scratch(const int* batches, const int* lengths, int
         tokens += batches[i] * lengths[i];
         longest = lengths[i] > longest ? lengths[i] : longest;
     }
-    return tokens * heads * (longest > LargeShape::KEYS ? 1 + D : 1);
+    return delta_size(tokens, heads) + (longest > LargeShape::KEYS ? tokens * heads * D : 0);
 }
 
 extern "C" int attention_backward(const void* grad, const void* qkv, const void* out, const float* lse, float* scratch,
