@@ -3,7 +3,7 @@
 //
 // The input is what the qkv layer of a vision transformer puts out, (T, 3, H, D): T tokens of all images one after the
 // other, H heads of width D. Images come in runs of equal length N, such as 128 global crops of 197 tokens followed by
-// 512 local crops of 37. Each (image, head) is one independent problem, for which FlashAttention (Dao et al. 2022, arXiv
+// 512 local crops of 37. Each (image, head) is a problem of its own, for which FlashAttention (Dao et al. 2022, arXiv
 // 2205.14135) and FlashAttention-2 (Dao 2023, arXiv 2307.08691) showed how never to store the (N, N) matrices:
 //
 //     S = scale Q K^T    P = softmax(S)    O = P V           forward; kept for later: O and L = log(sum(exp(S))), (N)
@@ -11,27 +11,30 @@
 //     delta = rowsum(dO * O)               dS = P * (dP - delta)
 //     dQ = scale dS K    dK = scale dS^T Q
 //
-// Forward (algorithm 1 of FlashAttention-2). A warp owns 16 queries and walks over the keys 64 at a time with an online
-// softmax; 8 warps share the keys in shared memory. Where N <= 64, as with local crops, that layout would leave most of
-// the block without work, so a block takes several heads then: ceil(N / 16) warps for each, all keys in one tile.
-// One launch serves all runs.
+// Forward (FlashAttention-2, algorithm 1). A warp owns 16 queries and walks over the keys 64 at a time with an online
+// softmax; 8 warps share the keys in shared memory. Where N <= 64, as with local crops, that would leave most of a block
+// without work, so a block takes several heads then: ceil(N / 16) warps for each, all keys in one step. One launch
+// serves all runs.
 //
-// Backward (algorithm 2, with another division of work). A warp owns 16 or 32 *keys* and walks over the queries 64 at a
-// time, so that dK and dV gather in its registers. All keys of an image fit one block up to N = 288, thus each 64 queries
-// meet all keys at once: the warps exchange dS through shared memory and dQ is complete too. No atomics, hence the
-// same bits in each run; five products, the least possible. Longer images loop over blocks of keys, adding up dQ in
-// float32. Two launches: one for N <= 64, whose small blocks lie four to a multiprocessor, one for the rest.
+// Backward (algorithm 2, with another division of work). A warp owns 32 *keys* (16 where N <= 64) and walks over the
+// queries 64 at a time, so that dK and dV gather in its registers. Up to N = 272 one block has all keys of an image, so
+// that each 64 queries meet them all at once: the warps exchange dS through shared memory, and dQ is complete too. No
+// atomics, hence the same bits in every run, and five products, the least possible. Longer images loop over blocks of
+// 272 keys, adding up dQ in float32. Two launches: one for N <= 64, whose blocks are so small that four fit a
+// multiprocessor and hide each other's waiting for memory, one for the rest.
 //
-// Matrices in shared memory have rows of D numbers of 16 bits; 16-byte chunks are swizzled, see chunk_of(). Products
-// are tensor core instructions, whose operands ("fragments") lie across the 32 lanes of a warp in the layouts of the PTX
-// ISA, section "Matrix Fragments for mma.m16n8k16". With g = lane / 4 and t = lane % 4 a lane holds of
-//     the result C (16, 8):   c0 c1 = rows g,      columns 2t 2t+1      c2 c3 = row g + 8
-//     operand A (16, 16):     a0 = row g, columns 2t 2t+1   a1 = row g + 8   a2, a3 = the same rows, columns + 8
-//     operand B (16, 8):      b0 = rows 2t 2t+1, column g   b1 = rows + 8
+// Matrices in shared memory have rows of D numbers of 16 bits, in swizzled 16-byte chunks, see chunk_at(). Products are
+// tensor core instructions, whose operands ("fragments") lie across the 32 lanes of a warp in the layouts of the PTX
+// ISA, section "Matrix Fragments for mma.m16n8k16". With g = lane / 4 and t = lane % 4, a lane holds of
+//
+//     the result C (16, 8):    c0 c1 = row g, columns 2t 2t+1     c2 c3 = row g + 8
+//     operand A (16, 16):      a0 = row g, columns 2t 2t+1        a1 = row g + 8      a2 a3 = the same, columns + 8
+//     operand B (16, 8):       b0 = rows 2t 2t+1, column g        b1 = rows + 8
+//
 // so two neighbouring results, rounded to 16 bits, are an operand A: P goes from one product to the next in registers.
 //
-// Everything that only a GPU can do is in the short section "Hardware". emulate.h has the same functions for a CPU, down
-// to the layouts above; g++ then compiles this very file, and the tests check every index and mask without a GPU.
+// Everything that only a GPU can do is in the section "Hardware". emulate.h has the same functions for a CPU, down to
+// the layouts above: g++ compiles this very file, and the tests check every index, mask and barrier without a GPU.
 #include <stdint.h>
 
 #ifndef HEAD_DIM
@@ -150,7 +153,7 @@ constexpr int D = HEAD_DIM;
 constexpr int ROW = 2 * D, CHUNKS = D / 8;    // bytes and 16-byte chunks of a row
 constexpr int TILE = 64;                      // keys of a step of the forward, queries of a step of the backward
 constexpr int MAX_RUNS = 16;
-constexpr int FORWARD_WARPS = 8;
+constexpr int FORWARD_WARPS = 8, FORWARD_BYTES = ROW * (16 * FORWARD_WARPS + 4 * TILE);
 constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
 static_assert(D == 32 || D == 64 || D == 128, "the head dimension is 32, 64 or 128");
 
@@ -405,7 +408,7 @@ struct Shape {
     static constexpr int PARTS = WARPS >= 8 ? 2 : 1;        // the columns of dQ that a warp computes: D / PARTS
     static constexpr int BYTES = 2 * ROW * (KEYS + STAGES * TILE) + (KEYS + SHARED) * 2 * TILE + STAGES * 2 * 4 * TILE;
 };
-using SmallShape = Shape<4, 1, 16, D <= 64 ? 3 : 2>;
+using SmallShape = Shape<4, 1, 16, D <= 64 ? 4 : 2>;
 using LargeShape = Shape<LONG_WARPS, D <= 64 ? 2 : 1, 32, 1>;
 
 // c (16 K, Q) = a (16 K, D) b^T, with b (Q, D)
@@ -587,7 +590,7 @@ __device__ __forceinline__ void query_product(Bits* target, int stride, float* p
             const float2 sum = load<float2>(partial + row * width + i / 2 * 8 + lane % 4 * 2);
             dq[i / 2][i % 2 * 2] = sum.x, dq[i / 2][i % 2 * 2 + 1] = sum.y;
         }
-#pragma unroll 2
+#pragma unroll(S::SMALL ? 1 : 4)
     for (int g = 0; g < key_groups; g++) {
         uint32_t rows[4], columns[4];
         load_columns_first<true, TILE / 8>(rows, exchange + g * 16 * 2 * TILE, query / 8, lane);
@@ -744,8 +747,7 @@ static int forward(const void* qkv, void* out, float* lse, const int* batches, c
         const Layout layout(length);
         return ceil_div(batch * heads, layout.slots) * layout.query_blocks;
     });
-    const int bytes = ROW * (16 * FORWARD_WARPS + 4 * TILE);
-    return blocks ? launch(forward_kernel<E>, blocks, 32 * FORWARD_WARPS, bytes, stream, work,
+    return blocks ? launch(forward_kernel<E>, blocks, 32 * FORWARD_WARPS, FORWARD_BYTES, stream, work,
                            static_cast<const Bits*>(qkv), static_cast<Bits*>(out), lse) : 0;
 }
 
@@ -789,4 +791,9 @@ extern "C" int attention_backward(const void* grad, const void* qkv, const void*
                             INT32_MAX, stream);
     return error ? error : small(grad, qkv, out, lse, scratch, dqkv, batches, lengths, runs, heads, scale, 1, TILE,
                                  stream);
+}
+
+// Shared memory of a block in bytes: of the forward, of the backward for long and for short images.
+extern "C" int attention_shared(int kernel) {
+    return kernel == 0 ? FORWARD_BYTES : kernel == 1 ? LargeShape::BYTES : SmallShape::BYTES;
 }
