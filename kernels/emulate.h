@@ -307,7 +307,7 @@ struct BFloat16 : Element<BFloat16> {
 struct Float16 : Element<Float16> {
     static float widen(uint32_t x) {
         const float size = (x & 0x7c00) == 0x7c00 ? emulate::from_bits(0x7f800000 | (x & 0x3ff) << 13)
-                                                  : ldexpf(emulate::from_bits((x & 0x7fff) << 13), 112);
+                                                  : emulate::from_bits((x & 0x7fff) << 13) * 0x1p112f;
         return x & 0x8000 ? -size : size;
     }
     static uint16_t narrow(float x) {
