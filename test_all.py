@@ -6490,7 +6490,7 @@ def check_kernel(kernels, heads: int, runs, head_dim: int = 64, device: str = "c
 def test_kernels_are_sources_only(kernels):
     """No Python package, no line over 120 columns, the same limit of runs on both sides."""
     files = {p.name: p.read_text() for p in (HERE / "kernels").iterdir() if p.is_file()}
-    assert files.keys() == {"attention.cu", "attention.py", "emulate.h"}
+    assert files.keys() == {"attention.cu", "attention.py", "hardware.h", "emulate.h"}
     assert [line for text in files.values() for line in text.splitlines() if len(line) > 120] == []
     assert f"MAX_RUNS = {kernels.MAX_RUNS};" in files["attention.cu"]
 
@@ -6552,19 +6552,19 @@ def test_kernels_extreme_values(kernels):
     ("if (i / 4 * 8 + lane % 4 * 2 + i % 2 >= valid)", "if (i / 4 * 8 + lane % 4 * 2 + i % 2 > valid)", "differs"),
     ("if (g * 16 < valid) {", "if (g * 16 + 16 < valid) {", "differs"),
     ("if (valid < TILE)", "if (valid < 0)", "differs"),
-    ("__device__ inline int swizzle(int row) { return", "__device__ inline int swizzle(int row) { return 0 *", "bank conflict"),
-    ("        sync_block();  // the step's keys", "        // the step's keys", "before its copy was waited for"),
-    ("            sync_block();  // dS is complete", "            // dS is complete", "race"),
+    ("int swizzle(int row) { return", "int swizzle(int row) { return 0 *", "bank conflict"),
+    ("        sync_block();  // the step's keys", "        // the step's keys", "shared memory"),
+    ("            sync_block();  // dS is complete", "            // dS is complete", "never written"),
     ("        copy_wait();\n        sync_block();", "        sync_block();", "before its copy was waited for"),
-    ("step % 2 * TILE;\n        const Bits", "step * 0 * TILE;\n        const Bits", "race"),
+    ("step % 2 * TILE;\n        const Bits", "step * 0 * TILE;\n        const Bits", "before its copy"),
     ("row < valid ? row * stride + chunk * 8 : 0), row < valid", "row * stride + chunk * 8), true", "outside"),
     ("    sync_warp();  // all lanes have their queries", "    // all lanes have their queries", "race"),
     ("(tokens * heads + 3) / 4 * 4", "tokens * heads", "misaligned"),
-    ("first_key == 0, first_key", "true, first_key", "differs"),
+    ("if (!first)", "if (false)", "differs"),
     ("ds[i / 4][n][i % 4] = p[i / 4][n][i % 4] * (ds", "ds[i / 4][n][i % 4] = p[i / 4][n][0] * (ds", "differs")])
 def test_kernels_tests_see_mistakes(kernels, before, after, symptom, tmp_path, monkeypatch):
     """Each of these mistakes in attention.cu is found, by the numbers or by the emulator."""
-    for name in ("attention.cu", "emulate.h"):
+    for name in ("attention.cu", "hardware.h", "emulate.h"):
         shutil.copy(HERE / "kernels" / name, tmp_path)
     text = (tmp_path / "attention.cu").read_text()
     assert text.count(before) >= 1
@@ -6673,8 +6673,8 @@ def test_kernels_compile_without_spills(kernels):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_kernels_on_a_gpu_equal_float64(kernels):
     kernels.load()
-    for heads, *runs in kernels.CASES + kernels.LARGE_CASES:
-        check_kernel(kernels, heads, runs, device="cuda")
+    for count, *runs in kernels.CASES + kernels.LARGE_CASES:
+        check_kernel(kernels, count, runs, device="cuda")
     qkv = qkv_and_grad(3 * 37, 2)[0].cuda().requires_grad_()
     graph = torch.compile(lambda x: kernels.attend(x, [3], [37], 0.125), fullgraph=True)
     assert torch.equal(graph(qkv), kernels.attend(qkv, [3], [37], 0.125))

@@ -12,9 +12,9 @@
 //     dQ = scale dS K    dK = scale dS^T Q
 //
 // Forward (FlashAttention-2, algorithm 1). A warp owns 16 queries and walks over the keys 64 at a time with an online
-// softmax; 8 warps share the keys in shared memory. Where N <= 64, as with local crops, that would leave most of a block
-// without work, so a block takes several heads then: ceil(N / 16) warps for each, all keys in one step. One launch
-// serves all runs.
+// softmax; 8 warps share the keys in shared memory. Where N <= 64, as with local crops, that would leave most of a
+// block without work, so a block takes several heads then: ceil(N / 16) warps for each, all keys in one step. One
+// launch serves all runs.
 //
 // Backward (algorithm 2, with another division of work). A warp owns 32 *keys* (16 where N <= 64) and walks over the
 // queries 64 at a time, so that dK and dV gather in its registers. Up to N = 272 one block has all keys of an image, so
@@ -33,8 +33,8 @@
 //
 // so two neighbouring results, rounded to 16 bits, are an operand A: P goes from one product to the next in registers.
 //
-// Everything that only a GPU can do is in the section "Hardware". emulate.h has the same functions for a CPU, down to
-// the layouts above: g++ compiles this very file, and the tests check every index, mask and barrier without a GPU.
+// Everything that only a GPU can do is in hardware.h. emulate.h has the same functions for a CPU, down to the layouts
+// above: g++ compiles this very file, and the tests check every index, mask and barrier without a GPU.
 #include <stdint.h>
 
 #ifndef HEAD_DIM
@@ -44,107 +44,13 @@
 #define LONG_WARPS 8  // of a backward block; 4 where a block can have less than 160 KB of shared memory
 #endif
 
-typedef uint16_t Bits;  // a bf16 or fp16 number. Which of the two only the types BFloat16 and Float16 know
-
-// ---------------------------------------------------------------------------------------------------------------------
-// Hardware
-
 #ifdef __CUDACC__
-
-// Shared memory is known by 32-bit addresses in bytes, which cost half the registers of pointers.
-__device__ inline uint32_t shared_memory() {
-    extern __shared__ __align__(1024) unsigned char memory[];
-    return uint32_t(__cvta_generic_to_shared(memory));
-}
-
-template <class V> __device__ inline V load(const void* global) { return *static_cast<const V*>(global); }
-template <class V> __device__ inline void store(void* global, V value) { *static_cast<V*>(global) = value; }
-template <class V> __device__ inline V load_shared(uint32_t shared) {
-    return *static_cast<const V*>(__cvta_shared_to_generic(shared));
-}
-template <class V> __device__ inline void store_shared(uint32_t shared, V value) {
-    *static_cast<V*>(__cvta_shared_to_generic(shared)) = value;
-}
-
-// Starts to copy BYTES (4 or 16) from global to shared memory, zeros where not `valid`.
-template <int BYTES>
-__device__ inline void copy_async(uint32_t shared, const void* global, bool valid) {
-    if constexpr (BYTES == 16)  // not through L1: no other warp of the block reads the same
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
-                     : "memory");
-    else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid ? 4 : 0)
-                     : "memory");
-}
-
-// The copies that this thread has started are done. Those of others: after a barrier that follows.
-__device__ inline void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-// Four (8, 8) matrices of 16-bit numbers; lane i passes the address of row i % 8 of matrix i / 8 and gets of each matrix
-// entries 2t and 2t+1 of row g, or with TRANSPOSED of column g.
-template <bool TRANSPOSED>
-__device__ inline void load_matrices(uint32_t (&r)[4], uint32_t row) {
-    if constexpr (TRANSPOSED)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
-    else
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
-}
-
-// c += a b; pack() rounds two numbers to one register, low() and high() give them back.
-#define ELEMENT_TYPE(NAME, PTX, WIDEN_LOW, WIDEN_HIGH)                                                                  \
-    struct NAME {                                                                                                      \
-        __device__ static void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {                  \
-            asm("mma.sync.aligned.m16n8k16.row.col.f32." PTX "." PTX ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "       \
-                "{%8, %9}, {%0, %1, %2, %3};" : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                         \
-                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                       \
-        }                                                                                                              \
-        __device__ static uint32_t pack(float low, float high) {                                                       \
-            uint32_t pair;                                                                                             \
-            asm("cvt.rn." PTX "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));                                \
-            return pair;                                                                                               \
-        }                                                                                                              \
-        __device__ static float low(uint32_t pair) { WIDEN_LOW }                                                       \
-        __device__ static float high(uint32_t pair) { WIDEN_HIGH }                                                     \
-    };
-#define WIDEN_HALF(BITS) float x; asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(Bits(BITS))); return x;
-ELEMENT_TYPE(BFloat16, "bf16", return __uint_as_float(pair << 16);, return __uint_as_float(pair & 0xffff0000u);)
-ELEMENT_TYPE(Float16, "f16", WIDEN_HALF(pair), WIDEN_HALF(pair >> 16))
-
-__device__ inline float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-__device__ inline float log2_fast(float x) { return __log2f(x); }
-__device__ inline float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
-__device__ inline void sync_block() { __syncthreads(); }
-__device__ inline void sync_warp() { __syncwarp(); }
-
-// x, in a way that hides from the compiler that it is known: it would keep all addresses that follow from it in registers
-// through the whole kernel.
-__device__ inline int anew(int x) {
-    asm volatile("" : "+r"(x));
-    return x;
-}
-
-// Queues a kernel; 0 or the number of the error.
-template <class... P, class... A>
-int launch(void (*kernel)(P...), int blocks, int threads, int bytes, void* stream, A... arguments) {
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error == cudaSuccess) {
-        kernel<<<blocks, threads, bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
-        error = cudaGetLastError();
-    }
-    return int(error);
-}
-
-extern "C" const char* attention_error(int error) { return cudaGetErrorString(cudaError_t(error)); }
-
+#include "hardware.h"
 #else
 #include "emulate.h"
 #endif
+
+typedef uint16_t Bits;  // a bf16 or fp16 number: which of the two, only the types BFloat16 and Float16 know
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Which block does what
@@ -210,12 +116,12 @@ __device__ inline void load_tile(uint32_t tile, const Bits* source, int stride, 
     }
 }
 
-// The inverse, by one warp: ROWS rows and WIDTH chunks from chunk `first` on.
-template <int ROWS, int WIDTH>
-__device__ inline void store_tile(Bits* target, uint32_t tile, int first, int stride, int valid, int lane) {
+// The inverse, by one warp.
+template <int ROWS>
+__device__ inline void store_tile(Bits* target, uint32_t tile, int stride, int valid, int lane) {
 #pragma unroll
-    for (int i = lane; i < ROWS * WIDTH; i += 32) {
-        const int row = i / WIDTH, chunk = first + i % WIDTH;
+    for (int i = lane; i < ROWS * CHUNKS; i += 32) {
+        const int row = i / CHUNKS, chunk = i % CHUNKS;
         if (row < valid) store(target + row * stride + chunk * 8, load_shared<uint4>(chunk_at(tile, row, chunk)));
     }
 }
@@ -311,8 +217,9 @@ __device__ __forceinline__ void attend(Softmax& state, const uint32_t (&q)[D / 1
 #pragma unroll
     for (int g = 0; g < TILE / 16; g++)
         if (g * 16 < valid) {
-            const uint32_t p[4] = {E::pack(s[2 * g][0], s[2 * g][1]), E::pack(s[2 * g][2], s[2 * g][3]),
-                                   E::pack(s[2 * g + 1][0], s[2 * g + 1][1]), E::pack(s[2 * g + 1][2], s[2 * g + 1][3])};
+            uint32_t p[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) p[i] = E::pack(s[2 * g + i / 2][i % 2 * 2], s[2 * g + i / 2][i % 2 * 2 + 1]);
 #pragma unroll
             for (int d = 0; d < D / 16; d++) {
                 uint32_t b[4];
@@ -327,9 +234,9 @@ __device__ __forceinline__ void attend(Softmax& state, const uint32_t (&q)[D / 1
 template <class E>
 __global__ void __launch_bounds__(32 * FORWARD_WARPS, D <= 64 ? 2 : 1)
     forward_kernel(const __grid_constant__ Work work, const Bits* qkv, Bits* out, float* lse) {
-    const uint32_t queries = shared_memory();                    // (128, D)
-    const uint32_t keys = queries + 16 * FORWARD_WARPS * ROW;   // (2, 64, D): of this step and of the next, or, of short
-    const uint32_t values = keys + 2 * TILE * ROW;              // images, (slots, 16 group, D)
+    const uint32_t queries = shared_memory();                  // (128, D)
+    const uint32_t keys = queries + 16 * FORWARD_WARPS * ROW;  // (2, 64, D): of this step and of the next, or,
+    const uint32_t values = keys + 2 * TILE * ROW;             // of short images, (slots, 16 group, D)
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Run& run = find_run(work);
     const Layout layout(run.length);
@@ -389,7 +296,7 @@ __global__ void __launch_bounds__(32 * FORWARD_WARPS, D <= 64 ? 2 : 1)
     sync_warp();  // all lanes have their queries in registers: the space is free
     put_fragments<E>(queries + warp * 16 * ROW, state.out, 0, inverse[0], inverse[1], lane);
     sync_warp();
-    store_tile<16, CHUNKS>(out + int64_t(token + query) * width + head * D, queries + warp * 16 * ROW, 0, width, valid, lane);
+    store_tile<16>(out + int64_t(token + query) * width + head * D, queries + warp * 16 * ROW, width, valid, lane);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -496,18 +403,23 @@ __device__ __forceinline__ void key_products(float (&dk)[S::KEY_TILES][CHUNKS][4
     }
 }
 
-// out, grad (N, D) of one (image, head) -> put(row, delta) for all rows. All threads of the block.
+template <class E> __device__ inline float pair_product(uint32_t a, uint32_t b) {
+    return E::low(a) * E::low(b) + E::high(a) * E::high(b);
+}
+
+// out, grad (N, D) of one (image, head) -> put(row, delta) for all rows, 0 for those that
+// fill up a multiple of 16. All threads of the block.
 template <class E, class S, class F>
 __device__ __forceinline__ void row_sums(const Bits* out, const Bits* grad, int stride, int length, F put) {
     constexpr int ROWS = 32 * S::WARPS / CHUNKS;  // at once, CHUNKS neighbouring lanes for each
-    for (int first = 0; first < length; first += ROWS) {
+    for (int first = 0; first < ceil_div(length, 16) * 16; first += ROWS) {
         const int row = first + threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
         float sum = 0;
         if (row < length) {
-            const uint4 a = load<uint4>(out + row * stride + chunk * 8), b = load<uint4>(grad + row * stride + chunk * 8);
-            sum = E::low(a.x) * E::low(b.x) + E::high(a.x) * E::high(b.x) + E::low(a.y) * E::low(b.y) +
-                  E::high(a.y) * E::high(b.y) + E::low(a.z) * E::low(b.z) + E::high(a.z) * E::high(b.z) +
-                  E::low(a.w) * E::low(b.w) + E::high(a.w) * E::high(b.w);
+            const uint4 a = load<uint4>(out + row * stride + chunk * 8);
+            const uint4 b = load<uint4>(grad + row * stride + chunk * 8);
+            sum = pair_product<E>(a.x, b.x) + pair_product<E>(a.y, b.y) + pair_product<E>(a.z, b.z) +
+                  pair_product<E>(a.w, b.w);
         }
 #pragma unroll
         for (int mask = 1; mask < CHUNKS; mask *= 2) sum += shuffle_xor(sum, mask);
@@ -516,8 +428,8 @@ __device__ __forceinline__ void row_sums(const Bits* out, const Bits* grad, int 
 }
 
 // The S::SHARED keys that no warp owns. With 8 warps they are the keys 256 to 271: 16 x 16 patches and CLS make 257
-// tokens, and for that one all queries would have to pass by again. Here every warp takes 8 of the 64 queries and leaves
-// P^T and dS^T, each (16, 64), for all.
+// tokens, and for that one all queries would have to pass by again. Here every warp takes 8 of the 64 queries and
+// leaves P^T and dS^T, each (16, 64), for all.
 template <class E, class S>
 __device__ __forceinline__ void shared_scores(uint32_t weights, uint32_t exchange, uint32_t keys, uint32_t values,
                                               uint32_t queries, uint32_t grads, uint32_t lse, uint32_t delta, int valid,
@@ -574,8 +486,8 @@ __device__ __forceinline__ void shared_products(float (&sums)[S::UNITS][1][4], u
     }
 }
 
-// dq (16, D / PARTS) = dS K of 16 queries. With several blocks of keys the sum so far waits in `partial`, which only this
-// thread reads and writes; rows are `width` apart there, `stride` in `target`, the columns' place in dqkv.
+// dq (16, D / PARTS) = dS K of 16 queries. With several blocks of keys the sum so far waits in `partial`, of which each
+// thread reads what it has written; rows are `width` apart there, `stride` in `target`, the columns' place in dqkv.
 template <class E, class S>
 __device__ __forceinline__ void query_product(Bits* target, int stride, float* partial, int width, uint32_t exchange,
                                               uint32_t keys, int key_groups, int query, int part, int valid, bool first,
@@ -710,8 +622,8 @@ __global__ void __launch_bounds__(32 * S::WARPS, S::BLOCKS)
             }
             sync_warp();
             Bits* const to = target + warp * WARP_KEYS * stride;
-            store_tile<WARP_KEYS, CHUNKS>(to, my_keys, 0, stride, valid, anew(lane));
-            store_tile<WARP_KEYS, CHUNKS>(to + width, my_values, 0, stride, valid, anew(lane));
+            store_tile<WARP_KEYS>(to, my_keys, stride, valid, anew(lane));
+            store_tile<WARP_KEYS>(to + width, my_values, stride, valid, anew(lane));
         }
         if (first_key < last_key) sync_block();  // the next keys overwrite what others still copy
     }
@@ -720,7 +632,7 @@ __global__ void __launch_bounds__(32 * S::WARPS, S::BLOCKS)
 // ---------------------------------------------------------------------------------------------------------------------
 // What attention.py calls. `batches` and `lengths` describe the runs; 0 or the number of an error returns.
 
-// Fills `work` with the runs of shortest <= length <= longest; `blocks_of(batch, length)` says how many blocks one takes.
+// Fills `work` with the runs of shortest <= length <= longest, of which one takes blocks_of(batch, length) blocks.
 // Returns the number of all blocks.
 template <class F>
 static int plan(Work& work, const int* batches, const int* lengths, int runs, int heads, float scale, int shortest,

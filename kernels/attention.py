@@ -43,8 +43,8 @@ def nvcc() -> str:
     places = [shutil.which("nvcc"), Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin/nvcc")]
     found = [str(p) for p in places if p and Path(p).exists()]
     if not found:
-        raise ValueError("the attention kernel needs nvcc, the compiler of the CUDA toolkit, and there is none: install "
-                         "the toolkit or set CUDA_HOME")
+        raise ValueError("the attention kernel needs nvcc, the compiler of the CUDA toolkit, and there is none: "
+                         "install the toolkit or set CUDA_HOME")
     return found[0]
 
 
@@ -53,7 +53,8 @@ def build(command: list[str], what: str) -> tuple[ctypes.CDLL, str]:
     name that changes with the sources and the command. Raises ValueError with the compiler's first error."""
     source = HERE / "attention.cu"
     version = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
-    content = source.read_bytes() + (HERE / "emulate.h").read_bytes() + repr((command, version)).encode()
+    files = [source, HERE / "hardware.h", HERE / "emulate.h"]
+    content = b"".join(f.read_bytes() for f in files) + repr((command, version)).encode()
     path = Path(torch.hub.get_dir(), "dinov2_kernels", f"attention_{hashlib.sha256(content).hexdigest()[:16]}.so")
     log, part = path.with_suffix(".log"), path.with_suffix(".part")
     try:
@@ -66,8 +67,9 @@ def build(command: list[str], what: str) -> tuple[ctypes.CDLL, str]:
                     bar.update()
                 said = done.stdout + done.stderr
                 if done.returncode:
-                    lines = [line for line in said.splitlines() if "error" in line.lower()] or said.splitlines() or ["?"]
-                    raise ValueError(f"the attention kernel does not compile for {what}: {lines[0].strip()}")
+                    lines = said.strip().splitlines() or ["no reason given"]
+                    first = next((line for line in lines if "error" in line.lower()), lines[0])
+                    raise ValueError(f"the attention kernel does not compile for {what}: {first.strip()}")
                 log.write_text(said)
                 part.replace(path)
         library = ctypes.CDLL(str(path))
@@ -87,8 +89,7 @@ def nvcc_command(architectures: list[str], head_dim: int, long_warps: int = 8) -
 def load(head_dim: int = 64):
     """Builds the kernels for the current GPU unless that was done before; returns attend(). Raises ValueError, in one
     line, if it cannot be."""
-    if head_dim not in HEAD_DIMS:
-        raise ValueError(f"the attention kernel has heads of width {', '.join(map(str, HEAD_DIMS))}, not {head_dim}")
+    check_width(head_dim)
     if not torch.cuda.is_available():
         raise ValueError("the attention kernel needs an NVIDIA GPU, and PyTorch sees none")
     if torch.version.hip:
@@ -122,23 +123,29 @@ def load_emulator(head_dim: int = 64):
 # The operators
 
 
+def check_width(head_dim: int) -> None:
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"the attention kernel has heads of width {', '.join(map(str, HEAD_DIMS))}, not {head_dim}")
+
+
 def check(qkv: Tensor, batches: list[int], lengths: list[int], scale: float) -> None:
     """Raises ValueError for what the kernels cannot take."""
     if qkv.dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"the attention kernel takes bfloat16 or float16, not {str(qkv.dtype)[6:]}")
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise ValueError(f"the attention kernel takes qkv of shape (T, 3, H, D), not {tuple(qkv.shape)}")
-    if qkv.shape[3] not in HEAD_DIMS:
-        raise ValueError(f"the attention kernel has heads of width {', '.join(map(str, HEAD_DIMS))}, not {qkv.shape[3]}")
+    check_width(qkv.shape[3])
     if len(batches) != len(lengths) or not 1 <= len(lengths) <= MAX_RUNS or min(lengths) < 1 or min(batches) < 0:
-        raise ValueError(f"the attention kernel takes 1 to {MAX_RUNS} runs, each of a number of images and a length, not "
-                         f"batches {list(batches)} and lengths {list(lengths)}")
-    if sum(b * n for b, n in zip(batches, lengths)) != qkv.shape[0]:
-        raise ValueError(f"batches {list(batches)} of lengths {list(lengths)} are "
-                         f"{sum(b * n for b, n in zip(batches, lengths))} tokens, qkv has {qkv.shape[0]}")
-    if not scale > 0 or max(lengths) * math.prod(qkv.shape[1:]) >= 2**31:
-        raise ValueError(f"the attention kernel takes a scale above 0, not {scale}" if not scale > 0 else
-                         f"images of {max(lengths)} tokens are too long for the attention kernel")
+        raise ValueError(f"the attention kernel takes 1 to {MAX_RUNS} runs, each of a number of images and a length, "
+                         f"not batches {list(batches)} and lengths {list(lengths)}")
+    tokens = sum(b * n for b, n in zip(batches, lengths))
+    if tokens != qkv.shape[0]:
+        raise ValueError(f"batches {list(batches)} of lengths {list(lengths)} are {tokens} tokens, qkv has "
+                         f"{qkv.shape[0]}")
+    if not scale > 0:
+        raise ValueError(f"the attention kernel takes a scale above 0, not {scale}")
+    if tokens >= 2**31 or max(lengths) * math.prod(qkv.shape[1:]) >= 2**31:  # its indices have 32 bits
+        raise ValueError(f"{tokens} tokens in images of up to {max(lengths)} are too many for the attention kernel")
 
 
 def call(name: str, tensors: list[Tensor], batches: list[int], lengths: list[int], scale: float) -> None:
@@ -275,8 +282,8 @@ def compare(runs, heads: int, head_dim: int, dtype: torch.dtype, device: str) ->
 
 
 def limits(dtype: torch.dtype, runs) -> tuple[float, float]:
-    """How large errors() may be. Inputs, probabilities and results are rounded to within half an eps of the dtype, by an
-    eighth on average; the sums over many keys average out most of that, those over two or three do not."""
+    """How large errors() may be. Inputs, probabilities and results are rounded to within half an eps of the dtype;
+    sums over many keys average out most of that, those over two or three do not."""
     eps = torch.finfo(dtype).eps
     return (eps, 0.5 * eps) if min(runs[1]) > 3 else (1.5 * eps, eps)
 
@@ -287,8 +294,8 @@ LARGE_CASES = [(16, [64, 128], [197, 37]), (6, [4], [1370]), (1, [2], [4097]), (
 
 
 def compare_all(device: str, cases, set_order=None) -> bool:
-    """Prints a line for each case and dtype: largest and root mean square error, in brackets PyTorch's in the same dtype.
-    Are all within limits()?"""
+    """Prints for each case and dtype the largest and the root mean square error, in brackets PyTorch's own in that
+    dtype. Are all within limits()?"""
     good = True
     for i, ((heads, *runs), dtype) in enumerate(tqdm([(c, d) for c in cases for d in (torch.bfloat16, torch.float16)],
                                                      desc="comparing", disable=None)):
@@ -328,7 +335,7 @@ def milliseconds(function, qkv: Tensor, grad: Tensor, runs) -> float:
 
 def sweep(heads: int = 16) -> None:
     """Prints the times of the kernels and of every backend of PyTorch that takes the case, from qkv to its gradient."""
-    print(f"\nforward + backward, bfloat16, {heads} heads of 64, {torch.cuda.get_device_name()}; x: how much faster ours is")
+    print(f"\nms of forward + backward, bfloat16, {heads} heads of 64; {torch.cuda.get_device_name()}; x = theirs/ours")
     for runs in tqdm(SWEEP, desc="timing", disable=None):
         tokens = sum(b * n for b, n in zip(*runs))
         qkv = torch.randn(tokens, 3, heads, 64, device="cuda", dtype=torch.bfloat16)
@@ -357,9 +364,9 @@ def resources(head_dim: int = 64, architectures=("sm_80", "sm_90")) -> list[dict
     for name, architecture, stores, loads, registers in re.findall(pattern, said, re.DOTALL):
         kernel = "forward" if "forward" in name else "backward, N > 64" if "ELi32E" in name else "backward, N <= 64"
         kind = ("forward", "backward, N > 64", "backward, N <= 64").index(kernel)
-        rows.append(dict(kernel=kernel, dtype="bfloat16" if "BFloat16" in name else "float16", architecture=architecture,
-                         threads=128 if kind == 2 else 256, registers=int(registers), spills=int(stores) + int(loads),
-                         shared=library.attention_shared(kind)))
+        rows.append(dict(kernel=kernel, dtype="bfloat16" if "BFloat16" in name else "float16",
+                         architecture=architecture, threads=128 if kind == 2 else 256, registers=int(registers),
+                         spills=int(stores) + int(loads), shared=library.attention_shared(kind)))
     return sorted(rows, key=lambda r: (r["architecture"], r["kernel"], r["dtype"]))
 
 

@@ -1,5 +1,5 @@
-// A CPU in place of a GPU, slowly and strictly: with this header g++ compiles a kernel file of this folder as C++, and
-// attention.py --emulate and the tests run it, block by block, without a GPU. Apache License 2.0.
+// A CPU in place of a GPU, slowly and strictly: with this header in place of hardware.h g++ compiles attention.cu as
+// C++, and attention.py --emulate and the tests run it, block by block. Apache License 2.0.
 //
 // Every thread of a block is a fiber with a stack of its own. A fiber runs until it meets an operation of its warp or a
 // barrier of the block; once all 32 lanes are there the operation is carried out on what they brought, after the PTX
@@ -238,7 +238,7 @@ static void shuffle(void** lanes) {
 }  // namespace emulate
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The section "Hardware" once more
+// The functions of hardware.h once more
 
 static uint32_t shared_memory() { return 0; }
 
