@@ -6617,7 +6617,8 @@ def test_kernels_operators_on_meta(kernels):
     (dict(qkv=torch.zeros(4, 192).half()), r"qkv of shape \(T, 3, H, D\), not \(4, 192\)"),
     (dict(qkv=torch.zeros(4, 3, 1, 48).half()), "heads of width 32, 64, 128, not 48"),
     (dict(batches=[2, 1]), "runs, each of a number of images and a length, not"),
-    (dict(batches=[1] * 17, lengths=[1] * 17), "takes 1 to 16 runs"), (dict(batches=[], lengths=[]), "takes 1 to 16 runs"),
+    (dict(batches=[1] * 17, lengths=[1] * 17), "takes 1 to 16 runs"),
+    (dict(batches=[], lengths=[]), "takes 1 to 16 runs"),
     (dict(batches=[4], lengths=[0]), "not batches .4. and lengths .0."),
     (dict(lengths=[3]), r"batches \[2\] of lengths \[3\] are 6 tokens, qkv has 4"),
     (dict(scale=0.0), "a scale above 0, not 0.0")])
