@@ -1,0 +1,403 @@
+"""Attention of packed crops as CUDA kernels (attention.cu), for those who ask for it; nothing else needs this file.
+
+    python kernels/attention.py                  # on a GPU: build, compare with float64, time against PyTorch's own
+    python kernels/attention.py --emulate        # on any CPU: the same kernels, thread by thread, compared with float64
+    python kernels/attention.py --compile-only   # needs nvcc but no GPU: registers, spills, shared memory
+
+    attend = load()                                     # builds once, a minute at most; ValueError says why it cannot
+    out = attend(qkv, [128, 512], [197, 37], scale)     # (T, 3, H, 64) -> (T, H, 64), T = 128 * 197 + 512 * 37
+
+One call serves crops of all sizes: `batches` and `lengths` list the runs of images of equal length that lie one after
+the other in qkv, the output of the qkv layer as it is. The operator is torch.ops.dinov2.attention, which torch.compile
+and autograd know. bfloat16 and float16; speed on a GPU: not yet measured. Apache License 2.0.
+"""
+import argparse
+import ctypes
+import fcntl
+import hashlib
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+HERE = Path(__file__).parent
+HEAD_DIMS = (32, 64, 128)
+MAX_RUNS = 16  # as in attention.cu
+libraries = {}  # (device type, head dimension) -> what load() and load_emulator() have built
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Building
+
+
+def nvcc() -> str:
+    """The CUDA compiler. Raises ValueError if there is none."""
+    places = [shutil.which("nvcc"), Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin/nvcc")]
+    found = [str(p) for p in places if p and Path(p).exists()]
+    if not found:
+        raise ValueError("the attention kernel needs nvcc, the compiler of the CUDA toolkit, and there is none: "
+                         "install the toolkit or set CUDA_HOME")
+    return found[0]
+
+
+def build(command: list[str], what: str) -> tuple[ctypes.CDLL, str]:
+    """The library that `command` makes of attention.cu, and what the compiler said. Kept in torch.hub's folder under a
+    name that changes with the sources and the command. Raises ValueError with the compiler's first error."""
+    source = HERE / "attention.cu"
+    version = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
+    files = [source, HERE / "hardware.h", HERE / "emulate.h"]
+    content = b"".join(f.read_bytes() for f in files) + repr((command, version)).encode()
+    path = Path(torch.hub.get_dir(), "dinov2_kernels", f"attention_{hashlib.sha256(content).hexdigest()[:16]}.so")
+    log, part = path.with_suffix(".log"), path.with_suffix(".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one builds, the others wait
+            if not path.exists():
+                with tqdm(total=1, desc=f"building {what}", disable=not sys.stderr.isatty()) as bar:
+                    done = subprocess.run([*command, "-o", str(part), str(source)], capture_output=True, text=True)
+                    bar.update()
+                said = done.stdout + done.stderr
+                if done.returncode:
+                    lines = said.strip().splitlines() or ["no reason given"]
+                    first = next((line for line in lines if "error" in line.lower()), lines[0])
+                    raise ValueError(f"the attention kernel does not compile for {what}: {first.strip()}")
+                log.write_text(said)
+                part.replace(path)
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ValueError(f"the attention kernel cannot be built in {path.parent}: {error}") from None
+    library.attention_error.restype = ctypes.c_char_p
+    library.attention_scratch.restype = ctypes.c_int64
+    return library, log.read_text()
+
+
+def nvcc_command(architectures: list[str], head_dim: int, long_warps: int = 8) -> list[str]:
+    codes = [f"-gencode=arch=compute_{a[3:]},code={a}" for a in architectures]
+    return [nvcc(), "-std=c++17", "-O3", *codes, "-Xptxas=-v", "-Xcompiler=-fPIC", "-shared",
+            f"-DHEAD_DIM={head_dim}", f"-DLONG_WARPS={long_warps}"]
+
+
+def load(head_dim: int = 64):
+    """Builds the kernels for the current GPU unless that was done before; returns attend(). Raises ValueError, in one
+    line, if it cannot be."""
+    check_width(head_dim)
+    if not torch.cuda.is_available():
+        raise ValueError("the attention kernel needs an NVIDIA GPU, and PyTorch sees none")
+    if torch.version.hip:
+        raise ValueError("the attention kernel is for NVIDIA GPUs, not AMD's")
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    if gpu.major < 8:
+        raise ValueError(f"the attention kernel needs compute capability 8.0 (A100) or more, {gpu.name} has "
+                         f"{gpu.major}.{gpu.minor}")
+    roomy = gpu.shared_memory_per_block_optin >= 160 * 1024
+    if head_dim == 128 and not roomy:
+        raise ValueError(f"heads of width 128 need 160 KB of shared memory per block, {gpu.name} has less")
+    if ("cuda", head_dim) not in libraries:
+        architecture = f"sm_{gpu.major}{gpu.minor}"
+        command = nvcc_command([architecture], head_dim, 8 if roomy else 4)
+        libraries["cuda", head_dim] = build(command, architecture)[0]
+    return attend
+
+
+def load_emulator(head_dim: int = 64):
+    """The same for tensors on the CPU, very slow: checks the kernels without a GPU. Returns emulate_order(order, seed):
+    0 threads run forward, 1 reversed, 2 at random. Raises ValueError without a C++ compiler."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        raise ValueError("the emulator needs g++, and there is none")
+    command = [compiler, "-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-w", "-x", "c++"]
+    libraries["cpu", head_dim], _ = build([*command, f"-DHEAD_DIM={head_dim}"], "the emulator")
+    return libraries["cpu", head_dim].emulate_order
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The operators
+
+
+def check_width(head_dim: int) -> None:
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"the attention kernel has heads of width {', '.join(map(str, HEAD_DIMS))}, not {head_dim}")
+
+
+def check(qkv: Tensor, batches: list[int], lengths: list[int], scale: float) -> None:
+    """Raises ValueError for what the kernels cannot take."""
+    if qkv.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"the attention kernel takes bfloat16 or float16, not {str(qkv.dtype)[6:]}")
+    if qkv.ndim != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"the attention kernel takes qkv of shape (T, 3, H, D), not {tuple(qkv.shape)}")
+    check_width(qkv.shape[3])
+    if len(batches) != len(lengths) or not 1 <= len(lengths) <= MAX_RUNS or min(lengths) < 1 or min(batches) < 0:
+        raise ValueError(f"the attention kernel takes 1 to {MAX_RUNS} runs, each of a number of images and a length, "
+                         f"not batches {list(batches)} and lengths {list(lengths)}")
+    tokens = sum(b * n for b, n in zip(batches, lengths))
+    if tokens != qkv.shape[0]:
+        raise ValueError(f"batches {list(batches)} of lengths {list(lengths)} are {tokens} tokens, qkv has "
+                         f"{qkv.shape[0]}")
+    if not scale > 0:
+        raise ValueError(f"the attention kernel takes a scale above 0, not {scale}")
+    if tokens >= 2**31 or max(lengths) * math.prod(qkv.shape[1:]) >= 2**31:  # its indices have 32 bits
+        raise ValueError(f"{tokens} tokens in images of up to {max(lengths)} are too many for the attention kernel")
+
+
+def call(name: str, tensors: list[Tensor], batches: list[int], lengths: list[int], scale: float) -> None:
+    """Queues the kernels on the current stream of the tensors' device. Their first or second is qkv."""
+    qkv = next(t for t in tensors if t.ndim == 4)
+    heads, head_dim = qkv.shape[2:]
+    library = libraries.get((qkv.device.type, head_dim))
+    if library is None:
+        raise ValueError(f"the attention kernel for heads of width {head_dim} on {qkv.device.type} is not loaded: call "
+                         f"{'load_emulator' if qkv.device.type == 'cpu' else 'load'}({head_dim}) first")
+    runs = [(ctypes.c_int * len(lengths))(*numbers) for numbers in (batches, lengths)]
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
+    arguments = [*pointers, *runs, len(lengths), heads, ctypes.c_float(scale), int(qkv.dtype == torch.bfloat16)]
+    if qkv.device.type == "cpu":
+        library.emulate_tensor(None, ctypes.c_int64(0))
+        for pointer, t in zip(pointers, tensors):
+            library.emulate_tensor(pointer, ctypes.c_int64(t.nbytes))
+        error = getattr(library, name)(*arguments, None)
+    else:
+        with torch.cuda.device(qkv.device):
+            error = getattr(library, name)(*arguments, ctypes.c_void_p(torch.cuda.current_stream().cuda_stream))
+    if error:
+        raise RuntimeError(f"{name}: {library.attention_error(error).decode()}")
+
+
+@torch.library.custom_op("dinov2::attention", mutates_args=())
+def attention(qkv: Tensor, batches: list[int], lengths: list[int], scale: float) -> tuple[Tensor, Tensor]:
+    """qkv (T, 3, H, D) -> out (T, H, D) and the logarithms of the softmax's denominators (H, T), float32."""
+    check(qkv, batches, lengths, scale)
+    qkv = qkv.contiguous()
+    out, lse = empty_outputs(qkv)
+    call("attention_forward", [qkv, out, lse], batches, lengths, scale)
+    return out, lse
+
+
+@torch.library.custom_op("dinov2::attention_backward", mutates_args=())
+def attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, batches: list[int], lengths: list[int],
+                       scale: float) -> Tensor:
+    """The gradient of qkv, (T, 3, H, D), with that of out (T, H, D)."""
+    check(qkv, batches, lengths, scale)
+    tensors = [t.contiguous() for t in (grad_out, qkv, out, lse)]
+    tokens, _, heads, head_dim = qkv.shape
+    runs = [(ctypes.c_int * len(lengths))(*numbers) for numbers in (batches, lengths)]
+    library = libraries.get((qkv.device.type, head_dim))
+    size = library.attention_scratch(*runs, len(lengths), heads) if library else 0  # without one, call() tells
+    scratch = qkv.new_empty(size, dtype=torch.float32)
+    dqkv = torch.empty_like(tensors[1])
+    call("attention_backward", [*tensors, scratch, dqkv], batches, lengths, scale)
+    return dqkv
+
+
+def empty_outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    tokens, _, heads, head_dim = qkv.shape
+    return qkv.new_empty(tokens, heads, head_dim), qkv.new_empty(heads, tokens, dtype=torch.float32)
+
+
+@attention.register_fake
+def fake_attention(qkv, batches, lengths, scale):
+    check(qkv, batches, lengths, scale)
+    return empty_outputs(qkv)
+
+
+@attention_backward.register_fake
+def fake_attention_backward(grad_out, qkv, out, lse, batches, lengths, scale):
+    return qkv.new_empty(qkv.shape)
+
+
+def save_for_backward(ctx, inputs, output) -> None:
+    qkv, ctx.batches, ctx.lengths, ctx.scale = inputs
+    ctx.save_for_backward(qkv, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def differentiate(ctx, grad_out, grad_lse):
+    dqkv = torch.ops.dinov2.attention_backward(grad_out, *ctx.saved_tensors, ctx.batches, ctx.lengths, ctx.scale)
+    return dqkv, None, None, None
+
+
+attention.register_autograd(differentiate, setup_context=save_for_backward)
+
+
+def attend(qkv: Tensor, batches: list[int], lengths: list[int], scale: float) -> Tensor:
+    """Self-attention within each image: (T, 3, H, D) -> (T, H, D). `batches` images of `lengths` tokens lie one after
+    the other. Raises ValueError for what the kernels cannot take, or if load() was not called."""
+    return torch.ops.dinov2.attention(qkv, batches, lengths, scale)[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Comparison with float64
+
+
+def stock(qkv: Tensor, batches: list[int], lengths: list[int], scale: float) -> Tensor:
+    """What attend() replaces: PyTorch's own attention, run by run."""
+    outs = []
+    for part, b, n in zip(qkv.split([b * n for b, n in zip(batches, lengths)]), batches, lengths):
+        q, k, v = part.unflatten(0, (b, n)).permute(2, 0, 3, 1, 4)  # each (B, H, N, D)
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+
+def results(function, qkv: Tensor, grad: Tensor, runs) -> list[Tensor]:
+    """out, dq, dk, dv"""
+    qkv = qkv.detach().requires_grad_()
+    out = function(qkv, *runs, qkv.shape[3] ** -0.5)
+    out.backward(grad.to(out.dtype))
+    return [out.detach(), *qkv.grad.unbind(1)]
+
+
+def errors(actual: list[Tensor], exact: list[Tensor], runs) -> list[tuple[float, float]]:
+    """Of each result the worst over the runs of (largest error, root mean square error), relative to the largest entry
+    and to the root mean square of the exact ones. NaN counts as infinite."""
+    worst = []
+    for a, e in zip(actual, exact):
+        sizes = [b * n for b, n in zip(*runs) if b]
+        pairs = []
+        for x, y, rest in zip(a.double().split(sizes), e.split(sizes), exact[-1].split(sizes)):
+            difference = (x - y).nan_to_num(nan=math.inf)
+            floor = rest.abs().max() / 64  # an image of one token has dq = dk = 0: measured against dv there
+            pairs.append((difference.abs().max() / torch.maximum(y.abs().max(), floor),
+                          difference.square().mean().sqrt() / torch.maximum(y.square().mean().sqrt(), floor / 2)))
+        worst.append((max(float(p[0]) for p in pairs), max(float(p[1]) for p in pairs)))
+    return worst
+
+
+def compare(runs, heads: int, head_dim: int, dtype: torch.dtype, device: str) -> tuple[list, list]:
+    """errors() of the kernels, then those of PyTorch's attention in the same dtype, on random numbers."""
+    generator = torch.Generator().manual_seed(sum(runs[1]))
+    tokens = sum(b * n for b, n in zip(*runs))
+    qkv = torch.randn(tokens, 3, heads, head_dim, generator=generator).to(device, dtype)
+    grad = torch.randn(tokens, heads, head_dim, generator=generator).to(device, dtype)
+    exact = results(stock, qkv.double(), grad.double(), runs)
+    return [errors(results(f, qkv, grad, runs), exact, runs) for f in (attend, stock)]
+
+
+def limits(dtype: torch.dtype, runs) -> tuple[float, float]:
+    """How large errors() may be. Inputs, probabilities and results are rounded to within half an eps of the dtype;
+    sums over many keys average out most of that, those over two or three do not."""
+    eps = torch.finfo(dtype).eps
+    return (eps, 0.5 * eps) if min(runs[1]) > 3 else (1.5 * eps, eps)
+
+
+CASES = [(1, [1], [1]), (5, [3], [2]), (3, [2, 1, 2], [7, 16, 37]), (3, [1, 0, 1], [50, 9, 17]), (1, [1, 2], [64, 65]),
+         (1, [1, 2], [197, 37]), (2, [1, 1], [33, 257]), (1, [1], [272]), (1, [1, 1], [273, 128])]  # heads and runs
+LARGE_CASES = [(16, [64, 128], [197, 37]), (6, [4], [1370]), (1, [2], [4097]), (24, list(range(1, 17)), [37, 50] * 8)]
+
+
+def compare_all(device: str, cases, set_order=None) -> bool:
+    """Prints for each case and dtype the largest and the root mean square error, in brackets PyTorch's own in that
+    dtype. Are all within limits()?"""
+    good = True
+    for i, ((heads, *runs), dtype) in enumerate(tqdm([(c, d) for c in cases for d in (torch.bfloat16, torch.float16)],
+                                                     desc="comparing", disable=None)):
+        if set_order:
+            set_order(i % 3, i)
+        ours, theirs = compare(runs, heads, 64, dtype, device)
+        fine = all(a <= b for pair in ours for a, b in zip(pair, limits(dtype, runs)))
+        numbers = "  ".join(f"{n} {a[0]:.1e} {a[1]:.1e} ({b[0]:.1e} {b[1]:.1e})"
+                            for n, a, b in zip(("out", "dq", "dk", "dv"), ours, theirs))
+        images = " + ".join(f"{b} x {n}" for b, n in list(zip(*runs))[:3])
+        tqdm.write(f"{'ok   ' if fine else 'WRONG'} {str(dtype)[6:]:8} {heads:2} heads  {images:23} {numbers}")
+        good &= fine
+    return good
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Times
+
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
+            "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
+SWEEP = [([512], [37]), ([512], [50]), ([128], [197]), ([128], [257]), ([16], [1370]), ([128, 512], [197, 37])]
+
+
+def milliseconds(function, qkv: Tensor, grad: Tensor, runs) -> float:
+    """Median time of forward and backward over 20 rounds, after 5."""
+    times = []
+    for _ in range(25):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        leaf = qkv.detach().requires_grad_()
+        start.record()
+        function(leaf, *runs, qkv.shape[3] ** -0.5).backward(grad)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times[5:])[10]
+
+
+def sweep(heads: int = 16) -> None:
+    """Prints the times of the kernels and of every backend of PyTorch that takes the case, from qkv to its gradient."""
+    print(f"\nms of forward + backward, bfloat16, {heads} heads of 64; {torch.cuda.get_device_name()}; x = theirs/ours")
+    for runs in tqdm(SWEEP, desc="timing", disable=None):
+        tokens = sum(b * n for b, n in zip(*runs))
+        qkv = torch.randn(tokens, 3, heads, 64, device="cuda", dtype=torch.bfloat16)
+        grad = torch.randn(tokens, heads, 64, device="cuda", dtype=torch.bfloat16)
+        ours, parts = milliseconds(attend, qkv, grad, runs), []
+        for name, backend in BACKENDS.items():
+            try:
+                with sdpa_kernel(backend):
+                    theirs = milliseconds(stock, qkv, grad, runs)
+                parts.append(f"{name} {theirs:7.3f} ({theirs / ours:.2f} x)")
+            except RuntimeError:  # this backend does not take it, or has not the memory
+                parts.append(f"{name}       –         ")
+        tqdm.write(f"{' + '.join(f'{b} x {n}' for b, n in zip(*runs)):20} ours {ours:7.3f} ms   {'   '.join(parts)}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Registers, spills, shared memory
+
+
+def resources(head_dim: int = 64, architectures=("sm_80", "sm_90")) -> list[dict]:
+    """What ptxas says of each kernel: name, dtype, architecture, registers, spills, shared memory. Needs no GPU."""
+    library, said = build(nvcc_command(list(architectures), head_dim), " and ".join(architectures))
+    pattern = (r"Compiling entry function '(\S+)' for '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?"
+               r"Used (\d+) registers")
+    rows = []
+    for name, architecture, stores, loads, registers in re.findall(pattern, said, re.DOTALL):
+        kernel = "forward" if "forward" in name else "backward, N > 64" if "ELi32E" in name else "backward, N <= 64"
+        kind = ("forward", "backward, N > 64", "backward, N <= 64").index(kernel)
+        rows.append(dict(kernel=kernel, dtype="bfloat16" if "BFloat16" in name else "float16",
+                         architecture=architecture, threads=128 if kind == 2 else 256, registers=int(registers),
+                         spills=int(stores) + int(loads), shared=library.attention_shared(kind)))
+    return sorted(rows, key=lambda r: (r["architecture"], r["kernel"], r["dtype"]))
+
+
+def print_table(rows: list[dict]) -> None:
+    lines = [list(rows[0])] + [[str(v) for v in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines))
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--emulate", action="store_true", help="check the kernels on the CPU")
+    parser.add_argument("--compile-only", action="store_true", help="print what they need of a GPU")
+    args = parser.parse_args(argv)
+    try:
+        if args.compile_only:
+            for head_dim in HEAD_DIMS:
+                print(f"heads of width {head_dim}; spills and shared memory of a block in bytes")
+                print_table(resources(head_dim))
+            return 0
+        if args.emulate:
+            return 1 - compare_all("cpu", CASES, load_emulator())
+        load()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if not compare_all("cuda", CASES + LARGE_CASES):
+        return 1
+    sweep()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
