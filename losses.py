@@ -77,7 +77,7 @@ def parts(matrix: Tensor | Rows) -> Iterator[slice]:
 @torch.no_grad()
 def softmax_center(logits: Tensor, center: Tensor, temp: float) -> Tensor:
     """Targets softmax((logits - center) / temp), (..., K) (DINO, equation 4). `center` is (K,) or broadcasts."""
-    return F.softmax((logits.float() - center) / temp, dim=-1)
+    return F.softmax((logits.float() - center).div_(temp), dim=-1)
 
 
 @torch.no_grad()

@@ -3092,7 +3092,7 @@ class Payload:
     (["--mask-sample-probability", "2"], "must lie between 0.0 and 1.0, got 2.0"),
     (["--device", "gpu"], "'gpu' is no device"),
     (["--kernels"], "--kernels computes in bf16; add --dtype bf16"),
-    (["--kernels", "--dtype", "bf16"], "error: --kernels: "),
+    (["--kernels", "--dtype", "bf16"], "--kernels needs an NVIDIA GPU, and this runs on cpu"),
     (["--device", "mps"], "no Apple GPU"),
     (["--device", "cuda"], "finds no CUDA GPU"),
     (["--init", "/no/file.pth"], "no such checkpoint"),

@@ -332,7 +332,8 @@ def param_groups(student: nn.ModuleDict, cfg: Config) -> list[dict]:
         for name, p in module.named_parameters():
             key = param_options(name, depth, cfg.layerwise_decay, cfg.patch_embed_lr_mult)
             group = dict(zip(("lr_mult", "wd_mult", "is_last_layer"), key))
-            groups.setdefault(key, group | dict(params=[]))["params"].append(p)
+            sharded = isinstance(p, DTensor)  # of which a fused optimiser takes all or none at a time
+            groups.setdefault((*key, sharded), group | dict(params=[]))["params"].append(p)
     return list(groups.values())
 
 
@@ -385,7 +386,8 @@ def build_centers(cfg: Config, device: torch.device) -> dict[str, Tensor]:
 
 def project(network: nn.ModuleDict, cls: Tensor, patches: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Factors of the logits of CLS tokens (rows, D) and of masked patches (M, D), through one shared head or one each:
-    for both, projected tokens (rows, d) and prototypes (K, d)."""
+    for both, projected tokens (rows, d) and prototypes (K, d), float32."""
+    cls, patches = cls.float(), patches.float()
     if "ibot_head" in network:
         return [network["dino_head"](cls, factored=True), network["ibot_head"](patches, factored=True)]
     tokens, prototypes = network["dino_head"](torch.cat([cls, patches]), factored=True)
@@ -655,8 +657,8 @@ def shard(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype, recomput
     (TF32 on a GPU): bfloat16 logits divided by a temperature of 0.04 would be off by 0.1. The student keeps its
     gathered weights until the backward pass, with `mode` "full" only those of the heads, with which that begins; the
     teacher, which has none, must give them up after each forward: FSDP2 would keep those of the root, and
-    update_teacher() would change copies. A process alone that computes in float32 has nothing to share or to cast:
-    it needs no FSDP2, which would copy all weights and gradients.
+    update_teacher() would change copies. What computes in float32 on a process alone has nothing to share or to cast:
+    it needs no FSDP2, which would copy its weights and gradients.
     """
     backbone, blocks = network["backbone"], network["backbone"].block_list()
     for block in blocks:
@@ -664,12 +666,13 @@ def shard(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype, recomput
             block.forward = recomputed(block.forward, recompute)
         if compile_blocks:
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)  # one for all blocks
-    if mesh.size() == 1 and dtype == torch.float32:
+    alone = mesh.size() == 1
+    if alone and dtype == torch.float32:
         return
     policy = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
     for module in [*blocks, backbone]:
         fully_shard(module, **policy, reshard_after_forward=mode == "full" or not with_backward)
-    heads = [module for name, module in network.items() if name != "backbone"]
+    heads = [module for name, module in network.items() if name != "backbone" and not alone]
     policy["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
     for head in heads:
         fully_shard(head, **policy, reshard_after_forward=not with_backward)
@@ -1603,13 +1606,20 @@ def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
 
 
 def load_kernel(cfg: Config, device: torch.device):
-    """The attention of kernels/attention.py, see model.Attention. Raises ValueError with the reason if there is none."""
+    """The attention of kernels/attention.py, see model.Attention. Raises ValueError with the reason if it can't be."""
     if compute_dtype(cfg, device) != torch.bfloat16:
         raise ValueError("--kernels computes in bf16; add --dtype bf16, or leave it out")
-    spec = importlib.util.spec_from_file_location("attention", Path(__file__).parent / "kernels/attention.py")
-    module = importlib.util.module_from_spec(spec)
+    if device.type != "cuda":
+        raise ValueError(f"--kernels needs an NVIDIA GPU, and this runs on {device.type}; leave it out")
+    torch.cuda.set_device(device)
+    spec = importlib.util.spec_from_file_location("_dinov2_attention", Path(__file__).parent / "kernels/attention.py")
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)  # where torch.compile looks for it
     spec.loader.exec_module(module)
-    return module.load(device)
+    arch = ARCHS[cfg.arch]
+    try:
+        return module.load(arch["embed_dim"] // arch["num_heads"])
+    except ValueError as error:
+        raise ValueError(f"--kernels: {error}; leave it out") from None
 
 
 def take_output(cfg: Config) -> OutputLock | None:
