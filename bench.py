@@ -36,6 +36,7 @@ import multiprocessing
 import os
 import platform
 import random
+import re
 import resource
 import shlex
 import statistics
@@ -255,7 +256,9 @@ def peak_memory(device: torch.device) -> float:
     """GB that this process, or on a GPU its tensors, have taken at most so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    if sys.platform == "linux":  # where what resource tells of a new process begins with the peak of its parent
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS: bytes
 
 
 def forget_peak(device: torch.device) -> float:
@@ -456,7 +459,7 @@ def run_alone(make, way: str, args, device: torch.device, results) -> None:
 
 def bench_memory(make, ways: tuple[str, ...], args, device: torch.device) -> list[dict]:
     """Rows of {way, s, GB_before, GB_most}, each of a new process."""
-    context, rows = multiprocessing.get_context("fork" if device.type == "cpu" else "spawn"), []
+    context, rows = multiprocessing.get_context("forkserver"), []  # autograd, once used, does not survive a fork
     for way in ways:
         results = context.SimpleQueue()
         process = context.Process(target=run_alone, args=(make, way, args, device, results))
@@ -981,6 +984,8 @@ def parse(argv: list[str] | None):
     args, flags = parser.parse_known_args(argv)
     if args.what not in TRAINED:
         parser.parse_args(argv)  # knows no other flags
+    if not 0 < args.minutes < 1e6:
+        raise ValueError("--minutes must be more than 0")
     if min(args.repeats, args.images, args.queries, args.dim, args.every) < 1:
         raise ValueError("--repeats, --images, --queries, --dim and --every must be 1 or more")
     if args.preset not in train.PRESETS:
