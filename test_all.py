@@ -3733,7 +3733,7 @@ def test_bench_gpu(capsys, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("argv,text", [
     (["train", "--bach-size", "8"], "unknown argument '--bach-size', did you mean --batch-size"),
-    (["train", "--preset", "vits"], "unknown preset 'vits', did you mean vits16_short"),
+    (["train", "--preset", "vits16"], "unknown preset 'vits16', did you mean vits16_short"),
     (["heads", "--centering", "sinkhorn"], "--centering 'sinkhorn', did you mean sinkhorn_knopp"),
     (["attention", "--local-crops-size", "95"], "95 is not a multiple of --patch-size 16; use 80 or 96"),
     (["save", "--batch-size", "8"], "unknown argument '--batch-size'"), (["gpu", "--minutes", "0"], "--minutes")])
