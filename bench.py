@@ -3,6 +3,14 @@
     python bench.py data                        # images per second and core: each stage, a worker, the whole pipeline,
                                                 # and the same augmentations by torchvision in the official order
     python bench.py data --data /my/photos      # on your images instead of scikit-learn's two photographs
+    python bench.py train --batch-size 8        # a training step of ViT-S/16: images per second, share of what matrix
+                                                # products reach on this device, memory, and where the time goes; takes
+                                                # every flag of train.py: --preset, --compile, --arch, --dtype, ...
+    python bench.py train --profile trace.json  # and a trace for chrome://tracing, and the costliest operators
+    python bench.py heads --batch-size 64 --head-n-prototypes 131072 --centering sinkhorn_knopp  # heads and losses
+                                                # alone, against the definitions in losses.py; flags of train.py too
+    python bench.py attention                   # attention of both crop sizes, by each backend; flags of train.py too
+    python bench.py gpu --out gpu               # all that wants a GPU, on one, in ten minutes; --list shows what
     python bench.py save                        # what saving and guarding a run costs, of ViT-S/16
     python bench.py save --preset digits        # or of another preset
     python bench.py scale                       # of ViT-S, B, L and g on 8, 32 and 256 GPUs: bytes sent, time, memory,
@@ -21,19 +29,26 @@
 Everything is measured in turn, several times over, in one process, `data` on one core: compare the ratios, which hold
 on a noisy machine too. A GPU's part is measured if there is one. Apache License 2.0.
 """
+import contextlib
+import ctypes
 import io
 import itertools
 import json
 import math
 import multiprocessing
+import os
 import platform
 import random
+import re
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from argparse import Namespace
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -44,7 +59,9 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchvision import transforms as T
@@ -56,7 +73,9 @@ import eval_linear
 import eval_logreg
 import heads
 import hub
+import losses
 import mask2former
+import model
 import train
 
 
@@ -491,12 +510,25 @@ def peak_memory(device: torch.device) -> float:
     """GB that this process, or on a GPU its tensors, have taken at most so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    if sys.platform == "linux":  # where what resource tells of a new process begins with the peak of its parent
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS: bytes
+
+
+def forget_peak(device: torch.device) -> float:
+    """GB taken now. On a GPU and on Linux, peak_memory() counts from here on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # what is free but not given back would hide what is taken next
+        with contextlib.suppress(OSError):  # where /proc may not be written
+            Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory(device)
 
 
 def finished(function, device: torch.device):
     """`function`, waiting until the device has done it."""
-    return function if device.type != "cuda" else lambda: (function(), torch.cuda.synchronize())
+    return function if device.type != "cuda" else lambda: (function(), torch.cuda.synchronize())[0]
 
 
 def bench_knn(args, device: torch.device) -> list[dict]:
@@ -646,14 +678,14 @@ def enlarged_first(head: heads.LinearDepthHead, features: list) -> torch.Tensor:
     return (x * depths[:, None, None]).sum(1, keepdim=True) / x.sum(1, keepdim=True)
 
 
-def linear_depth(way: str, dim: int, device: torch.device):
+def linear_depth(way: str, args, device: torch.device):
     """What makes depth of the features of a 480x640 photograph, padded to 35x46 patches."""
-    head = heads.LinearDepthHead(dim).to(device)
+    head, dim = heads.LinearDepthHead(args.dim).to(device).requires_grad_(False), args.dim
     features = [(torch.randn(1, dim, 35, 46, device=device), torch.randn(1, dim, device=device)) for _ in range(4)]
     return partial(head if way == "heads.LinearDepthHead" else partial(enlarged_first, head), features)
 
 
-def whole_mask2former(way: str, dim: int, device: torch.device):
+def whole_mask2former(way: str, args, device: torch.device):
     """Mask2Former with random weights, which are made without the rules of initialisation: those take a minute."""
     with torch.device("meta"):
         network = mask2former.Mask2Former()
@@ -663,28 +695,27 @@ def whole_mask2former(way: str, dim: int, device: torch.device):
             value.uniform_(0.5, 1.5) if value.ndim < 2 and not name.endswith("bias") else value.normal_(std=0.02)
         else:
             value.zero_()
-    return partial(network.eval(), torch.randn(1, 3, 896, 896, device=device))
+    return partial(network.eval().requires_grad_(False), torch.randn(1, 3, 896, 896, device=device))
 
 
-@torch.inference_mode()
 def run_alone(make, way: str, args, device: torch.device, results) -> None:
-    """In a process of its own: seconds of each call, and the most memory, in GB, before and with it."""
+    """In a process of its own: seconds of a call, and the most memory, in GB, before and with it. Of several calls, the
+    first is for the caches."""
     torch.manual_seed(0)
-    call = finished(make(way, args.dim, device), device)
-    peak = (lambda: torch.cuda.max_memory_allocated() / 1e9) if device.type == "cuda" else (
-        lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
-    before, seconds = peak(), []
+    call = finished(make(way, args, device), device)
+    before, seconds = forget_peak(device), []
     for _ in range(args.repeats):
         start = time.perf_counter()
-        call()
+        result = call()
         seconds.append(time.perf_counter() - start)
-    results.put(dict(way=way, s=statistics.median(seconds), GB_before=before, GB_most=peak()))
+    row = dict(way=way, s=statistics.median(seconds[1:] or seconds), GB_before=before, GB_most=peak_memory(device))
+    results.put(row | (dict(result=result) if isinstance(result, float) else {}))
 
 
 def bench_memory(make, ways: tuple[str, ...], args, device: torch.device) -> list[dict]:
     """Rows of {way, s, GB_before, GB_most}, each of a new process."""
-    context, rows = multiprocessing.get_context("fork" if device.type == "cpu" else "spawn"), []
-    for way in ways:
+    context, rows = multiprocessing.get_context("forkserver"), []  # autograd, once used, does not survive a fork
+    for way in tqdm(ways, disable=None, desc="measuring", leave=False):
         results = context.SimpleQueue()
         process = context.Process(target=run_alone, args=(make, way, args, device, results))
         process.start()
@@ -696,44 +727,503 @@ def bench_memory(make, ways: tuple[str, ...], args, device: torch.device) -> lis
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# train: real steps of training. What the flags of train.py said is in args.cfg.
+
+
+def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of the product of two square matrices large enough to keep the device busy."""
+    n, seconds = 256, 0.0
+    while seconds < 0.05 and n < 8192:
+        n *= 2
+        a, b = torch.randn(2, n, n, device=device).to(dtype)
+        product = finished(partial(torch.mm, a, b, out=torch.empty_like(a)), device)
+        product()
+        start = time.perf_counter()
+        product()
+        seconds = time.perf_counter() - start
+    again = max(1, min(10, int(0.1 / seconds)))
+    start = time.perf_counter()
+    for _ in range(again):
+        product()
+    return 2 * n**3 * again / (time.perf_counter() - start)
+
+
+class Clock:
+    """Takes the place of record_function: seconds under each name, without those under the names inside it. It waits
+    for the device at both ends, so that on a GPU too a part is what it computes, not what it orders."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds, self.inside = device, {}, [0.0]
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @contextlib.contextmanager
+    def __call__(self, name: str):
+        start = self.now()
+        self.inside.append(0.0)
+        yield
+        took = self.now() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + took - self.inside.pop()
+        self.inside[-1] += took
+
+
+class Training:
+    """Training as in train.py, a step at a time, each with crops, masks and dropped rows of its own."""
+
+    def __init__(self, cfg: train.Config, source, device: torch.device):
+        self.cfg, self.device, self.clock = cfg, device, Clock(device)
+        self.state = train.TrainState(cfg, train.start_processes(device), device)
+        self.batches = train.training_batches(cfg, source, train.dist.get_rank(), train.dist.get_world_size())
+        self.schedule = {name: float(values[cfg.steps // 2]) for name, values in train.schedules(cfg).items()}
+        on_gpu = cfg.compile and device.type == "cuda"
+        colour = torch.compile(data.augment_at_once, dynamic=False) if on_gpu else data.augment
+        self.prepare = partial(data.prepare, device=device, mean=cfg.mean, std=cfg.std, augment=colour)
+        self.done = 0
+
+    def next_batch(self) -> list[data.Batch]:
+        """The parts of the next step, as the loader gives them."""
+        first = self.done * self.cfg.accum
+        self.done += 1
+        return [self.batches[i] for i in range(first, first + self.cfg.accum)]
+
+    def step(self, parts: list[data.Batch]) -> None:
+        state = self.state
+        train.train_step(state.student, state.teacher, state.optimizer, parts, self.cfg, self.schedule, state.centers)
+
+    def timed(self) -> float:
+        """Seconds of a step whose crops are ready."""
+        parts = list(map(self.prepare, self.next_batch()))
+        start = self.clock.now()
+        self.step(parts)
+        return self.clock.now() - start
+
+    def by_parts(self) -> dict[str, float]:
+        """{part: seconds} of a step, by the names that train.py gives them."""
+        clock, parts = Clock(self.device), self.next_batch()
+        with clock("colour of the crops"):
+            parts = list(map(self.prepare, parts))
+        with mock.patch.object(train, "record_function", clock), clock("the rest"):
+            self.step(parts)
+        return clock.seconds
+
+    def fed(self, n: int) -> tuple[float, float]:
+        """Seconds per step, and of these the wait for data, of n steps fed by the loader like those of train.py."""
+        first, self.done = self.done, self.done + n + 1
+        loader = data.train_loader(self.batches, first, self.done, train.local_workers(self.cfg),
+                                   self.device.type == "cuda")
+        loader = data.Prefetcher(loader, self.prepare, self.device)
+        parts = iter(loader)
+        for i in range(n + 1):  # the first is for the workers to start
+            self.step(list(itertools.islice(parts, self.cfg.accum)))
+            if i == 0:
+                start, waited = self.clock.now(), loader.waited
+        return (self.clock.now() - start) / n, (loader.waited - waited) / n
+
+    def profile(self, path: str) -> list[dict]:
+        """Rows of {operator, calls, ms, percent}, the ten costliest of a step, of which a trace is written."""
+        kinds = torch.profiler.ProfilerActivity
+        kinds = [kinds.CPU, kinds.CUDA] if self.device.type == "cuda" else [kinds.CPU]
+        parts = list(map(self.prepare, self.next_batch()))
+        with torch.profiler.profile(activities=kinds) as profiler:
+            self.step(parts)
+            self.clock.now()
+        profiler.export_chrome_trace(path)
+        cost = (lambda e: e.self_device_time_total) if self.device.type == "cuda" else (
+            lambda e: e.self_cpu_time_total)  # microseconds
+        events = sorted((e for e in profiler.key_averages() if not e.is_user_annotation), key=cost, reverse=True)
+        total = sum(map(cost, events))
+        return [dict(operator=e.key[:70], calls=str(e.count), ms=cost(e) / 1e3, percent=100 * cost(e) / total)
+                for e in events[:10]]
+
+
+def bench_train(args, device: torch.device) -> list[dict]:
+    """Rows of {figure, value}, then of {part, ms, percent} of a step, then of operators if a profile is asked for."""
+    cfg, before = args.cfg, forget_peak(device)
+    train.check_shared_memory(cfg, train_processes())
+    counters = torch._dynamo.utils.counters if cfg.compile else {}
+    counters.clear()
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.data and cfg.data != "digits":  # photographs, whatever the preset is for
+            write_photos(Path(folder))
+            cfg = replace(cfg, data=folder)
+        training = Training(cfg, data.open_source(cfg.data, cfg.in_chans), device)
+        took = [training.timed() for _ in range(3)][-1]  # for the caches and the compiler
+        compiled, dtype = n_graphs(counters), train.compute_dtype(cfg, device)
+        calls = max(train.together(lambda: max(1, min(4, math.ceil(0.5 / took)))))
+        seconds, rates, parts = [], [], []
+        for _ in tqdm(range(args.repeats), disable=None, desc="measuring", leave=False):
+            rates.append(matrix_rate(dtype, device))
+            seconds.append(statistics.mean(training.timed() for _ in range(calls)))
+            parts.append(training.by_parts())
+        fed, waited = training.fed(max(4, calls * args.repeats))
+        memory = peak_memory(device)
+        operators = training.profile(args.profile) if args.profile else []
+        train.dist.destroy_process_group()
+
+    s, images, flops = statistics.median(seconds), cfg.batch_size, train_flops(cfg)
+    share = statistics.median(flops * images / train_processes() / t / rate for t, rate in zip(seconds, rates))
+    figures = {f"seconds per step of {images} images": s, "images per second": images / s,
+               "images per second, fed by the loader": images / fed, "GFLOP per image, nominal": flops / 1e9,
+               f"GFLOP/s of a matrix product, {str(dtype)[6:]}": statistics.median(rates) / 1e9}
+    if device.type == "cpu" and dtype != torch.float32:  # without units for bfloat16, a CPU is slower in it
+        figures["GFLOP/s of a matrix product, float32"] = matrix_rate(torch.float32, device) / 1e9
+    figures |= {"share of that rate": share, "GB at most": memory, "GB beyond the imports": memory - before}
+    if cfg.compile:
+        figures |= {"graphs compiled": n_graphs(counters), "of these after step 3": n_graphs(counters) - compiled,
+                    "graph breaks": sum(counters["graph_break"].values())}
+    middle = {name: statistics.median(part[name] for part in parts) for name in parts[0]}
+    middle = {"wait for the loader": waited} | middle
+    return ([dict(figure=name, value=float(value)) for name, value in figures.items()]
+            + [dict(part=name, ms=1e3 * t, percent=100 * t / sum(middle.values())) for name, t in middle.items()]
+            + operators)
+
+
+def n_graphs(counters: dict) -> int:
+    return counters["stats"]["unique_graphs"] if counters else 0
+
+
+def train_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# heads: heads and losses alone
+
+
+HEAD_WAYS = ("train.py: part after part", "the definitions in losses.py, autograd", "F.linear_cross_entropy, autograd")
+
+
+class Features(nn.Module):
+    """Stands where the backbone is: whatever the crops, these features come out, into which gradients go."""
+
+    def __init__(self, cfg: train.Config):
+        super().__init__()
+        n, dim, patches = cfg.batch_size, model.ARCHS[cfg.arch]["embed_dim"], (
+            cfg.global_crops_size // cfg.patch_size) ** 2
+        self.cls, self.local_cls, self.patches = (nn.Parameter(torch.randn(*shape, dim)) for shape in (
+            (2 * n,), (cfg.local_crops_number * n,), (2 * n, patches)))
+
+    def forward(self, x, masks=None, is_training=True, drop_orders=None):
+        out = dict(x_norm_clstoken=self.cls, x_norm_patchtokens=self.patches)
+        return [out, dict(x_norm_clstoken=self.local_cls)] if isinstance(x, list) else out
+
+
+def heads_alone(cfg: train.Config) -> nn.ModuleDict:
+    """A network of train.py with Features as its backbone."""
+    dim, network = model.ARCHS[cfg.arch]["embed_dim"], nn.ModuleDict(dict(backbone=Features(cfg)))
+    network["dino_head"] = model.DINOHead(dim, cfg.head_n_prototypes, nlayers=cfg.head_nlayers,
+                                          hidden_dim=cfg.head_hidden_dim, bottleneck_dim=cfg.head_bottleneck_dim)
+    if cfg.ibot_separate_head:
+        network["ibot_head"] = model.DINOHead(
+            dim, cfg.ibot_head_n_prototypes, nlayers=cfg.ibot_head_nlayers, hidden_dim=cfg.ibot_head_hidden_dim,
+            bottleneck_dim=cfg.ibot_head_bottleneck_dim)
+    return network
+
+
+def masked_batch(cfg: train.Config, device: torch.device) -> data.Batch:
+    """A batch with the masks of step 0 and crops without pixels."""
+    batches = train.training_batches(replace(cfg, accum=1), Namespace(channels=cfg.in_chans), 0, 1)
+    masks = torch.from_numpy(batches.masks_of(0, range(cfg.batch_size // cfg.group_size)))
+    index, weight = data.mask_weights(masks)
+    crops = [torch.empty(n * cfg.batch_size, 0) for n in (2, cfg.local_crops_number)]
+    return data.Batch(*crops, *crops, masks, index.to(device), weight.to(device), torch.arange(cfg.batch_size), [])
+
+
+def loss_by_definition(student, teacher, batch: data.Batch, cfg: train.Config, centers: dict, whole: bool = True):
+    """What teacher_targets() and step_losses() compute, from tables of all logits and all targets; but for `whole`, the
+    student's logits are left to F.linear_cross_entropy."""
+    temp, n = cfg.teacher_temp, cfg.batch_size
+    names = "dino_head", "ibot_head" if "ibot_head" in student else "dino_head"
+    target = (lambda x, center: losses.softmax_center(x, center, temp)) if cfg.centering == "centering" else (
+        lambda x, center: losses.sinkhorn_knopp(x, temp))
+    with torch.no_grad():
+        rows = teacher["backbone"].cls, teacher["backbone"].patches.flatten(0, 1)[batch.mask_index]
+        logits = [teacher[name](x) for name, x in zip(names, rows)]
+        targets = [target(x, center) for x, center in zip(logits, centers.values())]
+        del logits
+        targets[0] = targets[0].unflatten(0, (2, n))  # (2, B, K)
+    features, n_pairs = student["backbone"], 2 * cfg.local_crops_number + 2
+    rows = torch.cat([features.local_cls, features.cls]), features.patches.flatten(0, 1)[batch.mask_index]
+    koleo = cfg.koleo_loss_weight * sum(losses.koleo_loss(crop, cfg.group_size) for crop in features.cls.chunk(2))
+    if whole:
+        cls, patches = (student[name](x) for name, x in zip(names, rows))
+        local, both = cls.unflatten(0, (-1, n)).split([cfg.local_crops_number, 2])  # (L, B, K), (2, B, K)
+        dino = losses.dino_loss(local, targets[0]) + losses.cross_entropy(both, targets[0].flip(0)).mean(-1).sum()
+        ibot = losses.ibot_loss(patches, targets[1], batch.mask_weight, 2 * n)
+        return cfg.dino_loss_weight * dino / n_pairs + cfg.ibot_loss_weight * ibot + koleo
+    weights = cfg.dino_loss_weight / (n_pairs * n), cfg.ibot_loss_weight / (2 * n) * batch.mask_weight[:, None]
+    targets[0] = torch.cat([targets[0].sum(0).repeat(cfg.local_crops_number, 1), targets[0].flip(0).flatten(0, 1)])
+    for name, x, target, weight in zip(names, rows, targets, weights):
+        tokens, prototypes = student[name](x, factored=True)
+        koleo = koleo + F.linear_cross_entropy(tokens / losses.STUDENT_TEMP, prototypes, target.mul_(weight),
+                                               reduction="sum", options=nn.LinearCrossEntropyOptions())
+    return koleo
+
+
+def heads_and_losses(way: str, args, device: torch.device):
+    """What computes the loss from features, and its gradients in the student's heads and features."""
+    cfg = args.cfg
+    student, teacher = heads_alone(cfg).to(device), heads_alone(cfg).to(device).requires_grad_(False)
+    batch, centers = masked_batch(cfg, device), train.build_centers(cfg, device)
+
+    def ours() -> torch.Tensor:
+        targets = next(train.teacher_targets(teacher, [batch], cfg, cfg.teacher_temp, centers, {}))
+        return train.step_losses(student, batch, targets, cfg)[0]
+
+    by_definition = partial(loss_by_definition, student, teacher, batch, cfg, centers, whole=way == HEAD_WAYS[1])
+
+    def call() -> float:
+        student.zero_grad(set_to_none=True)
+        loss = ours() if way == HEAD_WAYS[0] else by_definition()
+        loss.backward()
+        return loss.item()
+
+    return call
+
+
+def bench_heads(args, device: torch.device) -> list[dict]:
+    """Rows of {way, s, times_ours, GB, times_ours_GB, loss}, which take turns, each time in a new process, of which the
+    second call counts. GB: beyond weights and features."""
+    ways = HEAD_WAYS if hasattr(F, "linear_cross_entropy") else HEAD_WAYS[:2]  # from torch 2.13 on
+    ways, twice = ways[: 1 if args.ours_only else None], Namespace(**vars(args) | dict(repeats=2))
+    turns = [bench_memory(heads_and_losses, ways, twice, device) for _ in range(args.repeats)]
+    seconds = [[row["s"] for row in turn] for turn in turns]
+    used = [max(row["GB_most"] - row["GB_before"] for row in rows) for rows in zip(*turns)]
+    return [dict(way=way, s=statistics.median(s[i] for s in seconds), times_ours=statistics.median(
+        s[i] / s[0] for s in seconds), GB=used[i], times_ours_GB=used[i] / used[0], loss=turns[0][i]["result"])
+        for i, way in enumerate(ways)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# attention
+
+
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
+            "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
+
+
+def with_copies(attention: model.Attention, x: torch.Tensor, shapes: list[tuple[int, int]]) -> torch.Tensor:
+    """Attention.forward with query, key and value copied out of their joint tensor."""
+    outs = []
+    for qkv in model.unpack(attention.qkv(x), shapes):
+        qkv = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).contiguous()
+        outs.append(F.scaled_dot_product_attention(*qkv, scale=attention.scale).transpose(1, 2).flatten(2))
+    return attention.proj(model.pack(outs))
+
+
+def by_sdpa(qkv: torch.Tensor, batches: list[int], lengths: list[int], scale: float) -> torch.Tensor:
+    """Attention of packed crops, qkv (T, 3, H, d) -> (T, H, d), as model.Attention does it."""
+    outs = []
+    for part, b, n in zip(qkv.split([b * n for b, n in zip(batches, lengths)]), batches, lengths):
+        q, k, v = part.unflatten(0, (b, n)).permute(2, 0, 3, 1, 4)  # each (b, H, n, d)
+        outs.append(F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1))
+    return torch.cat(outs)
+
+
+def both_ways(function, x: list[torch.Tensor], device: torch.device, backend: str = ""):
+    """What runs `function` of the tensors x forward and backward, by one backend of scaled_dot_product_attention."""
+    x = [t.detach().requires_grad_() for t in x]
+
+    def call() -> None:
+        with sdpa_kernel(BACKENDS[backend]) if backend else contextlib.nullcontext():
+            outs = function(*x)
+            torch.autograd.grad(outs, x, [torch.ones_like(out) for out in outs])
+
+    return finished(call, device)
+
+
+def available(ways: dict) -> dict:
+    """Those of the ways that run here: not every backend is there for every device and type."""
+    def runs(way) -> bool:
+        try:
+            with warnings.catch_warnings(action="ignore"):  # PyTorch tells why not, at length
+                way()
+        except RuntimeError:
+            return False
+        return True
+
+    return {name: way for name, way in ways.items() if runs(way)}
+
+
+def bench_attention(args, device: torch.device) -> list[dict]:
+    """Rows of {way, backend, ms, times_ours}: forward and backward pass of model.Attention on the crops of a batch, and
+    of {tokens, images, attention alone by, ms, times_best}: without its two projections, the best being PyTorch's."""
+    cfg, dtype = args.cfg, train.compute_dtype(args.cfg, device)
+    arch, sides = model.ARCHS[cfg.arch], (cfg.global_crops_size, cfg.local_crops_size)
+    dim, n_heads = arch["embed_dim"], arch["num_heads"]
+    lengths = [1 + cfg.num_register_tokens + (side // cfg.patch_size) ** 2 for side in sides]
+    batches = [2 * cfg.batch_size, cfg.local_crops_number * cfg.batch_size]
+    shapes, attention = list(zip(batches, lengths)), model.Attention(dim, n_heads).to(device, dtype)
+    crops = [torch.randn(b, n, dim, device=device, dtype=dtype) for b, n in shapes]
+    packed = [model.pack(crops)]
+    ways = {"model.Attention: packed, no copies": (lambda x: [attention(x, shapes)], packed),
+            "a pass for each size of crops": (lambda *xs: list(map(attention, xs)), crops),
+            "packed, query, key, value copied": (lambda x: [with_copies(attention, x, shapes)], packed)}
+    calls = available({(way, backend): both_ways(function, x, device, backend)
+                       for backend in BACKENDS for way, (function, x) in ways.items()})
+    seconds = measure(calls, args.repeats, least=0.1)
+    rows = [dict(way=way, backend=backend, ms=1e3 * statistics.median(times), times_ours=statistics.median(
+        t / o for t, o in zip(times, seconds[next(iter(ways)), backend]))) for (way, backend), times in seconds.items()]
+
+    tokens = sum(b * n for b, n in shapes)
+    tables = [(batches, lengths)] + [([max(tokens // n, 1)], [n]) for n in (37, 50, 197, 257, 1370)
+                                     if device.type == "cuda"]
+    for batches, lengths in tables:
+        rows += attention_alone(args, batches, lengths, n_heads, dim // n_heads, dtype, device)
+    return rows
+
+
+def attention_alone(args, batches, lengths, n_heads: int, dim: int, dtype, device: torch.device) -> list[dict]:
+    tokens = sum(b * n for b, n in zip(batches, lengths))
+    qkv = [torch.randn(tokens, 3, n_heads, dim, device=device, dtype=dtype)]
+    run = lambda function: lambda x: [function(x, batches, lengths, dim**-0.5)]  # noqa: E731
+    calls = available({backend: both_ways(run(by_sdpa), qkv, device, backend) for backend in BACKENDS})
+    refused = ""
+    if device.type == "cuda":
+        try:
+            calls["kernels/attention.py"] = both_ways(run(train.load_kernel(args.cfg, device)), qkv, device)
+            calls["kernels/attention.py"]()
+        except ValueError as error:
+            calls.pop("kernels/attention.py", None)
+            refused = str(error)
+    seconds = {name: statistics.median(times) for name, times in measure(calls, args.repeats, least=0.1).items()}
+    best, names = min(seconds[name] for name in seconds if name in BACKENDS), ("tokens", "images", "attention alone by")
+    place = [" and ".join(map(str, numbers)) for numbers in (lengths, batches)]
+    rows = [dict(zip(names, (*place, name))) | dict(ms=1e3 * t, times_best=t / best) for name, t in seconds.items()]
+    return rows + [dict(zip(names, (*place, f"kernels/attention.py: {refused}"))) | dict(ms="", times_best="")
+                   ] * bool(refused)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# gpu: everything that wants a GPU, one command after the other
+
+
+SWITCHES = ("", "--compile", "--compile --kernels", "--compile --recompute selective")  # of a run on one GPU, to be compared
+GPU_COMMANDS = (
+    "-m pytest -q -p no:cacheprovider test_all.py -k cuda",
+    "kernels/attention.py",
+    "bench.py attention --preset vitl16_short --batch-size 64 --repeats 5 --json",
+    *(f"bench.py heads --batch-size 64 --head-n-prototypes 131072 --centering {centering} --repeats 3 --json"
+      for centering in ("centering", "sinkhorn_knopp")),
+    *(f"bench.py train --preset {preset} --batch-size 64 --repeats 5 --json {switch}".rstrip()
+      for preset in ("vits16_short", "vitl16_short") for switch in SWITCHES),
+    "bench.py data --repeats 3 --json",
+    *(f"train.py --preset digits --steps 300 --device cuda --out TEMPORARY {switch}".rstrip()
+      for switch in ("", "--compile")))
+
+
+def bench_gpu(args, device: torch.device) -> list[dict]:
+    """Rows of {command, result, s}. Writes into --out: log.txt, all that the commands said; results.json, the tables of
+    bench.py; tables.md, the same to read. A command that fails is named, and the next one runs; one that is not done
+    when --minutes are over, is stopped."""
+    if args.list:
+        return print("\n".join(f"python {command}" for command in GPU_COMMANDS)) or []
+    if device.type != "cuda":
+        raise ValueError("PyTorch finds no CUDA GPU here; `python bench.py gpu --list` shows what would run on one")
+    out, rows, found, end = Path(args.out), [], [], time.monotonic() + 60 * args.minutes
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "log.txt", "w") as log, open(out / "tables.md", "w") as tables:
+        for command in (bar := tqdm(GPU_COMMANDS, disable=None, desc="commands")):
+            bar.set_postfix_str(command[:60])
+            result, text, seconds = run_command(command, max(end - time.monotonic(), 0), log)
+            rows.append(dict(command=f"python {command}", result=result, s=seconds))
+            if result == "done" and "--json" in command:
+                found.append(json.loads(text))
+                with contextlib.redirect_stdout(tables):
+                    print(f"python {command}\n")
+                    show(found[-1]["rows"])
+            (out / "results.json").write_text(json.dumps(dict(commands=rows, found=found), indent=1))
+        with contextlib.redirect_stdout(tables):
+            show(rows)
+    return rows
+
+
+def run_command(command: str, seconds: float, log) -> tuple[str, str, float]:
+    """Runs `python command` for at most so many seconds. Returns how it ended, what it printed, the seconds it took."""
+    start, here = time.perf_counter(), Path(__file__).parent
+    with tempfile.TemporaryDirectory() as folder:
+        argv = [sys.executable, *shlex.split(command.replace("TEMPORARY", f"{folder}/out"))]
+        try:
+            done = subprocess.run(argv, cwd=here, capture_output=True, text=True, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            done = subprocess.CompletedProcess(argv, None, "", "")
+    print(f"$ python {command}\n{done.stdout}\n{done.stderr}", file=log, flush=True)
+    last = (done.stderr.strip() or done.stdout.strip() or " ").splitlines()[-1]
+    result = {None: "stopped: out of time", 0: "done"}.get(done.returncode, f"failed ({done.returncode}): {last[:100]}")
+    return result, done.stdout, time.perf_counter() - start
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 DENSE_WAYS = ("heads.LinearDepthHead", "enlarged first, as officially")
-BENCHES = {"data": bench_data, "save": bench_save, "scale": bench_scale, "knn": bench_knn, "logreg": bench_logreg,
+BENCHES = {"data": bench_data, "train": bench_train, "heads": bench_heads, "attention": bench_attention,
+           "gpu": bench_gpu, "save": bench_save, "scale": bench_scale, "knn": bench_knn, "logreg": bench_logreg,
            "linear": bench_linear, "hub": bench_hub, "dense": partial(bench_memory, linear_depth, DENSE_WAYS),
            "m2f": partial(bench_memory, whole_mask2former, ("Mask2Former over ViT-g, 896x896",))}
+TRAINED = ("train", "heads", "attention")  # which take the flags of train.py
 
 
 def parse(argv: list[str] | None):
     parser = data.Parser(__doc__)
     parser.add_argument("what", choices=tuple(BENCHES), help="what to measure")
     parser.add_argument("--data", default="", help="images, named as train.py's --data")
-    parser.add_argument("--preset", default="", help="of train.py, for `save` (vits16_short) and `scale` (five)")
+    parser.add_argument("--preset", default="", help="of train.py, for `save`, `train`, `heads`, `attention` "
+                        "(vits16_short) and `scale` (five)")
     parser.add_argument("--check", action="store_true", help="for `scale`: measure the memory of real steps")
+    parser.add_argument("--profile", default="", help="for `train`: the file for a trace")
+    parser.add_argument("--out", default="gpu", help="for `gpu`: the folder for its three files")
+    parser.add_argument("--minutes", type=float, default=10.0, help="for `gpu`: what is not done by then is stopped")
+    parser.add_argument("--list", action="store_true", help="for `gpu`: show the commands")
     parser.add_argument("--images", type=int, default=100_000, help="for `knn`; `logreg` takes a fifth of it")
     parser.add_argument("--queries", type=int, default=5_000, help="images to classify, for `knn`")
     parser.add_argument("--dim", type=int, default=384, help="width of the features, for `knn`, `logreg`, `linear`, "
                         "`dense`")
     parser.add_argument("--every", type=int, default=1, help="for `logreg`: scikit-learn fits every such value of C")
     parser.add_argument("--name", default="dinov2_vitg14", help="of a released model, for `hub`")
-    parser.add_argument("--ours-only", action="store_true", help="for `knn` and `logreg`: compare with nothing")
+    parser.add_argument("--ours-only", action="store_true", help="for `knn`, `logreg`, `heads`: compare with nothing")
     parser.add_argument("--repeats", type=int, default=7, help="how often everything is measured; medians are shown")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args(argv)
+    args, flags = parser.parse_known_args(argv)
+    if args.what not in TRAINED:
+        parser.parse_args(argv)  # knows no other flags
+    if not 0 < args.minutes < 1e6:
+        raise ValueError("--minutes must be more than 0")
     if min(args.repeats, args.images, args.queries, args.dim, args.every) < 1:
         raise ValueError("--repeats, --images, --queries, --dim and --every must be 1 or more")
     if args.preset not in ("", *train.PRESETS):
         raise ValueError(f"unknown preset {args.preset!r}{data.nearest(args.preset, train.PRESETS)}")
     if args.name not in hub.RELEASED:
         raise ValueError(f"unknown model {args.name!r}{data.nearest(args.name, hub.RELEASED)}")
+    if args.what in TRAINED:
+        args.cfg = training_config(args, flags)
     return args
+
+
+def training_config(args, flags: list[str]) -> train.Config:
+    """What train.py would make of the flags that are its own, but for the batch: that of one device, unless given."""
+    given, n_ranks = {flag.partition("=")[0] for flag in flags}, train_processes()
+    args.preset = args.preset or "vits16_short"
+    cfg = train.parse(["--preset", args.preset, *flags, *(["--data", args.data] if args.data else [])])[0]
+    if "--batch-size" not in given and args.preset not in ("digits", "fashion"):
+        images = 64 if train.pick_device(cfg.device).type == "cuda" else 8
+        cfg = replace(cfg, batch_size=images * cfg.accum * n_ranks)
+    if "--group-size" not in given:
+        cfg = replace(cfg, group_size=math.gcd(cfg.group_size, cfg.batch_size // (n_ranks * cfg.accum) or 1))
+    train.check(cfg, n_ranks)
+    return cfg
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    device = train.pick_device("auto")
+    device = train.pick_device(args.cfg.device if args.what in TRAINED else "auto")
     data.keep_memory()  # as in workers and in training; torchvision's transforms gain from it too
     rows = BENCHES[args.what](args, device)
+    if int(os.environ.get("RANK", 0)) or args.what == "gpu" and args.list:
+        return
     about = dict(command=" ".join(["python bench.py", *(sys.argv[1:] if argv is None else argv)]), **versions(device))
     if args.json:
         print(json.dumps(dict(about=about, rows=rows), indent=1))

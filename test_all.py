@@ -276,7 +276,8 @@ IMPORTS = {"model": set(), "losses": set(), "data": set(), "heads": set(), "mask
            "eval_dense": {"eval_knn", "heads", "hub", "data", "visualize"},
            "train": {"model", "losses", "data", "eval_knn", "hub"},
            "visualize": {"hub", "data", "eval_knn", "heads"},
-           "bench": {"data", "heads", "hub", "mask2former", "train", "eval_knn", "eval_linear", "eval_logreg"}}
+           "bench": {"data", "heads", "hub", "losses", "mask2former", "model", "train", "eval_knn", "eval_linear",
+                     "eval_logreg"}}
 IMPORTS["kernels/attention"] = set()  # loaded by path: an __init__.py would hide the package `kernels` of others
 OPTIONAL = {"hub": {"safetensors", "onnxruntime", "onnxscript"}, "mask2former": {"scipy"}}
 
@@ -3899,6 +3900,118 @@ def test_bench_estimates_activations(way):
     bench.measure_steps(cfg, results)
     estimate, tokens = 3 * bench.block_bytes(cfg, 128, torch.float32)[way], 128 * (2 * 10 + 2 * 5) * 64 * 4
     assert estimate < results.get()[0] < estimate + 3 * tokens
+
+
+def bench_rows(capsys, *argv) -> list[dict]:
+    bench.main([*map(str, argv), "--json"])
+    return json.loads(capsys.readouterr().out)["rows"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--compile", "--accum", 2, "--drop-path-rate", 0.3, "--centering", "centering"]])
+def test_bench_train(flags, capsys, tmp_path, monkeypatch):
+    """The parts are all that train.py names, and no figure is out of its range."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # captured, but not translated
+    rows = bench_rows(capsys, "train", "--preset", "digits", "--batch-size", 16, "--group-size", 8, "--device", "cpu",
+                      "--repeats", 1, "--num-workers", 0, "--profile", tmp_path / "trace.json", *flags)
+    figures = {row["figure"]: row["value"] for row in rows if "figure" in row}
+    assert figures["images per second"] == pytest.approx(16 / figures["seconds per step of 16 images"])
+    assert all(figures[name] > 0 for name in list(figures)[:8]) and figures["share of that rate"] < 1.5
+    assert figures["GB beyond the imports"] < figures["GB at most"]
+    cfg = train.Config(**train.PRESETS["digits"])
+    assert figures["GFLOP per image, nominal"] == pytest.approx(bench.train_flops(cfg) / 1e9)
+
+    parts = {row["part"]: row for row in rows if "part" in row}
+    named = re.findall(r'record_function\("(.+)"\)', inspect.getsource(train))
+    assert list(parts)[:2] + list(parts)[-1:] == ["wait for the loader", "colour of the crops", "the rest"]
+    assert set(list(parts)[2:-1]) == set(named) and len(named) == 6
+    assert sum(row["percent"] for row in parts.values()) == pytest.approx(100)
+    assert all(row["ms"] > 0 for row in parts.values()) and parts["the rest"]["percent"] < 50
+    operators = [row for row in rows if "operator" in row]
+    assert len(operators) == 10 and sum(row["percent"] for row in operators) <= 100.1
+    trace = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert set(named) <= {event.get("name") for event in trace}
+    if "--compile" in flags:
+        assert figures["graphs compiled"] >= 2 and figures["of these after step 3"] == figures["graph breaks"] == 0
+
+
+def test_bench_train_counts_flops():
+    """The nominal work is what PyTorch counts in a step, stochastic depth and prototypes' share apart: those are
+    computed part after part, forward and gradient."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    cfg = train.Config(**train.PRESETS["digits"] | dict(batch_size=32, group_size=32, mask_ratio_min_max=(0.3, 0.3),
+                                                        device="cpu", num_workers=0))
+    training = bench.Training(cfg, data.open_source("digits"), CPU)
+    parts = list(map(training.prepare, training.next_batch()))
+    with FlopCounterMode(display=False) as counter:
+        training.step(parts)
+    dist.destroy_process_group()
+    assert counter.get_total_flops() == pytest.approx(32 * bench.train_flops(cfg), rel=0.1)
+
+
+@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
+def test_bench_heads(centering, capsys):
+    rows = bench_rows(capsys, "heads", "--arch", "vit_nano", "--batch-size", 4, "--head-n-prototypes", 65536,
+                      "--head-hidden-dim", 8, "--head-bottleneck-dim", 8, "--device", "cpu", "--centering", centering,
+                      "--repeats", 1)
+    ours, plain = rows[:2]
+    assert len(rows) == 2 + hasattr(torch.nn.functional, "linear_cross_entropy")
+    assert all(row["loss"] == pytest.approx(ours["loss"], rel=1e-5) and row["s"] > 0 for row in rows)
+    assert 0 < ours["GB"] < 0.8 * plain["GB"] and plain["times_ours_GB"] == plain["GB"] / ours["GB"]
+
+
+def test_bench_attention(capsys, monkeypatch):
+    rows = bench_rows(capsys, "attention", "--preset", "digits", "--batch-size", 2, "--device", "cpu", "--repeats", 1)
+    assert {row["backend"] for row in rows if "way" in row} == {"flash", "math"} and len(rows) == 8
+    assert all(row["ms"] > 0 for row in rows) and [row["times_ours"] for row in rows[:4:3]] == [1, 1]
+    assert [row["tokens"] for row in rows[6:]] == ["10 and 5"] * 2 and min(row["times_best"] for row in rows[6:]) == 1
+
+    attention = model.Attention(64, 2)
+    shapes = [(2, 10), (3, 5)]
+    x, = randn(1, (1, 35, 64))
+    assert_close(bench.with_copies(attention, x, shapes), attention(x, shapes), 1e-6)
+    qkv = attention.qkv(x)[0].unflatten(-1, (3, 2, 32))
+    out = attention.proj(bench.by_sdpa(qkv, [2, 3], [10, 5], 32**-0.5).flatten(1)[None])
+    assert_close(out, attention(x, shapes), 1e-6)
+    monkeypatch.setattr(bench, "__file__", "/nowhere/bench.py")
+    with pytest.raises(ValueError, match="there is no /nowhere/kernels/attention.py"):
+        bench.load_kernel()
+
+
+def test_bench_gpu(capsys, monkeypatch, tmp_path):
+    """The commands are right; what fails or takes too long does not keep the others from running."""
+    bench.main(["gpu", "--list"])
+    commands = [line.removeprefix("python ") for line in capsys.readouterr().out.splitlines()]
+    assert len(commands) >= 10
+    for script, *argv in map(shlex.split, commands):
+        if script == "train.py":
+            train.check(train.parse([*argv, "--device", "cpu"])[0], 1)
+        if script == "bench.py":
+            bench.parse(argv)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no CUDA GPU here; `python bench.py gpu --list`"):
+        bench.main(["gpu", "--out", str(tmp_path)])
+    table = json.dumps(dict(rows=[dict(way="a", ms=1.5)]))
+    monkeypatch.setattr(bench, "GPU_COMMANDS", (shlex.join(["-c", f"print({table!r})", "--json"]), "-c 'raise ValueError(7)'",
+                                                "-c 'import time; time.sleep(60)'", "-c 'print(TEMPORARY)'"))
+    args = bench.parse(["gpu", "--out", str(tmp_path / "gpu"), "--minutes", "0.05"])
+    results = [row["result"] for row in bench.bench_gpu(args, torch.device("cuda"))]
+    assert results[0] == "done" and results[1] == "failed (1): ValueError: 7" and set(results[2:]) == {
+        "stopped: out of time"}
+    assert "| a | 1.50 |" in (tmp_path / "gpu/tables.md").read_text()
+    assert json.loads((tmp_path / "gpu/results.json").read_text())["found"] == [json.loads(table)]
+    assert "ValueError: 7" in (tmp_path / "gpu/log.txt").read_text()
+
+
+@pytest.mark.parametrize("argv,text", [
+    (["train", "--bach-size", "8"], "unknown argument '--bach-size', did you mean --batch-size"),
+    (["train", "--preset", "vits16"], "unknown preset 'vits16', did you mean vits16_short"),
+    (["heads", "--centering", "sinkhorn"], "--centering 'sinkhorn', did you mean sinkhorn_knopp"),
+    (["attention", "--local-crops-size", "95"], "95 is not a multiple of --patch-size 16; use 80 or 96"),
+    (["save", "--batch-size", "8"], "unknown argument '--batch-size'"), (["gpu", "--minutes", "0"], "--minutes")])
+def test_bench_errors(argv, text):
+    with pytest.raises(ValueError, match=text):
+        bench.main(argv)
 
 
 @pytest.mark.parametrize("what,flags,rows", [("knn", ["--images", 2000, "--queries", 20], 4), ("linear", [], 2),

@@ -55,6 +55,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.profiler import record_function
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from tqdm import tqdm
 
@@ -447,8 +448,9 @@ def step_losses(student: nn.ModuleDict, batch: Batch, targets: tuple[Tensor, Ten
 
     # The student sees the global crops through masks, and the local crops, in one pass.
     orders = None if batch.global_orders is None else [batch.global_orders, batch.local_orders]
-    out, out_local = student["backbone"]([batch.global_crops, batch.local_crops], [batch.masks, None], is_training=True,
-                                         drop_orders=orders)
+    with record_function("student"):
+        out, out_local = student["backbone"]([batch.global_crops, batch.local_crops], [batch.masks, None],
+                                             is_training=True, drop_orders=orders)
     cls, cls_local = out["x_norm_clstoken"], out_local["x_norm_clstoken"]  # (2B, D), (L*B, D)
     patches = out["x_norm_patchtokens"].flatten(0, 1)[masked_patches(batch, cfg)]  # (M, D)
     (cls_tokens, prototypes), (patch_tokens, patch_prototypes) = project(student, torch.cat([cls_local, cls]), patches)
@@ -536,24 +538,32 @@ def train_step(student, teacher, optimizer, batches: list[Batch], cfg: Config, n
     terms of the share with the gradient norms, and whether all was finite on all processes, ().
 
     If it was not, the step is skipped: student, optimiser and centers stay as they are. The decision stays on the
-    device, which is not waited for.
+    device, which is not waited for. The parts of a step that record_function() names are those of traces and of
+    `bench.py train`.
     """
     apply_schedule(optimizer, now)
     optimizer.zero_grad(set_to_none=True)
     terms, totals = {}, {}
-    targets = teacher_targets(teacher, batches, cfg, now["teacher_temp"], centers, totals)
+    all_targets = teacher_targets(teacher, batches, cfg, now["teacher_temp"], centers, totals)
     for batch in batches:
-        loss, part = step_losses(student, batch, next(targets), cfg)
-        (loss / len(batches)).backward()
+        with record_function("teacher"):
+            targets = next(all_targets)
+        with record_function("heads and losses"):
+            loss, part = step_losses(student, batch, targets, cfg)
+        del targets  # for the backward pass wants room
+        with record_function("backward"):
+            (loss / len(batches)).backward()
         terms = {k: terms.get(k, 0) + v / len(batches) for k, v in part.items()}
-    norms, finite = clip_gradients(student, cfg.clip_grad, sum(terms.values()))
-    optimizer.found_inf = 1.0 - finite.float()  # as torch.amp does it: a fused optimiser then changes nothing
-    optimizer.step()
+    with record_function("clip and optimiser"):
+        norms, finite = clip_gradients(student, cfg.clip_grad, sum(terms.values()))
+        optimizer.found_inf = 1.0 - finite.float()  # as torch.amp does it: a fused optimiser then changes nothing
+        optimizer.step()
     for name, total in totals.items():
         before = centers[name].clone()
         update_center(centers[name], total)
         centers[name].copy_(torch.where(finite, centers[name], before))
-    update_teacher(teacher, student, now["momentum"])
+    with record_function("teacher's average"):
+        update_teacher(teacher, student, now["momentum"])
     return terms | {f"grad_norm/{k}": v for k, v in norms.items()}, finite
 
 
