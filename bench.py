@@ -260,7 +260,6 @@ PEAK, USED = 989e12, 0.4  # bfloat16 FLOP/s of an H100, and the share of them th
 NVLINK, NETWORK = 450e9, 50e9  # bytes per second and direction of one GPU, within a machine and between machines
 NVLINK_HOP, NETWORK_HOP = 2e-6, 4e-6  # seconds from one GPU to the next one
 MACHINE = 8  # GPUs
-CHUNK = 2048  # rows of logits that exist at once; without chunks, as many as there are
 
 
 def head_rows(cfg: train.Config, crops: int) -> dict[str, float]:
@@ -361,16 +360,20 @@ def activations(cfg: train.Config, images: int, dtype: torch.dtype, way: str) ->
 
 @cache
 def other_bytes(cfg: train.Config, images: int) -> float:
-    """Bytes beside blocks and weights at the start of the backward pass: what the heads keep, three tables of logits
-    (float32, a chunk of the rows), the normalised prototypes, the crops of this step and of the next one."""
+    """Bytes beside blocks and weights while the losses are computed: what the heads keep, three tables of logits
+    (float32, a part of the rows) and with Sinkhorn-Knopp one of all masked patches, prototypes and their gradient, the
+    crops of this step and of the next one."""
     total, rows = 0.0, head_rows(cfg, 2 + cfg.local_crops_number)
+    stored = head_rows(cfg, 0) if cfg.centering == "sinkhorn_knopp" else {}
     with torch.device("meta"):
         network = train.build_network(cfg)
         for name in rows.keys() & network.keys():
             head, n = network[name], max(round(rows[name] * images), 1)
             features = torch.empty(n, network["backbone"].embed_dim)
             total += kept_bytes(lambda: F.normalize(head.mlp(features), dim=-1))  # noqa: B023 called at once
-            total += 3 * 4 * min(n, CHUNK) * len(head.last_layer.weight_v) + 4 * head.last_layer.weight_v.numel()
+            n_prototypes = len(head.last_layer.weight_v)
+            total += 3 * 4 * min(n * n_prototypes, losses.PART["cuda"]) + 2 * 4 * head.last_layer.weight_v.numel()
+            total += 4 * n_prototypes * images * stored.get(name, 0)
     pixels = 2 * cfg.global_crops_size**2 + cfg.local_crops_number * cfg.local_crops_size**2
     return total + 2 * 4 * cfg.in_chans * images * pixels
 
@@ -775,7 +778,8 @@ class Training:
 
     def __init__(self, cfg: train.Config, source, device: torch.device):
         self.cfg, self.device, self.clock = cfg, device, Clock(device)
-        self.state = train.TrainState(cfg, train.start_processes(device), device)
+        kernel = train.load_kernel(cfg, device) if cfg.kernels else None
+        self.state = train.TrainState(cfg, train.start_processes(device, cfg.shard), device, kernel)
         self.batches = train.training_batches(cfg, source, train.dist.get_rank(), train.dist.get_world_size())
         self.schedule = {name: float(values[cfg.steps // 2]) for name, values in train.schedules(cfg).items()}
         on_gpu = cfg.compile and device.type == "cuda"
@@ -1101,7 +1105,7 @@ def attention_alone(args, batches, lengths, n_heads: int, dim: int, dtype, devic
 # gpu: everything that wants a GPU, one command after the other
 
 
-SWITCHES = ("", "--compile", "--compile --kernels", "--compile --recompute selective")  # of a run on one GPU, to be compared
+SWITCHES = ("", "--compile", "--compile --kernels", "--compile --recompute selective")  # to be compared
 GPU_COMMANDS = (
     "-m pytest -q -p no:cacheprovider test_all.py -k cuda",
     "kernels/attention.py",
@@ -1220,7 +1224,7 @@ def training_config(args, flags: list[str]) -> train.Config:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device = train.pick_device(args.cfg.device if args.what in TRAINED else "auto")
-    data.keep_memory()  # as in workers and in training; torchvision's transforms gain from it too
+    data.keep_memory(train.spare_memory(args.cfg) if args.what in TRAINED else None)  # as in workers and in training
     rows = BENCHES[args.what](args, device)
     if int(os.environ.get("RANK", 0)) or args.what == "gpu" and args.list:
         return

@@ -1301,14 +1301,17 @@ def start_worker(worker: int) -> None:
     keep_memory()
 
 
-def keep_memory() -> None:
+def keep_memory(largest: int | None = None) -> None:
     """Has glibc keep freed memory instead of returning it to the system, to ask for it again page by page: without, a
-    fifth of the time that images take on a CPU goes there. Does nothing where there is no glibc."""
+    fifth of the time that images take on a CPU goes there. Pieces of more than `largest` megabytes, if given, are
+    returned: kept ones leave holes that pieces of other sizes don't fit into. Does nothing where there is no glibc."""
     try:
         libc = ctypes.CDLL("libc.so.6")
     except OSError:
         return
-    libc.mallopt(-4, 0)  # M_MMAP_MAX: large pieces come from the heap as well
+    libc.mallopt(-4, 2**16 if largest else 0)  # M_MMAP_MAX: with 0, large pieces come from the heap as well
+    if largest:
+        libc.mallopt(-3, largest * 2**20)  # M_MMAP_THRESHOLD
     libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: of which up to 2 GB stay when freed
 
 

@@ -1581,6 +1581,7 @@ def set_up(argv: list[str] | None) -> Run:
     device = pick_device(cfg.device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {cfg.device}: training runs on cpu and cuda, evaluation also on mps")
+    keep_memory(spare_memory(cfg))
     check_output(cfg, args.resume, args.overwrite)
     check_shared_memory(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     be_deterministic(cfg.deterministic)
@@ -1753,8 +1754,13 @@ def fingerprint(ckpt: Path) -> str:
     return digest.hexdigest()
 
 
+def spare_memory(cfg: Config) -> int | None:
+    """Megabytes of the largest pieces that data.keep_memory() keeps. On a CPU, holes among freed activations may take
+    as much as the activations; who has these computed anew would rather wait a twelfth longer for memory."""
+    return 4 if cfg.recompute != "none" else None
+
+
 def main(argv: list[str] | None = None) -> None:
-    keep_memory()
     try:
         run = set_up(argv)
     except ValueError as error:
