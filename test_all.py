@@ -3899,7 +3899,7 @@ def test_bench_estimates_activations(way):
     results = multiprocessing.SimpleQueue()
     bench.measure_steps(cfg, results)
     estimate, tokens = 3 * bench.block_bytes(cfg, 128, torch.float32)[way], 128 * (2 * 10 + 2 * 5) * 64 * 4
-    assert estimate < results.get()[0] < estimate + 3 * tokens
+    assert 0.95 * estimate < results.get()[0] < estimate + 3 * tokens  # here, the rows to drop are rounded by groups
 
 
 def bench_rows(capsys, *argv) -> list[dict]:
