@@ -647,7 +647,7 @@ def bench_train(args, device: torch.device) -> list[dict]:
             rates.append(matrix_rate(dtype, device))
             seconds.append(statistics.mean(training.timed() for _ in range(calls)))
             parts.append(training.by_parts())
-        fed, waited = training.fed(max(4, calls * args.repeats))
+        fed, waited = training.fed(max(2, calls * args.repeats))
         memory = peak_memory(device)
         operators = training.profile(args.profile) if args.profile else []
         train.dist.destroy_process_group()
