@@ -839,7 +839,8 @@ def available(ways: dict) -> dict:
     """Those of the ways that run here: not every backend is there for every device and type."""
     def runs(way) -> bool:
         try:
-            with warnings.catch_warnings(action="ignore"):  # PyTorch tells why not, at length
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PyTorch tells why not, at length
                 way()
         except RuntimeError:
             return False
