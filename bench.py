@@ -862,7 +862,7 @@ def bench_train(args, device: torch.device) -> list[dict]:
             rates.append(matrix_rate(dtype, device))
             seconds.append(statistics.mean(training.timed() for _ in range(calls)))
             parts.append(training.by_parts())
-        fed, waited = training.fed(max(4, calls * args.repeats))
+        fed, waited = training.fed(max(2, calls * args.repeats))
         memory = peak_memory(device)
         operators = training.profile(args.profile) if args.profile else []
         train.dist.destroy_process_group()
@@ -1043,7 +1043,8 @@ def available(ways: dict) -> dict:
     """Those of the ways that run here: not every backend is there for every device and type."""
     def runs(way) -> bool:
         try:
-            with warnings.catch_warnings(action="ignore"):  # PyTorch tells why not, at length
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PyTorch tells why not, at length
                 way()
         except RuntimeError:
             return False
