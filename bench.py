@@ -460,6 +460,7 @@ def check_memory(preset: str) -> list[dict]:
 def measure_steps(cfg: train.Config, results) -> None:
     """In a process of its own: bytes that the student's forward pass keeps, and bytes that two steps add at most to
     those of a program that has done nothing."""
+    data.keep_memory(train.spare_memory(cfg))
     cpu = torch.device("cpu")
     before, state = peak_memory(cpu), train.TrainState(cfg, train.start_processes(cpu), cpu)
     batch = train.training_batches(cfg, data.open_source(cfg.data, cfg.in_chans), 0, 1)[0]
@@ -521,6 +522,7 @@ def peak_memory(device: torch.device) -> float:
 def forget_peak(device: torch.device) -> float:
     """GB taken now. On a GPU and on Linux, peak_memory() counts from here on."""
     if device.type == "cuda":
+        torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)  # what is free but not given back would hide what is taken next
@@ -704,6 +706,9 @@ def whole_mask2former(way: str, args, device: torch.device):
 def run_alone(make, way: str, args, device: torch.device, results) -> None:
     """In a process of its own: seconds of a call, and the most memory, in GB, before and with it. Of several calls, the
     first is for the caches."""
+    data.keep_memory()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, as in training
     torch.manual_seed(0)
     call = finished(make(way, args, device), device)
     before, seconds = forget_peak(device), []
@@ -1070,8 +1075,10 @@ def bench_attention(args, device: torch.device) -> list[dict]:
     calls = available({(way, backend): both_ways(function, x, device, backend)
                        for backend in BACKENDS for way, (function, x) in ways.items()})
     seconds = measure(calls, args.repeats, least=0.1)
+    first = next(iter(ways))  # which a backend may refuse
     rows = [dict(way=way, backend=backend, ms=1e3 * statistics.median(times), times_ours=statistics.median(
-        t / o for t, o in zip(times, seconds[next(iter(ways)), backend]))) for (way, backend), times in seconds.items()]
+        t / o for t, o in zip(times, seconds[first, backend])) if (first, backend) in seconds else "")
+        for (way, backend), times in seconds.items()]
 
     tokens = sum(b * n for b, n in shapes)
     tables = [(batches, lengths)] + [([max(tokens // n, 1)], [n]) for n in (37, 50, 197, 257, 1370)
@@ -1136,7 +1143,7 @@ def bench_gpu(args, device: torch.device) -> list[dict]:
             result, text, seconds = run_command(command, max(end - time.monotonic(), 0), log)
             rows.append(dict(command=f"python {command}", result=result, s=seconds))
             if result == "done" and "--json" in command:
-                found.append(json.loads(text))
+                found.append(json.loads(text[text.index("{"):]))  # a library may have had its say before
                 with contextlib.redirect_stdout(tables):
                     print(f"python {command}\n")
                     show(found[-1]["rows"])
@@ -1153,8 +1160,9 @@ def run_command(command: str, seconds: float, log) -> tuple[str, str, float]:
         argv = [sys.executable, *shlex.split(command.replace("TEMPORARY", f"{folder}/out"))]
         try:
             done = subprocess.run(argv, cwd=here, capture_output=True, text=True, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            done = subprocess.CompletedProcess(argv, None, "", "")
+        except subprocess.TimeoutExpired as error:
+            said = [(text or b"").decode(errors="replace") for text in (error.stdout, error.stderr)]
+            done = subprocess.CompletedProcess(argv, None, *said)
     print(f"$ python {command}\n{done.stdout}\n{done.stderr}", file=log, flush=True)
     last = (done.stderr.strip() or done.stdout.strip() or " ").splitlines()[-1]
     result = {None: "stopped: out of time", 0: "done"}.get(done.returncode, f"failed ({done.returncode}): {last[:100]}")
@@ -1213,6 +1221,8 @@ def training_config(args, flags: list[str]) -> train.Config:
     given, n_ranks = {flag.partition("=")[0] for flag in flags}, train_processes()
     args.preset = args.preset or "vits16_short"
     cfg = train.parse(["--preset", args.preset, *flags, *(["--data", args.data] if args.data else [])])[0]
+    if cfg.accum < 1:
+        raise ValueError(f"--accum must be 1 or more, got {cfg.accum}")
     if "--batch-size" not in given and args.preset not in ("digits", "fashion"):
         images = 64 if train.pick_device(cfg.device).type == "cuda" else 8
         cfg = replace(cfg, batch_size=images * cfg.accum * n_ranks)

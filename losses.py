@@ -56,7 +56,8 @@ class Rows:
 
 
 def logits_of(tokens: Tensor, prototypes: Tensor) -> Rows:
-    """The logits (M, K) of tokens (M, d) and prototypes (K, d), as a head factors them."""
+    """The logits (M, K), float32, of tokens (M, d) and prototypes (K, d), as a head factors them."""
+    tokens, prototypes = tokens.float(), prototypes.float()
     return Rows((len(tokens), len(prototypes)), tokens.device, lambda rows: F.linear(tokens[rows], prototypes))
 
 
@@ -66,7 +67,8 @@ PART = dict(cpu=2**22, cuda=2**26)  # elements at a time: few enough for the cac
 def parts(matrix: Tensor | Rows) -> Iterator[slice]:
     """Slices of rows, together all of them, of equal length but for 1, of at most PART elements or of one row."""
     n_rows, n_columns = matrix.shape
-    n = math.ceil(n_rows / max(PART[matrix.device.type] // n_columns, 1))
+    most = PART["cpu" if matrix.device.type == "cpu" else "cuda"]
+    n = math.ceil(n_rows / max(most // n_columns, 1))
     return (slice(n_rows * i // n, n_rows * (i + 1) // n) for i in range(n))
 
 
@@ -113,8 +115,8 @@ def sinkhorn_knopp(logits: Tensor, temp: float, n_iterations: int = 3) -> Tensor
 @torch.no_grad()
 def sinkhorn_targets(batches: list[Rows], temp: float, n_iterations: int = 3) -> list[Rows]:
     """sinkhorn_knopp() of all rows of all `batches` of logits (M_i, K) together, as matrices of which a few rows exist
-    at a time. One batch is stored, once: of it nothing is computed twice. Several are the parts of what would not fit:
-    their logits are computed anew in each iteration."""
+    at a time. One batch is stored, in the memory that it gives: of it nothing is computed twice. Several are the parts
+    of what would not fit: their logits are computed anew in each iteration."""
     if len(batches) == 1:
         logits = batches[0][:]
         E = exponentials_(logits, temp, joint_largest([logits]))

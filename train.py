@@ -581,7 +581,6 @@ def start_processes(device: torch.device, mode: str = "grad") -> DeviceMesh:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32 for the heads
     alone = {} if "WORLD_SIZE" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONG,
                             device_id=device if device.type == "cuda" else None, **alone)
@@ -671,6 +670,8 @@ def shard(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype, recomput
     it needs no FSDP2, which would copy its weights and gradients.
     """
     backbone, blocks = network["backbone"], network["backbone"].block_list()
+    if compile_blocks:  # with rates of stochastic depth that rise from block to block, each has a graph of its own
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 + 2 * len(blocks))
     for block in blocks:
         if recompute != "none":
             block.forward = recomputed(block.forward, recompute)
@@ -1095,8 +1096,8 @@ class Saver:
         self.cfg, self.preset, self.state, self.lock, self.damaged, self.say = cfg, preset, state, lock, damaged, say
         self.folder, self.main = Path(cfg.out) / "resume", dist.get_rank() == 0
         self.group = dist.new_group(backend="gloo", timeout=LONG)  # of the threads' own: the trainers talk meanwhile
-        holders = dist.new_group(range(state.sharers), backend="gloo", timeout=LONG)  # of the copy that is saved
-        self.mesh = DeviceMesh.from_group(holders, "cpu") if dist.get_rank() < state.sharers else None
+        holds = dist.get_rank() < state.sharers  # a share of the copy that is saved; they need not talk to each other
+        self.mesh = DeviceMesh("cpu", range(state.sharers), _init_backend=False) if holds else None
         self.key, self.attempt = together(lambda: lock.key if lock else "", self.group)[0], 0
         self.copies: dict[str, dict[str, Tensor]] = {}  # on the host
         self.owed: dict[Path, dict] = {}  # checkpoints of the teacher that are not written yet
@@ -1618,15 +1619,16 @@ def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
 
 def load_kernel(cfg: Config, device: torch.device):
     """The attention of kernels/attention.py, see model.Attention. Raises ValueError with the reason if it can't be."""
-    if compute_dtype(cfg, device) != torch.bfloat16:
-        raise ValueError("--kernels computes in bf16; add --dtype bf16, or leave it out")
     if device.type != "cuda":
         raise ValueError(f"--kernels needs an NVIDIA GPU, and this runs on {device.type}; leave it out")
+    if compute_dtype(cfg, device) != torch.bfloat16:
+        raise ValueError("--kernels computes in bf16; leave --dtype fp32 out, or --kernels")
     torch.cuda.set_device(device)
-    spec = importlib.util.spec_from_file_location("_dinov2_attention", Path(__file__).parent / "kernels/attention.py")
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)  # where torch.compile looks for it
-    spec.loader.exec_module(module)
-    arch = ARCHS[cfg.arch]
+    name, arch = "_dinov2_attention", ARCHS[cfg.arch]
+    if (module := sys.modules.get(name)) is None:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "kernels/attention.py")
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)  # where torch.compile looks for it
+        spec.loader.exec_module(module)
     try:
         return module.load(arch["embed_dim"] // arch["num_heads"])
     except ValueError as error:
@@ -1755,8 +1757,8 @@ def fingerprint(ckpt: Path) -> str:
 
 
 def spare_memory(cfg: Config) -> int | None:
-    """Megabytes of the largest pieces that data.keep_memory() keeps. On a CPU, holes among freed activations may take
-    as much as the activations; who has these computed anew would rather wait a twelfth longer for memory."""
+    """Megabytes of the largest pieces of host memory that data.keep_memory() keeps. Holes among freed activations may
+    take as much as these; who has them computed anew would rather wait a little for memory."""
     return 4 if cfg.recompute != "none" else None
 
 
