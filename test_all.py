@@ -1795,10 +1795,20 @@ def tiny_arch(monkeypatch):
     monkeypatch.setitem(model.ARCHS, "tiny", TINY_ARCH)
 
 
-@pytest.mark.parametrize("case", golden.json("train/override"))
-def test_train_steps_golden(case, tiny_arch, monkeypatch):
-    cfg = golden_config(case, 4)
+@pytest.mark.parametrize("case,switches", [(case, {}) for case in golden.json("train/override")] + [
+    ("centering_shared", dict(compile=True, recompute="selective")),
+    ("sinkhorn_separate", dict(compile=True, recompute="blocks"))])
+def test_train_steps_golden(case, switches, tiny_arch, monkeypatch):
+    """Also compiled, recomputed, and with losses in parts of two rows or one."""
+    cfg = dataclasses.replace(golden_config(case, 4), **switches)
     student, teacher = golden_networks(cfg)
+    if switches:
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+        monkeypatch.setattr(losses, "PART", dict(cpu=80))
+        train.compiled.cache_clear()
+        alone = types.SimpleNamespace(size=lambda: 1)
+        train.shard(student, alone, torch.float32, cfg.recompute, cfg.compile)
+        train.shard(teacher, alone, torch.float32, compile_blocks=True, with_backward=False)
     optimizer = torch.optim.AdamW(train.param_groups(student, cfg), lr=0.0, betas=cfg.betas, fused=True)
     centers, generator, clip = train.build_centers(cfg, CPU), torch.Generator().manual_seed(61), train.clip_gradients
     for step, now in enumerate(golden.json("train/sched")):
