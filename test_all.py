@@ -2123,6 +2123,38 @@ def test_shard_modes_equal_one_process_and_continue_each_other(tmp_path):
     assert max(sizes) < 1.5 * min(sizes)  # each tensor has a head of its own in a file
 
 
+def test_shard_in_parts_equals_one_process(tmp_path):
+    """Several copies of the weights, and a share in parts, of which the last adds up the gradients of all."""
+    flags = [*TINY, "--steps", 3, "--batch-size", 16]
+    alone = Launched(tmp_path / "log1", train.main, *flags, "--out", tmp_path / "one")
+    sent = Launched(tmp_path / "log2", train.main, *flags, "--out", tmp_path / "many", "--accum", 2, "--shard", "none",
+                    world=2, before=note_all_reduces)
+    alone.wait()
+    numbers = json.loads(re.search(r"all-reduces (\[.*\])", sent.wait())[1])
+    for one, many in zip(metrics(tmp_path / "one"), metrics(tmp_path / "many"), strict=True):
+        assert one == pytest.approx(many, rel=1e-4, abs=1e-6)
+    assert len(numbers) == 6 and min(numbers[1::2]) > max(numbers[::2]) == 0
+
+
+def note_all_reduces() -> None:
+    """Has the first process print how often a large tensor was summed over processes in each backward pass."""
+    backward, all_reduce, numbers = torch.Tensor.backward, dist.all_reduce, []
+
+    def counted(tensor, *args, **kwargs):
+        numbers[-1] += tensor.numel() > 1000
+        return all_reduce(tensor, *args, **kwargs)
+
+    def noted(loss):
+        numbers.append(0)
+        dist.all_reduce = counted
+        backward(loss)
+        dist.all_reduce = all_reduce
+        if len(numbers) == 6 and dist.get_rank() == 0:
+            print("all-reduces", numbers, flush=True)
+
+    torch.Tensor.backward = noted
+
+
 def on_machines_and_stop(step: int | None) -> None:
     on_machines_of(2)
     if step:

@@ -53,7 +53,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -532,6 +532,14 @@ def apply_schedule(optimizer: torch.optim.Optimizer, now: dict[str, float]) -> N
         group["weight_decay"] = now["weight_decay"] * group["wd_mult"]
 
 
+def add_up_copies(student: nn.ModuleDict, wanted: bool) -> None:
+    """Whether the next backward pass adds up the gradients of several copies of the weights: that of the last part of a
+    step does, for all parts."""
+    for module in student.values():
+        if isinstance(module, FSDPModule):
+            module.set_requires_all_reduce(wanted)
+
+
 def train_step(student, teacher, optimizer, batches: list[Batch], cfg: Config, now: dict[str, float],
                centers: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     """One optimiser step over the parts of this process's share, and the teacher's update after it. Returns the loss
@@ -546,6 +554,7 @@ def train_step(student, teacher, optimizer, batches: list[Batch], cfg: Config, n
     terms, totals = {}, {}
     all_targets = teacher_targets(teacher, batches, cfg, now["teacher_temp"], centers, totals)
     for batch in batches:
+        add_up_copies(student, batch is batches[-1])
         with record_function("teacher"):
             targets = next(all_targets)
         with record_function("heads and losses"):
