@@ -2088,7 +2088,7 @@ def test_train_compiles_once(tmp_path, monkeypatch):
                    "--dtype", "bf16", *flags)
         assert graphs.get(name, []) == [0] * dict(plain=0, whole=3).get(name, 1)  # the teacher's and the losses' remain
         losses_of = [[r["loss"] for r in metrics(tmp_path / n)] for n in ("plain", name)]
-        assert losses_of[0] == pytest.approx(losses_of[1], rel=1e-4)
+        assert losses_of[0] == pytest.approx(losses_of[1], rel=1e-3)  # bfloat16; in float32, see the golden steps
     train.compiled.cache_clear()
 
 
