@@ -1178,6 +1178,10 @@ BENCHES = {"data": bench_data, "train": bench_train, "heads": bench_heads, "atte
            "linear": bench_linear, "hub": bench_hub, "dense": partial(bench_memory, linear_depth, DENSE_WAYS),
            "m2f": partial(bench_memory, whole_mask2former, ("Mask2Former over ViT-g, 896x896",))}
 TRAINED = ("train", "heads", "attention")  # which take the flags of train.py
+FLAGS = {"data": ("data", "save", "train"), "preset": ("save", "scale", *TRAINED), "check": ("scale",),
+         "profile": ("train",), "out": ("gpu",), "minutes": ("gpu",), "list": ("gpu",), "images": ("knn", "logreg"),
+         "queries": ("knn",), "dim": ("knn", "logreg", "linear", "dense"), "every": ("logreg",), "name": ("hub",),
+         "ours_only": ("knn", "logreg", "heads")}  # and the commands that know them
 
 
 def parse(argv: list[str] | None):
@@ -1203,6 +1207,10 @@ def parse(argv: list[str] | None):
     args, flags = parser.parse_known_args(argv)
     if args.what not in TRAINED:
         parser.parse_args(argv)  # knows no other flags
+    for flag, users in FLAGS.items():
+        if getattr(args, flag) != parser.get_default(flag) and args.what not in users:
+            raise ValueError(f"--{flag.replace('_', '-')} says nothing to `bench.py {args.what}`; it is for "
+                             f"{', '.join(users)}")
     if not 0 < args.minutes < 1e6:
         raise ValueError("--minutes must be more than 0")
     if min(args.repeats, args.images, args.queries, args.dim, args.every) < 1:

@@ -3904,6 +3904,8 @@ def test_bench_save(capsys):
     assert len(rows) == 6 and all(row["ms"] == row["ms"] for row in rows) and rows[0]["ms"] > 0 and rows[2]["ms"] > 0
     with pytest.raises(ValueError, match="unknown preset 'digit', did you mean digits"):
         bench.main(["save", "--preset", "digit"])
+    with pytest.raises(ValueError, match="--every says nothing to `bench.py knn`; it is for logreg"):
+        bench.main(["knn", "--every", "2"])
 
 
 @pytest.mark.parametrize("preset,teraflop", [("vits16_short", 0.123), ("vitb16_short", 0.444), ("vitl16_short", 1.535),
@@ -4056,7 +4058,7 @@ def test_bench_errors(argv, text):
                                              ("hub", ["--name", "dinov2_vits14"], 4), ("dense", [], 2),
                                              ("logreg", ["--images", 1000, "--every", 22], 3)])
 def test_bench_of_evaluations(what, flags, rows, capsys):
-    bench.main([what, "--dim", "8", "--repeats", "1", "--json", *map(str, flags)])
+    bench.main([what, *["--dim", "8"] * (what != "hub"), "--repeats", "1", "--json", *map(str, flags)])
     found = json.loads(capsys.readouterr().out)["rows"]
     assert len(found) == rows and all(v > 0 for row in found for k, v in row.items() if k in ("s", "ms"))
     if what == "logreg":  # both have solved the same problem
