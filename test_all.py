@@ -2363,7 +2363,7 @@ FIELD_CHANGES = dict(  # every field of Config, with a value that must change so
     final_momentum_teacher=0.5, warmup_teacher_temp=0.05, teacher_temp=0.09, warmup_teacher_temp_steps=4, steps=4,
     warmup_steps=0, lr=1e-3, min_lr=1e-3, weight_decay=0.5, weight_decay_end=0.5, layerwise_decay=0.5,
     patch_embed_lr_mult=0.1, clip_grad=0.01, freeze_last_layer_steps=2, betas=(0.5, 0.6), device="cpu", dtype="bf16",
-    compile=True, recompute="blocks", shard="full", accum=2, deterministic=True, out="", log_every=2, eval_every=2,
+    compile=True, kernels=True, recompute="blocks", shard="full", accum=2, deterministic=True, out="", log_every=2, eval_every=2,
     export_every=1,
     save_every=1, save_minutes=1e-9, save_patience=1.0, keep=1, max_nonfinite=1)
 NO_EFFECT_BY_DESIGN = {  # other tests use them: nothing may change
