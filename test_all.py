@@ -47,6 +47,7 @@ import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.format_utils
 import torch.distributed.launcher.api as launcher
 from PIL import Image
+from torch import library
 
 import bench
 import data
@@ -7102,9 +7103,9 @@ def test_kernels_operators_are_known_to_pytorch(kernels):
     kernels.load_emulator()(0, 0)
     qkv, grad = qkv_and_grad(7 + 2 * 3)
     runs = ([1, 2], [7, 3], 0.125)
-    torch.library.opcheck(torch.ops.dinov2.attention.default, (qkv.clone().requires_grad_(), *runs))
+    library.opcheck(torch.ops.dinov2.attention.default, (qkv.clone().requires_grad_(), *runs))
     out, lse = torch.ops.dinov2.attention(qkv, *runs)
-    torch.library.opcheck(torch.ops.dinov2.attention_backward.default, (grad, qkv, out, lse, *runs))
+    library.opcheck(torch.ops.dinov2.attention_backward.default, (grad, qkv, out, lse, *runs))
     whole = lambda x: kernels.attend(2 * x, *runs).sin()  # noqa: E731
     gradients = []
     for function in (whole, torch.compile(whole, fullgraph=True, backend="aot_eager")):

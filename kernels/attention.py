@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
@@ -171,7 +171,7 @@ def call(name: str, tensors: list[Tensor], batches: list[int], lengths: list[int
         raise RuntimeError(f"{name}: {library.attention_error(error).decode()}")
 
 
-@torch.library.custom_op("dinov2::attention", mutates_args=())
+@library.custom_op("dinov2::attention", mutates_args=())
 def attention(qkv: Tensor, batches: list[int], lengths: list[int], scale: float) -> tuple[Tensor, Tensor]:
     """qkv (T, 3, H, D) -> out (T, H, D) and the logarithms of the softmax's denominators (H, T), float32."""
     check(qkv, batches, lengths, scale)
@@ -181,7 +181,7 @@ def attention(qkv: Tensor, batches: list[int], lengths: list[int], scale: float)
     return out, lse
 
 
-@torch.library.custom_op("dinov2::attention_backward", mutates_args=())
+@library.custom_op("dinov2::attention_backward", mutates_args=())
 def attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, batches: list[int], lengths: list[int],
                        scale: float) -> Tensor:
     """The gradient of qkv, (T, 3, H, D), with that of out (T, H, D)."""
