@@ -2258,6 +2258,19 @@ def test_shard_hybrid_wants_equal_machines(tmp_path):
             train.check(train.Config(**{field: value}), 1)
 
 
+def test_train_compiles_blocks_of_rising_rates(monkeypatch):
+    """Each block with a rate of stochastic depth of its own is a graph of its own, more of them than Dynamo allows."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setitem(model.ARCHS["vit_nano"], "depth", 12)
+    torch._dynamo.reset()
+    network = train.build_network(train.Config(**train.PRESETS["digits"] | dict(drop_path_uniform=False)), 0.3)
+    train.shard(network, types.SimpleNamespace(size=lambda: 1), torch.float32, compile_blocks=True)
+    orders = torch.stack([torch.randperm(8)[None] for _ in range(24)])
+    out = network["backbone"](torch.randn(8, 3, 12, 12), is_training=True, drop_orders=orders)
+    assert out["x_norm_clstoken"].shape == (8, 64)
+
+
 def small_step(**changes):
     """A function that does training steps on the same small batch."""
     cfg = train.Config(**train.PRESETS["digits"] | dict(batch_size=8, group_size=4, num_workers=0) | changes)
