@@ -155,8 +155,8 @@ def bench_data(args, device: torch.device) -> list[dict]:
             "2 global crops": (partial(cut, batches.crops[:2]), n),
             "8 local crops": (partial(cut, batches.crops[2:]), n),
             "worker: all of the above, masks, batch": (lambda: batches[next(steps)], n),
-            "colour, on the CPU": (lambda: data.prepare(crops, torch.device("cpu")), n),
-            "worker and colour, all on the CPU": (
+            "color, on the CPU": (lambda: data.prepare(crops, torch.device("cpu")), n),
+            "worker and color, all on the CPU": (
                 lambda: data.prepare(batches[next(steps)], torch.device("cpu")), n),
             "torchvision, official order": (by_torchvision, 1)}
         if device.type == "cuda":
@@ -167,7 +167,7 @@ def bench_data(args, device: torch.device) -> list[dict]:
                 def on_device(augment=augment):
                     data.prepare(on_gpu, device, augment=augment)
                     torch.cuda.synchronize()
-                stages[f"colour, on the GPU{name}"] = (on_device, n)
+                stages[f"color, on the GPU{name}"] = (on_device, n)
         seconds = measure({name: function for name, (function, _) in stages.items()}, args.repeats)
     seconds = {name: [t / stages[name][1] for t in times] for name, times in seconds.items()}
     official = seconds["torchvision, official order"]
@@ -336,17 +336,17 @@ def attention_on_meta(q, k, v, scale: float):
 
 @cache
 def block_bytes(cfg: train.Config, images: int, dtype: torch.dtype) -> dict[str, int]:
-    """{way of --recompute: bytes that one block of the student keeps for the backward pass}. From a block without data,
+    """{way of --activation-checkpointing: bytes that one block of the student keeps for the backward pass}. From a block without data,
     on the meta device."""
     kept, sides = {}, [(2, cfg.global_crops_size), (cfg.local_crops_number, cfg.local_crops_size)]
     shapes = [(n * images, 1 + cfg.num_register_tokens + (side // cfg.patch_size) ** 2) for n, side in sides]
-    for way in train.RECOMPUTED:
+    for way in train.CHECKPOINTING:
         with torch.device("meta"):
             network = train.build_network(cfg, cfg.drop_path_rate).to(dtype).train()
             x = torch.empty(1, sum(b * n for b, n in shapes), network["backbone"].embed_dim, dtype=dtype)
         block = network["backbone"].block_list()[-1]
         if way != "none":
-            block.forward = train.recomputed(block.forward, way)
+            block.forward = train.checkpointed(block.forward, way)
         with mock.patch.object(F, "scaled_dot_product_attention", attention_on_meta):
             kept[way] = kept_bytes(partial(block, x.requires_grad_(), shapes))
     return kept
@@ -409,11 +409,11 @@ def traffic(cfg: train.Config, mode: str, gpus: int) -> np.ndarray:
     The backbone is gathered in bfloat16, heads in float32; gradients are added up in float32."""
     parts = pieces(cfg)
     backbone, heads = parts["blocks"] + parts["rest"], parts["heads"]
-    near = min(gpus, MACHINE) if mode in ("hybrid", "none") else gpus  # "none" adds up within a machine first
+    near = min(gpus, MACHINE) if mode in ("hsdp", "ddp") else gpus  # "ddp" adds up within a machine first
     gather = lambda counts, n_bytes: sum((ring(n_bytes * n, near) for n in counts), np.zeros(3))  # noqa: E731
-    forward = gather(backbone, 2) + gather(heads, 4) if mode != "none" else np.zeros(3)
-    backward = gather(backbone + heads, 4) + (mode == "full") * gather(backbone, 2)
-    backward += (mode == "none") * gather(backbone + heads, 4)  # and hands out the sum
+    forward = gather(backbone, 2) + gather(heads, 4) if mode != "ddp" else np.zeros(3)
+    backward = gather(backbone + heads, 4) + (mode == "zero3") * gather(backbone, 2)
+    backward += (mode == "ddp") * gather(backbone + heads, 4)  # and hands out the sum
     if near < gpus:
         backward += sum(all_reduce(4 * n / near, gpus // near) for n in backbone + heads)
     return np.stack([forward, forward, backward])
@@ -421,38 +421,38 @@ def traffic(cfg: train.Config, mode: str, gpus: int) -> np.ndarray:
 
 def memory(cfg: train.Config, mode: str, gpus: int, images: int, way: str, half: bool = True) -> dict[str, float]:
     """Bytes on one GPU when the backward pass begins, which is when most is held: activations are there and gradients
-    are not (--accum adds 4 bytes per parameter and sharer). `half`: bfloat16, else float32."""
-    parts, sharers = pieces(cfg), dict(none=1, hybrid=min(gpus, MACHINE)).get(mode, gpus)
+    are not (--gradient-accumulation-steps adds 4 bytes per parameter and sharer). `half`: bfloat16, else float32."""
+    parts, n_shards = pieces(cfg), dict(ddp=1, hsdp=min(gpus, MACHINE)).get(mode, gpus)
     blocks, rest, heads = (sum(counts) for counts in parts.values())
-    gathered = (blocks if mode != "full" else (1 + train.AHEAD) * max(parts["blocks"])) + rest
+    gathered = (blocks if mode != "zero3" else (1 + train.AHEAD) * max(parts["blocks"])) + rest
     alone = gpus == 1 and not half  # then nothing is gathered
     return dict(
-        state=16 * (blocks + rest + heads) / sharers,  # student, two moments, teacher: float32
+        state=16 * (blocks + rest + heads) / n_shards,  # student, two moments, teacher: float32
         gathered=0.0 if alone else (2 if half else 4) * gathered + 4 * heads,
-        gradients=4 * heads / sharers + (0 if alone else 8 * heads),  # of the heads, the first; and what is sent
+        gradients=4 * heads / n_shards + (0 if alone else 8 * heads),  # of the heads, the first; and what is sent
         blocks=activations(cfg, images, torch.bfloat16 if half else torch.float32, way),
         others=other_bytes(cfg, images))
 
 
 def check_memory(preset: str) -> list[dict]:
-    """Rows of {part, GB estimated, GB measured}: of two steps by a process on the CPU, for each way of --recompute."""
+    """Rows of {part, GB estimated, GB measured}: of two steps by a process on the CPU, for each way of --activation-checkpointing."""
     rows, cfg = [], replace(train.Config(**train.PRESETS[preset]), device="cpu", dtype="fp32")
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         if preset not in ("digits", "fashion"):
             cfg = replace(cfg, batch_size=8, group_size=8, data=folder)
             write_photos(Path(folder))
-        for way in train.RECOMPUTED:
+        for way in train.CHECKPOINTING:
             results = context.SimpleQueue()
-            process = context.Process(target=measure_steps, args=(replace(cfg, recompute=way), results))
+            process = context.Process(target=measure_steps, args=(replace(cfg, activation_checkpointing=way), results))
             process.start()
             process.join()
             if process.exitcode:
                 raise ValueError(f"two steps of {preset} ended with code {process.exitcode}; is the memory enough?")
             kept = train.ARCHS[cfg.arch]["depth"] * block_bytes(cfg, cfg.batch_size, torch.float32)[way]
-            estimates = kept, sum(memory(cfg, "grad", 1, cfg.batch_size, way, half=False).values())
+            estimates = kept, sum(memory(cfg, "zero2", 1, cfg.batch_size, way, half=False).values())
             parts = "kept by the student's backbone", "all, at most"
-            rows += [{"part": f"{part}, --recompute {way}", "GB estimated": estimate / 1e9, "GB measured": size / 1e9}
+            rows += [{"part": f"{part}, --activation-checkpointing {way}", "GB estimated": estimate / 1e9, "GB measured": size / 1e9}
                      for part, estimate, size in zip(parts, estimates, results.get())]
     return rows
 
@@ -476,7 +476,7 @@ def measure_steps(cfg: train.Config, results) -> None:
 
 
 def bench_scale(args, device: torch.device) -> list[dict]:
-    """Rows of networks: their work and activations; then of networks and --shard: for each number of GPUs the bytes
+    """Rows of networks: their work and activations; then of networks and --sharding: for each number of GPUs the bytes
     that each sends per step, by NVLink in one machine and by network in more, the time of that, and what of it the
     three passes cannot hide; and the memory that each needs."""
     if args.check:
@@ -492,10 +492,10 @@ def bench_scale(args, device: torch.device) -> list[dict]:
         networks.append({"preset": preset, "images per GPU": images, "TFLOP per image": train_flops(cfg) / 1e12,
                          "compute ms": 1e3 * compute.sum()}
                         | {f"{name}, M": size / 1e6 for name, size in sizes.items()}
-                        | {f"GB, recompute {way}": activations(cfg, images, torch.bfloat16, way) / 1e9
-                           for way in train.RECOMPUTED})
-        for mode in train.SHARDS:
-            row = dict(preset=preset, shard=mode)
+                        | {f"GB, checkpointing {way}": activations(cfg, images, torch.bfloat16, way) / 1e9
+                           for way in train.CHECKPOINTING})
+        for mode in train.SHARDINGS:
+            row = dict(preset=preset, sharding=mode)
             for gpus in (8, 32, 256):
                 passes = traffic(cfg, mode, gpus)
                 row[f"{gpus}: GB"] = passes[:, int(gpus > MACHINE)].sum() / 1e9
@@ -691,7 +691,7 @@ def linear_depth(way: str, args, device: torch.device):
 
 
 def whole_mask2former(way: str, args, device: torch.device):
-    """Mask2Former with random weights, which are made without the rules of initialisation: those take a minute."""
+    """Mask2Former with random weights, which are made without the rules of initialization: those take a minute."""
     with torch.device("meta"):
         network = mask2former.Mask2Former()
     network.to_empty(device=device)
@@ -784,19 +784,19 @@ class Training:
     def __init__(self, cfg: train.Config, source, device: torch.device):
         self.cfg, self.device, self.clock = cfg, device, Clock(device)
         kernel = train.load_kernel(cfg, device) if cfg.kernels else None
-        self.state = train.TrainState(cfg, train.start_processes(device, cfg.shard), device, kernel)
+        self.state = train.TrainState(cfg, train.start_processes(device, cfg.sharding), device, kernel)
         self.batches = train.training_batches(cfg, source, train.dist.get_rank(), train.dist.get_world_size())
         self.schedule = {name: float(values[cfg.steps // 2]) for name, values in train.schedules(cfg).items()}
         on_gpu = cfg.compile and device.type == "cuda"
-        colour = torch.compile(data.augment_at_once, dynamic=False) if on_gpu else data.augment
-        self.prepare = partial(data.prepare, device=device, mean=cfg.mean, std=cfg.std, augment=colour)
+        color = torch.compile(data.augment_at_once, dynamic=False) if on_gpu else data.augment
+        self.prepare = partial(data.prepare, device=device, mean=cfg.mean, std=cfg.std, augment=color)
         self.done = 0
 
     def next_batch(self) -> list[data.Batch]:
         """The parts of the next step, as the loader gives them."""
-        first = self.done * self.cfg.accum
+        first = self.done * self.cfg.gradient_accumulation_steps
         self.done += 1
-        return [self.batches[i] for i in range(first, first + self.cfg.accum)]
+        return [self.batches[i] for i in range(first, first + self.cfg.gradient_accumulation_steps)]
 
     def step(self, parts: list[data.Batch]) -> None:
         state = self.state
@@ -812,7 +812,7 @@ class Training:
     def by_parts(self) -> dict[str, float]:
         """{part: seconds} of a step, by the names that train.py gives them."""
         clock, parts = Clock(self.device), self.next_batch()
-        with clock("colour of the crops"):
+        with clock("color of the crops"):
             parts = list(map(self.prepare, parts))
         with mock.patch.object(train, "record_function", clock), clock("the rest"):
             self.step(parts)
@@ -826,7 +826,7 @@ class Training:
         loader = data.Prefetcher(loader, self.prepare, self.device)
         parts = iter(loader)
         for i in range(n + 1):  # the first is for the workers to start
-            self.step(list(itertools.islice(parts, self.cfg.accum)))
+            self.step(list(itertools.islice(parts, self.cfg.gradient_accumulation_steps)))
             if i == 0:
                 start, waited = self.clock.now(), loader.waited
         return (self.clock.now() - start) / n, (loader.waited - waited) / n
@@ -934,7 +934,7 @@ def heads_alone(cfg: train.Config) -> nn.ModuleDict:
 
 def masked_batch(cfg: train.Config, device: torch.device) -> data.Batch:
     """A batch with the masks of step 0 and crops without pixels."""
-    batches = train.training_batches(replace(cfg, accum=1), Namespace(channels=cfg.in_chans), 0, 1)
+    batches = train.training_batches(replace(cfg, gradient_accumulation_steps=1), Namespace(channels=cfg.in_chans), 0, 1)
     masks = torch.from_numpy(batches.masks_of(0, range(cfg.batch_size // cfg.group_size)))
     index, weight = data.mask_weights(masks)
     crops = [torch.empty(n * cfg.batch_size, 0) for n in (2, cfg.local_crops_number)]
@@ -1113,7 +1113,7 @@ def attention_alone(args, batches, lengths, n_heads: int, dim: int, dtype, devic
 # gpu: everything that wants a GPU, one command after the other
 
 
-SWITCHES = ("", "--compile", "--compile --kernels", "--compile --recompute selective")  # to be compared
+SWITCHES = ("", "--compile", "--compile --kernels", "--compile --activation-checkpointing selective")  # to be compared
 GPU_COMMANDS = (
     "-m pytest -q -p no:cacheprovider test_all.py -k cuda",
     "kernels/attention.py",
@@ -1229,13 +1229,13 @@ def training_config(args, flags: list[str]) -> train.Config:
     given, n_ranks = {flag.partition("=")[0] for flag in flags}, train_processes()
     args.preset = args.preset or "vits16_short"
     cfg = train.parse(["--preset", args.preset, *flags, *(["--data", args.data] if args.data else [])])[0]
-    if cfg.accum < 1:
-        raise ValueError(f"--accum must be 1 or more, got {cfg.accum}")
+    if cfg.gradient_accumulation_steps < 1:
+        raise ValueError(f"--gradient-accumulation-steps must be 1 or more, got {cfg.gradient_accumulation_steps}")
     if "--batch-size" not in given and args.preset not in ("digits", "fashion"):
         images = 64 if train.pick_device(cfg.device).type == "cuda" else 8
-        cfg = replace(cfg, batch_size=images * cfg.accum * n_ranks)
+        cfg = replace(cfg, batch_size=images * cfg.gradient_accumulation_steps * n_ranks)
     if "--group-size" not in given:
-        cfg = replace(cfg, group_size=math.gcd(cfg.group_size, cfg.batch_size // (n_ranks * cfg.accum) or 1))
+        cfg = replace(cfg, group_size=math.gcd(cfg.group_size, cfg.batch_size // (n_ranks * cfg.gradient_accumulation_steps) or 1))
     train.check(cfg, n_ranks)
     return cfg
 

@@ -1,8 +1,8 @@
-"""Images for DINOv2: where they come from, multi-crop, block masks, and colour augmentation on the device.
+"""Images for DINOv2: where they come from, multi-crop, block masks, and color augmentation on the device.
 
 A source is named by one string:
     /any/folder                        all images below it; with class sub-folders also labels; train/ and val/
-                                       sub-folders are recognised as splits
+                                       sub-folders are recognized as splits
     photos.txt                         a file with one image path per line, a tab and a label behind it if you like
     /data/shards/*.tar                 tar shards (WebDataset), or x-{000..099}.tar; labels from .cls members; read in
                                        16 places at once, from front to back, mixed; :interleave=0 reads at random
@@ -21,7 +21,7 @@ A source is named by one string:
     images = augment(batch.global_crops, batch.global_ops, MEAN, STD)
 
 Nothing here keeps random state. Sample number s (0, 1, 2, … over the whole run) alone decides which image, which crops
-and which colours; the step and the group of images decide the masks. So any step can be made again at any time, by any
+and which colors; the step and the group of images decide the masks. So any step can be made again at any time, by any
 process or worker. A worker decodes an image once and cuts uint8 crops; all photometric work is batched, on the device.
 No model, no config in this file. Apache License 2.0.
 """
@@ -77,10 +77,10 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # what Pillow ma
 
 
 def decode(data: np.ndarray, channels: int = 3) -> Tensor:
-    """The bytes of an image file, uint8 (n,), as an upright image (channels, H, W), uint8 or, of deep grey, uint16.
+    """The bytes of an image file, uint8 (n,), as an upright image (channels, H, W), uint8 or, of deep gray, uint16.
 
-    Grey is repeated, alpha dropped or made opaque, colour turned to grey as `channels` wants it; other numbers of
-    channels come from .npy arrays (H, W, C), also for 16-bit colour, and the pages of a TIFF. Raises whatever a decoder
+    Gray is repeated, alpha dropped or made opaque, color turned to gray as `channels` wants it; other numbers of
+    channels come from .npy arrays (H, W, C), also for 16-bit color, and the pages of a TIFF. Raises whatever a decoder
     does if the file cannot be decoded.
     """
     if data[:2].tobytes() == b"\x1f\x8b":  # some files of ImageNet-22k are compressed once more
@@ -137,8 +137,8 @@ def read_by_pillow(data: np.ndarray, channels: int) -> Tensor:
 
 
 def page(file: Image.Image, channels: int) -> Tensor:
-    """One page of an open file: grey if it is so or `channels` is 1, RGBA if that is 4, else RGB; deep grey uint16."""
-    if file.mode[0] in "IF":  # 16-bit grey is I;16, in older versions I
+    """One page of an open file: gray if it is so or `channels` is 1, RGBA if that is 4, else RGB; deep gray uint16."""
+    if file.mode[0] in "IF":  # 16-bit gray is I;16, in older versions I
         pixels = np.asarray(file)
         if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
             raise ValueError(f"pixels of type {pixels.dtype} outside of 0 to 65535; save them as 16-bit integers")
@@ -439,7 +439,7 @@ def join_spec(name: str, options: dict[str, str]) -> str:
 
 
 def eval_specs(spec: str, train: str = "", val: str = "") -> tuple[str, str | None]:
-    """The specs of the labelled images to learn from and to classify (None: leave one out): those given, else the TRAIN
+    """The specs of the labeled images to learn from and to classify (None: leave one out): those given, else the TRAIN
     and VAL splits of the training source `spec`, as far as it has them."""
     if any(part != (train or spec) for part, _ in split_mixture(train or spec)):  # a mixture has no splits
         return train or spec, val or None
@@ -649,7 +649,7 @@ class Names:
 
 
 def open_folder(root: Path) -> ImageFiles:
-    """All images below `root`, each folder's files in order of their names, before its sub-folders; labelled by their
+    """All images below `root`, each folder's files in order of their names, before its sub-folders; labeled by their
     first sub-folder if every image lies in one and there are at least two."""
     root = root.resolve()
     try:
@@ -687,8 +687,8 @@ def list_folder(root: Path) -> dict:
             todo += sorted(folders, reverse=True)
             links.sort()
             bar.update(len(files))
-    labelled = len(classes) > 1 and "" not in classes
-    return dict(stamps=stamps, **names.tables(classes if labelled else None))
+    labeled = len(classes) > 1 and "" not in classes
+    return dict(stamps=stamps, **names.tables(classes if labeled else None))
 
 
 def is_circle(entry: os.DirEntry) -> bool:
@@ -710,21 +710,21 @@ def open_list(path: Path) -> ImageFiles:
 
 
 def read_list(path: Path) -> dict:
-    names, classes, unlabelled = Names(), {}, 0
+    names, classes, unlabeled = Names(), {}, 0
     stamps = {str(path): os.stat(path).st_mtime_ns}
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             for line in tqdm(file, desc=f"reading {path}", unit=" images", disable=None):
                 name, _, label = line.strip("\r\n").partition("\t")
                 if name.strip():
-                    unlabelled += not label
+                    unlabeled += not label
                     names.add(name, classes.setdefault(label, len(classes)))
                 if "\0" in name:
                     raise ValueError
     except (ValueError, PermissionError):
         raise ValueError(f"{path} is no readable text; --data takes a folder, or a file with one image path per line"
                          ) from None
-    return dict(stamps=stamps, **names.tables(classes if unlabelled < len(names.labels) else None))
+    return dict(stamps=stamps, **names.tables(classes if unlabeled < len(names.labels) else None))
 
 
 def open_tars(name: str, tars: list[str], interleave: int) -> InTars:
@@ -964,7 +964,7 @@ def mask_weights(masks: Tensor) -> tuple[Tensor, Tensor]:
 class Batch(NamedTuple):
     """One process's share of a step: B images, L local crops each. Rows are crop-major: crop 0 of all images first."""
 
-    global_crops: Tensor  # (2B, G, G, C) uint8 or uint16; (2B, C, G, G) float and normalised after prepare()
+    global_crops: Tensor  # (2B, G, G, C) uint8 or uint16; (2B, C, G, G) float and normalized after prepare()
     local_crops: Tensor  # (L*B, l, l, C) likewise
     global_ops: Tensor  # (2B, 12) what is to be done to them, see draw_ops
     local_ops: Tensor  # (L*B, 12)
@@ -995,7 +995,7 @@ def read_sample(source: Source, s: int, seed: int, bad: list, labels=None) -> tu
 
 class TrainBatches(torch.utils.data.Dataset):
     """batches[step] -> Batch with this process's images of that step: a pure function of the arguments and the step.
-    With accum > 1 the share comes in as many parts: batches[step * accum + part].
+    With accumulation_steps > 1 the share comes in as many parts: batches[step * accumulation_steps + part].
 
     A step has `batch_size` images over all processes, in groups of `group_size`; each part owns whole groups. A group
     has its own quota of masks, as had the batch of one GPU in the official code, and its own draws for stochastic depth
@@ -1005,13 +1005,13 @@ class TrainBatches(torch.utils.data.Dataset):
     """
 
     def __init__(self, source, *, batch_size: int, group_size: int, seed: int = 0, rank: int = 0, world: int = 1,
-                 accum: int = 1, global_size: int = 224, global_scale=(0.32, 1.0), n_local: int = 8,
+                 accumulation_steps: int = 1, global_size: int = 224, global_scale=(0.32, 1.0), n_local: int = 8,
                  local_size: int = 96, local_scale=(0.05, 0.32), patch_size: int = 16, mask_prob: float = 0.5,
                  mask_ratio=(0.1, 0.5), n_drops: int = 0, ops: dict | None = None):
-        check_groups(batch_size, group_size, world, accum)
+        check_groups(batch_size, group_size, world, accumulation_steps)
         self.source, self.batch_size, self.group_size, self.seed = source, batch_size, group_size, seed
-        self.rank, self.accum, self.n_drops = rank, accum, n_drops
-        self.count = batch_size // (world * accum)  # images of a part
+        self.rank, self.accumulation_steps, self.n_drops = rank, accumulation_steps, n_drops
+        self.count = batch_size // (world * accumulation_steps)  # images of a part
         self.crops = [(global_size, global_scale)] * 2 + [(local_size, local_scale)] * n_local
         self.shapes = [(2, global_size), (n_local, local_size)]
         self.ops = dict(ops or {})
@@ -1022,8 +1022,8 @@ class TrainBatches(torch.utils.data.Dataset):
         self.mask_prob, self.mask_ratio = mask_prob, mask_ratio
 
     def __getitem__(self, index: int) -> Batch:
-        step, part = divmod(index, self.accum)
-        first = (self.rank * self.accum + part) * self.count  # of this part's images, within the step
+        step, part = divmod(index, self.accumulation_steps)
+        first = (self.rank * self.accumulation_steps + part) * self.count  # of this part's images, within the step
         samples = range(step * self.batch_size + first, step * self.batch_size + first + self.count)
         groups = range(first // self.group_size, (first + self.count) // self.group_size)
         crops = [empty(n, self.count, size, size, self.source.channels) for n, size in self.shapes]  # crop-major
@@ -1047,7 +1047,7 @@ class TrainBatches(torch.utils.data.Dataset):
 
     def samples_of(self, step: int) -> range:
         """The sample numbers of all parts of this process's share of a step."""
-        share = self.accum * self.count
+        share = self.accumulation_steps * self.count
         return range(step * self.batch_size + self.rank * share, step * self.batch_size + (self.rank + 1) * share)
 
     def masks_of(self, step: int, groups: range) -> np.ndarray:
@@ -1091,20 +1091,20 @@ def widen(x: Tensor) -> Tensor:
     return (x.to(torch.int32) * 257).to(torch.uint16)
 
 
-def check_groups(batch_size: int, group_size: int, world: int, accum: int = 1) -> None:
+def check_groups(batch_size: int, group_size: int, world: int, accumulation_steps: int = 1) -> None:
     """Raises ValueError unless `batch_size` images fall into groups that `world` processes can share out evenly, each
-    in `accum` parts."""
+    in `accumulation_steps` parts."""
     if batch_size < world:
         raise ValueError(f"--batch-size {batch_size} is smaller than the number of processes, {world}")
-    if group_size < 1 or batch_size % (group_size * world * accum):
-        parts, too = (f" in {accum} parts each", " or --accum") if accum > 1 else ("", "")
+    if group_size < 1 or batch_size % (group_size * world * accumulation_steps):
+        parts, too = (f" in {accumulation_steps} parts each", " or --gradient-accumulation-steps") if accumulation_steps > 1 else ("", "")
         raise ValueError(
             f"--batch-size {batch_size} does not divide into groups of {group_size} for {world} process(es){parts}; "
-            f"make it a multiple of {max(group_size, 1) * world * accum}, or change --group-size{too}")
+            f"make it a multiple of {max(group_size, 1) * world * accumulation_steps}, or change --group-size{too}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Colour, batched on the device
+# Color, batched on the device
 
 
 JITTER = (0.4, 0.4, 0.2, 0.1)  # largest change of brightness, contrast, saturation, hue
@@ -1116,8 +1116,8 @@ def draw_ops(rng: random.Random, kind: int, flip_prob: float = 0.5, jitter_prob:
              gray_prob: float = 0.2, blur_probs=(0.0, 0.9, 0.5), blur_sigma=(0.1, 2.0),
              solarize_prob: float = 0.2) -> list[float]:
     """What is done to one crop on the device: [brightness, contrast, saturation factors, hue shift in turns, which of
-    these comes first, second, third, fourth, grey?, blur sigma in pixels or 0, solarise?, mirror?]. `kind` is 0, 1 for
-    the first and second global crop, 2 for local ones; only kind 1 is solarised. What changes nothing is IDENTITY, any
+    these comes first, second, third, fourth, gray?, blur sigma in pixels or 0, solarize?, mirror?]. `kind` is 0, 1 for
+    the first and second global crop, 2 for local ones; only kind 1 is solarized. What changes nothing is IDENTITY, any
     order, and four zeros."""
     draw, wide = rng.random, jitter if rng.random() < jitter_prob else (0, 0, 0, 0)
     ops = [one + width * (2 * draw() - 1) for one, width in zip(IDENTITY, wide)]
@@ -1127,8 +1127,8 @@ def draw_ops(rng: random.Random, kind: int, flip_prob: float = 0.5, jitter_prob:
 
 
 def augment(crops: Tensor, ops: Tensor, mean=MEAN, std=STD) -> Tensor:
-    """Crops (n, h, w, C), uint8 or uint16, -> float32 (n, C, h, w), mirrored and coloured as `ops` (n, 12)
-    says (see draw_ops), then normalised. `ops` may be on the CPU."""
+    """Crops (n, h, w, C), uint8 or uint16, -> float32 (n, C, h, w), mirrored and colored as `ops` (n, 12)
+    says (see draw_ops), then normalized. `ops` may be on the CPU."""
     return (augment_by_groups if crops.device.type == "cpu" else augment_at_once)(crops, ops, mean, std)
 
 
@@ -1207,10 +1207,10 @@ def saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turns the hue of the HSV colour by `shift` of a full turn, in [-0.5, 0.5]; value v and chroma c are kept.
+    """Turns the hue of the HSV color by `shift` of a full turn, in [-0.5, 0.5]; value v and chroma c are kept.
 
     The hue h runs from 0 (red) over 2 (green) and 4 (blue) to 6. Up to 3 it is 1 + (g + b - r - min) / c, and minus
-    that on the other side, where b > g. A channel whose colour is at hue n is v - c * clamp(d - 1, 0, 1), with d the
+    that on the other side, where b > g. A channel whose color is at hue n is v - c * clamp(d - 1, 0, 1), with d the
     distance from h to n around the circle. No branches: on a CPU comparing and choosing would take most of the time.
     """
     r, g, b = x.unbind(1)  # (n, h, w)
@@ -1279,7 +1279,7 @@ def worker_count(wanted: int, processes_here: int = 1) -> int:
 
 def train_loader(batches: TrainBatches, start: int, stop: int, num_workers: int, pin_memory: bool):
     """Batches of the steps start, …, stop - 1, made by `num_workers` processes ahead of time (0: in this process)."""
-    parts = range(start * batches.accum, stop * batches.accum)
+    parts = range(start * batches.accumulation_steps, stop * batches.accumulation_steps)
     return make_loader(batches, num_workers, batch_size=None, sampler=parts, pin_memory=pin_memory)
 
 
@@ -1316,7 +1316,7 @@ def keep_memory(largest: int | None = None) -> None:
 
 
 def prepare(batch: Batch, device: torch.device, mean=MEAN, std=STD, augment=augment) -> Batch:
-    """The batch on the device, its crops augmented and normalised. `augment` may be augment_at_once, compiled."""
+    """The batch on the device, its crops augmented and normalized. `augment` may be augment_at_once, compiled."""
     on_device = lambda t: t.to(device, non_blocking=True)  # noqa: E731
     return batch._replace(
         global_crops=augment(on_device(batch.global_crops), batch.global_ops, mean, std),
@@ -1487,8 +1487,8 @@ def plan_fit(height: int, width: int, patch: int, how: str = "crop", size: tuple
 
 
 def fit_image(image: Tensor, fit: Fit, mean=MEAN) -> Tensor:
-    """An image (C, H, W), uint8 or uint16, as `fit` says; what is added has the colour `mean`, which becomes zero when
-    the image is normalised."""
+    """An image (C, H, W), uint8 or uint16, as `fit` says; what is added has the color `mean`, which becomes zero when
+    the image is normalized."""
     deep = image.dtype == torch.uint16
     x = image.float() if deep else image  # torchvision resizes no uint16
     if tuple(x.shape[-2:]) != fit.scaled:

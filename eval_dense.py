@@ -6,14 +6,14 @@
     python eval_dense.py dinov2_vits14 --task seg --data photos --short 224 --crop 224 224 --steps 2000
     torchrun --nproc-per-node 8 eval_dense.py ckpt.pth --task seg --data /data/VOCdevkit/VOC2012
 
---data is recognised by what lies in it:
-    NYUv2      nyu_train.txt, nyu_test.txt, of lines `photo depth focal`; 16-bit PNG, millimetres
-    KITTI      kitti_eigen_train.txt, kitti_eigen_test.txt, input/, gt_depth/; 16-bit PNG, metres times 256
+--data is recognized by what lies in it:
+    NYUv2      nyu_train.txt, nyu_test.txt, of lines `photo depth focal`; 16-bit PNG, millimeters
+    KITTI      kitti_eigen_train.txt, kitti_eigen_test.txt, input/, gt_depth/; 16-bit PNG, meters times 256
     ADE20K     images/{training,validation}, annotations/{training,validation}; 0 is no class
     VOC2012    JPEGImages, SegmentationClass, SegmentationClassAug, ImageSets/Segmentation/{train,aug,val}.txt
     any other  images/ and depth/ or labels/, with files of the same names, in sub-folders train/ and val/; or without
-               these, and --val names another such folder. Depth: 16-bit PNG, metres times --depth-scale, 0 unknown;
-               .npy, metres if they are floating-point numbers. Labels: PNG of class numbers, 255 is ignored; names may
+               these, and --val names another such folder. Depth: 16-bit PNG, meters times --depth-scale, 0 unknown;
+               .npy, meters if they are floating-point numbers. Labels: PNG of class numbers, 255 is ignored; names may
                be in classes.txt, a line each.
 
 Recipes are those of the released heads (DINOv2, section 7.4, and its configurations): the backbone is frozen; the loss
@@ -50,11 +50,11 @@ from data import (
     worker_count)
 from eval_knn import add_record, check_out, join_processes, leave_processes, results_stem, world
 from heads import (
-    CLASSES, RANGES, RECIPES, Dense, DPTHead, LinearDepthHead, Recipe, SegmentationHead, colours, gradient_loss,
+    CLASSES, RANGES, RECIPES, Dense, DPTHead, LinearDepthHead, Recipe, SegmentationHead, colors, gradient_loss,
     resize, resize_bytes, scaled_size, segment, segmentation_loss, sig_loss)
 from hub import DTYPES, pick_device, read_pth, write_file
 from visualize import (
-    Cell, depth_bar, depth_colours, depth_of, file_names, label_colours, legend, rows_of, save, save_depth, save_labels,
+    Cell, depth_bar, depth_colors, depth_of, file_names, label_colors, legend, rows_of, save, save_depth, save_labels,
     sheet, spread, to_rgb, under, zoom)
 
 IGNORE = 255  # the label of pixels that do not count
@@ -82,7 +82,7 @@ class Pairs(Source):
         return self.items[i][0]
 
     def read(self, i: int) -> tuple[Tensor, Tensor]:
-        """Photograph i, uint8 or uint16 (C, H, W), and its depth, float32 (H, W), metres, 0 where it is not known, or
+        """Photograph i, uint8 or uint16 (C, H, W), and its depth, float32 (H, W), meters, 0 where it is not known, or
         its labels, uint8 (H, W). Raises ValueError, naming the file, for what cannot be used."""
         photo, target = self.items[i]
         image = read_image(photo, self.channels)
@@ -113,7 +113,7 @@ class Pairs(Source):
 
 
 def read_numbers(path: str) -> np.ndarray:
-    """A .npy file, or an image of one channel, as numbers (H, W): of a palette image the numbers of the colours. Raises
+    """A .npy file, or an image of one channel, as numbers (H, W): of a palette image the numbers of the colors. Raises
     ValueError, naming the file."""
     try:
         if path.endswith(".npy"):
@@ -126,15 +126,15 @@ def read_numbers(path: str) -> np.ndarray:
         raise ValueError(f"{path} cannot be read ({str(error) or type(error).__name__})") from None
     if numbers.ndim != 2 or numbers.dtype.kind not in "uifb":
         raise ValueError(f"{path} has the shape {numbers.shape} and type {numbers.dtype}; it must have one number for "
-                         "each pixel, as a grey or palette PNG, or a .npy file of (H, W)")
+                         "each pixel, as a gray or palette PNG, or a .npy file of (H, W)")
     return numbers
 
 
 def read_depth(path: str, scale: float) -> Tensor:
     numbers = read_numbers(path)
     if numbers.dtype.itemsize == 1:
-        raise ValueError(f"{path} has 8 bits, too few for depth; save metres times --depth-scale with 16 bits, or as "
-                         ".npy, in metres")
+        raise ValueError(f"{path} has 8 bits, too few for depth; save meters times --depth-scale with 16 bits, or as "
+                         ".npy, in meters")
     depth = torch.from_numpy(numbers.astype(np.float32) / (1 if numbers.dtype.kind == "f" else scale))
     return torch.where(depth.isfinite() & (depth > 0), depth, 0.0)
 
@@ -195,7 +195,7 @@ def count_classes(pairs: Pairs) -> list[str]:
         most = max(most, int(numbers[numbers != IGNORE].max(initial=-1)))
     if not 0 <= most < IGNORE:
         raise ValueError(f"the labels of {pairs.name} go up to {most}; they must be 0 to {IGNORE - 1}" if most >= 0 else
-                         f"all pixels of {pairs.name} are labelled {IGNORE}, which is to be ignored")
+                         f"all pixels of {pairs.name} are labeled {IGNORE}, which is to be ignored")
     return [f"class {k}" for k in range(most + 1)]
 
 
@@ -311,7 +311,7 @@ def train_size(size, dataset: str = "", short: int = 0) -> tuple[int, int]:
 def augment_depth(rng: random.Random, image: Tensor, depth: Tensor, crop, dataset: str = "",
                   short: int = 0) -> tuple[Tensor, Tensor]:
     """A photograph (C, H, W), uint8 or uint16, and its depth (H, W): resized to the short side `short`, unless that is
-    0, turned, mirrored, cut to `crop` (or less, where there is less), coloured. Returns the photograph in [0, 1]. Of
+    0, turned, mirrored, cut to `crop` (or less, where there is less), colored. Returns the photograph in [0, 1]. Of
     NYU's the white frame is cut off first."""
     x, size = image.float() / (65535 if image.dtype == torch.uint16 else 255), train_size(depth.shape, dataset, short)
     if dataset == "nyu":
@@ -339,7 +339,7 @@ def augment_labels(rng: random.Random, image: Tensor, labels: Tensor, crop, shor
                    ratios) -> tuple[Tensor, Tensor]:
     """A photograph (C, H, W), uint8 or uint16, and its labels (H, W): resized so that the short side is `short` pixels
     (but the long one at most `long`) times a random ratio, cut to `crop` (or less, where there is less), mirrored,
-    coloured. Returns the photograph in [0, 1]. A crop of which one class takes three quarters is drawn again."""
+    colored. Returns the photograph in [0, 1]. A crop of which one class takes three quarters is drawn again."""
     ratio = rng.uniform(*ratios)
     size = scaled_size(*labels.shape, int(long * ratio), int(short * ratio))
     x = resize_bytes(image, size) / (65535 if image.dtype == torch.uint16 else 255)
@@ -356,7 +356,7 @@ def augment_labels(rng: random.Random, image: Tensor, labels: Tensor, crop, shor
 
 
 def distort(rng: random.Random, x: Tensor) -> Tensor:
-    """Brightness, contrast, and of colour images saturation and hue, (C, h, w) in [0, 1]; each in half of the cases,
+    """Brightness, contrast, and of color images saturation and hue, (C, h, w) in [0, 1]; each in half of the cases,
     contrast before or after the other two. As in SSD (Liu et al. 2016, arXiv 1512.02325)."""
     half = lambda low, high: rng.uniform(low, high) if rng.random() < 0.5 else None  # noqa: E731
     shift, first = half(-32 / 255, 32 / 255), rng.random() < 0.5
@@ -373,7 +373,7 @@ def distort(rng: random.Random, x: Tensor) -> Tensor:
 
 
 class TrainPairs(torch.utils.data.Dataset):
-    """[step] -> the pairs of this process: images (b, C, *crop), normalised, targets (b, *crop), and ""; or why not."""
+    """[step] -> the pairs of this process: images (b, C, *crop), normalized, targets (b, *crop), and ""; or why not."""
 
     def __init__(self, pairs: Pairs, augment, crop, n: int, batch_size: int, seed: int, mean, std):
         self.pairs, self.augment, self.crop, self.n, self.seed = pairs, augment, crop, n, seed
@@ -424,7 +424,7 @@ def crop_of(depth: Tensor, name: str) -> Tensor:
 
 
 def depth_measures(depth: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """DEPTH_MEASURES (9,), float64, of one image: predicted and true depth in metres and where it counts, all (H, W).
+    """DEPTH_MEASURES (9,), float64, of one image: predicted and true depth in meters and where it counts, all (H, W).
     NaN if that is nowhere. Shares of pixels within 1.25, 1.25^2, 1.25^3; relative, squared relative, root mean square
     errors, of the depth, its natural and decimal logarithm; 100 times the scale-invariant error (Eigen et al. 2014)."""
     p, d = depth[valid].double(), target[valid].double()
@@ -436,7 +436,7 @@ def depth_measures(depth: Tensor, target: Tensor, valid: Tensor) -> Tensor:
 
 
 def count_labels(predicted: Tensor, labels: Tensor, n_classes: int) -> Tensor:
-    """(3, classes) int64: pixels rightly predicted to be of each class, predicted, and labelled so; of those not to be
+    """(3, classes) int64: pixels rightly predicted to be of each class, predicted, and labeled so; of those not to be
     ignored. predicted, labels: (H, W)."""
     known = labels != IGNORE
     p, t = predicted[known].long(), labels[known].long()
@@ -446,10 +446,10 @@ def count_labels(predicted: Tensor, labels: Tensor, n_classes: int) -> Tensor:
 def segmentation_measures(counts: Tensor) -> dict[str, float]:
     """Of the counts of all images together, in percent: mIoU, and mAcc, the means over classes, and aAcc, the share of
     pixels. Classes that occur nowhere do not count."""
-    right, predicted, labelled = counts.double().cpu()
-    iou = 100 * right / (predicted + labelled - right)  # NaN where there is no pixel
-    return dict(mIoU=iou.nanmean().item(), aAcc=(100 * right.sum() / labelled.sum()).item(),
-                mAcc=(100 * right / labelled).nanmean().item(),
+    right, predicted, labeled = counts.double().cpu()
+    iou = 100 * right / (predicted + labeled - right)  # NaN where there is no pixel
+    return dict(mIoU=iou.nanmean().item(), aAcc=(100 * right.sum() / labeled.sum()).item(),
+                mAcc=(100 * right / labeled).nanmean().item(),
                 IoU=[None if math.isnan(v) else round(v, 4) for v in iou.tolist()])
 
 
@@ -487,7 +487,7 @@ class Job:
         else:
             self.adopt(about)
         self.crop = args.eval_crop or {"nyu": "nyu", "kitti": "garg"}.get(self.val.dataset, "none")
-        self.colours = colours(len(self.val.classes or ()), self.val.dataset)
+        self.colors = colors(len(self.val.classes or ()), self.val.dataset)
         if self.test:
             flip = self.test.flip if args.flip is None else args.flip
             self.test = self.test._replace(flip=flip, ratios=tuple(args.scales or self.test.ratios))
@@ -589,7 +589,7 @@ class Job:
             return self.network(images).float()
 
     def see(self, image: Tensor) -> Tensor | None:
-        """Depth in metres, float32, or classes, int64, of an image (C, H, W), uint8 or uint16, all on the CPU: (H, W).
+        """Depth in meters, float32, or classes, int64, of an image (C, H, W), uint8 or uint16, all on the CPU: (H, W).
         None if they are not finite."""
         if self.task == "depth":
             depth = torch.from_numpy(depth_of(self.predict, image, self.rules, self.args.short or 0,
@@ -695,7 +695,7 @@ class HeadTraining:
         return loss + weight * gradient_loss(depth, targets, most) if weight else loss
 
     def step(self, images: Tensor, targets: Tensor) -> Tensor:
-        """One step of the optimiser. images (b, C, H, W) and targets (b, H, W) of this process; the mean loss of all is
+        """One step of the optimizer. images (b, C, H, W) and targets (b, H, W) of this process; the mean loss of all is
         returned."""
         job, recipe = self.job, self.job.recipe
         for group in self.optimizer.param_groups:
@@ -768,7 +768,7 @@ CHOSEN = {"depth": "abs_rel on --val, as officially", "seg": "the last step"}
 
 
 def batch_statistics(bn: nn.BatchNorm2d, features: list):
-    """Has a batch normalisation in eval mode use the mean and variance of all features of the batch, of all processes;
+    """Has a batch normalization in eval mode use the mean and variance of all features of the batch, of all processes;
     features do not depend on anything that is trained, so these are constants. Returns what ends that, and takes them
     into its running mean and variance."""
     device = bn.weight.device
@@ -846,7 +846,7 @@ def evaluate(job: Job, pictures=None) -> dict:
     if job.task == "depth":
         return depth_summary(pairs, table)
     if not counts[2].any():
-        raise ValueError(f"all pixels of {pairs.name} are labelled {IGNORE}, which is to be ignored")
+        raise ValueError(f"all pixels of {pairs.name} are labeled {IGNORE}, which is to be ignored")
     most = counts[2].max() / counts[2].sum()
     trivial = dict(aAcc=100 * most.item(), mIoU=100 * most.item() / int((counts[2] > 0).sum()))
     return segmentation_measures(counts) | dict(commonest_class_everywhere=trivial)
@@ -885,13 +885,13 @@ class Pictures:
     def add(self, i: int, image: Tensor, target: Tensor, predicted: Tensor) -> None:
         path = self.folder / f"{self.names[i]}.png"
         if self.job.task == "seg":
-            save_labels(path, predicted.numpy(), self.job.colours)
-            drawn = [label_colours(x.numpy(), self.job.colours) for x in (target, predicted)]
+            save_labels(path, predicted.numpy(), self.job.colors)
+            drawn = [label_colors(x.numpy(), self.job.colors) for x in (target, predicted)]
         else:
             save_depth(path, predicted.numpy(), self.job.limits[1])
             known = torch.cat([target[target > 0], predicted.flatten()])  # one scale for both
             near, far = known.min().item(), known.max().item()
-            drawn = [depth_colours(x.numpy(), near, far) for x in (target, predicted)]
+            drawn = [depth_colors(x.numpy(), near, far) for x in (target, predicted)]
         if i in self.shown:
             cells = [zoom(to_rgb(image), 240), *(zoom(Image.fromarray(d), 240) for d in drawn)]
             if self.job.task == "depth":
@@ -903,7 +903,7 @@ class Pictures:
         if self.cells and world()[0] == 0:
             note = None
             if self.job.task == "seg":
-                note = legend(np.concatenate(self.targets), self.job.val.classes, self.job.colours)
+                note = legend(np.concatenate(self.targets), self.job.val.classes, self.job.colors)
             save(sheet(rows_of(self.cells, 6), footer=note), self.folder / "sheet.png")
 
 
@@ -927,9 +927,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         f"{', '.join(hub.DENSE_HEADS)}")
     add("--channels", type=int, default=256, help="of the maps of dpt; fewer for small networks: its time goes with "
         "their square")
-    add("--depth-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="metres that a head can predict and that "
+    add("--depth-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="meters that a head can predict and that "
         "are evaluated; default: the data set's, 0.001 10")
-    add("--depth-scale", type=float, default=1000.0, help="a metre in the 16-bit PNG of your own folders")
+    add("--depth-scale", type=float, default=1000.0, help="a meter in the 16-bit PNG of your own folders")
     add("--steps", type=int, help="of training; default: the recipe's, as for the flags up to --ratios")
     add("--batch-size", type=int, default=16, help="of all processes")
     add("--lr", type=float, help="largest learning rate")
@@ -949,7 +949,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "NYUv2, garg for KITTI, else none, which is all")
     add("--eval-every", type=int, default=0, help="steps between evaluations; 0: ten of them")
     add("--predictions", default="", metavar="FOLDER", help="pictures of the predictions for --val: labels as palette "
-        "PNG, depth as 16-bit PNG in millimetres (of heads for more than 65 m: in 256ths of a metre), and sheet.png")
+        "PNG, depth as 16-bit PNG in millimeters (of heads for more than 65 m: in 256ths of a meter), and sheet.png")
     add("--seed", type=int, default=0, help="of the first weights, the order and the crops")
     add("--no-resume", action="store_true", help="start anew after an interruption")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")

@@ -6,7 +6,7 @@
     python eval_knn.py ckpt.pth --n-per-class 1 5 --tries 3            # few-shot: k-NN from 1 or 5 images of a class
     torchrun --nproc-per-node 8 eval_knn.py ckpt.pth                   # 8 processes; the result is the same
 
-Protocol (Wu et al. 2018, arXiv 1805.01978, as in DINOv2): L2-normalised CLS features; each of the k most similar
+Protocol (Wu et al. 2018, arXiv 1805.01978, as in DINOv2): L2-normalized CLS features; each of the k most similar
 training images votes for its class with weight exp(similarity / 0.07). The search is exact, in float32. Of equally
 similar images the first of the training set is the nearest; of classes with equal votes the one of lower number is
 ranked higher. Without a second set the images of the first are classified by all others (leave one out). Images without
@@ -66,7 +66,7 @@ def largest(x: Tensor, k: int) -> Tensor:
     return columns.gather(1, x.gather(1, columns).topk(k, sorted=False).indices)
 
 
-def neighbours(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def neighbors(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row of (Q, n): values (Q, k) in descending order, and their columns; equal ones in the
     order of the columns."""
     columns = largest(similarity, min(k + 1, similarity.shape[1]))  # one more, to see whether the last place is shared
@@ -96,16 +96,16 @@ def knn_scores(bank: Tensor, labels: Tensor, queries: Tensor, ks=KS, temperature
                own_rows: Tensor | None = None, buffer: Tensor | None = None) -> dict[int, Tensor]:
     """Class scores {k: (Q, C)} of queries (Q, D) from the training features `bank` (n, D) and their labels (n,).
 
-    Both sets are L2-normalised. Weights are a softmax over the largest k's neighbours; a smaller k uses the first of
-    them, not renormalised, which leaves the ranking as it is. `own_rows` (Q,) leaves that row of the bank out. A k
-    beyond the number of neighbours counts them all. `buffer` (at least Q, n) saves allocating the similarities.
+    Both sets are L2-normalized. Weights are a softmax over the largest k's neighbors; a smaller k uses the first of
+    them, not renormalized, which leaves the ranking as it is. `own_rows` (Q,) leaves that row of the bank out. A k
+    beyond the number of neighbors counts them all. `buffer` (at least Q, n) saves allocating the similarities.
     """
-    n_neighbours = min(max(ks), len(bank) - (own_rows is not None))
+    n_neighbors = min(max(ks), len(bank) - (own_rows is not None))
     n_classes = n_classes or int(labels.max()) + 1
     similarity = torch.mm(queries, bank.T, out=None if buffer is None else buffer[: len(queries)])  # (Q, n)
     if own_rows is not None:
         similarity.scatter_(1, own_rows[:, None], -torch.inf)
-    similarity, index = neighbours(similarity, n_neighbours)
+    similarity, index = neighbors(similarity, n_neighbors)
     weights = F.softmax(similarity / temperature, dim=-1)
     votes = labels[index]  # (Q, k)
     empty = weights.new_zeros(len(queries), n_classes)
@@ -127,7 +127,7 @@ def knn_accuracy(bank: Tensor, labels, queries: Tensor | None, query_labels=None
     queries are compared at a time; 0: 256, or as many as fit a quarter of a gigabyte."""
     device, leave_one_out, (rank, n_ranks) = bank.device, queries is None, world()
     if leave_one_out and len(bank) < 2:
-        raise ValueError("a single image has no neighbour to be classified by; give more, or --val")
+        raise ValueError("a single image has no neighbor to be classified by; give more, or --val")
     labels = torch.as_tensor(labels, device=device).long()
     queries, answers = (bank, labels) if leave_one_out else (queries, torch.as_tensor(query_labels, device=device))
     n_classes = int(max(labels.max(), answers.max())) + 1
@@ -181,7 +181,7 @@ def extract_features(model, source, resize: int, crop: int, device: torch.device
     """What `model` makes of all images of a source, in its order, (n, D) on `device`; and which of the images could be
     read, (n,) bool. The rows of others are zero.
 
-    `model` maps normalised images (B, C, crop, crop) to (B, D), floating-point or int32; it runs under autocast
+    `model` maps normalized images (B, C, crop, crop) to (B, D), floating-point or int32; it runs under autocast
     to `dtype`. With a process group each process does every world-th batch and all get the full table, whose bits do
     not depend on the number of processes. Raises ValueError if a feature is not finite or no image can be read.
     """
@@ -217,7 +217,7 @@ def extract_features(model, source, resize: int, crop: int, device: torch.device
 
 
 def normalize_rows_(table: Tensor) -> Tensor:
-    """L2-normalises the rows in place, a part at a time: the table may fill most of the memory."""
+    """L2-normalizes the rows in place, a part at a time: the table may fill most of the memory."""
     for part in table.split(2**14):
         part.copy_(F.normalize(part, dim=-1))
     return table
@@ -229,7 +229,7 @@ def kept(table: Tensor, labels, ok: Tensor) -> tuple[Tensor, Tensor]:
     labels = torch.as_tensor(np.asarray(labels), device=table.device).long()
     rows = (ok & (labels >= 0)).nonzero()[:, 0]
     if not len(rows):
-        raise ValueError("no image that can be read has a label; evaluations need labelled images")
+        raise ValueError("no image that can be read has a label; evaluations need labeled images")
     if len(rows) == len(table):
         return table, labels
     for start in range(0, len(rows), 2**14):
@@ -239,11 +239,11 @@ def kept(table: Tensor, labels, ok: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def say_left_out(source, labels, ok: Tensor) -> int:
-    bad, unlabelled = int((~ok).sum()), int((torch.as_tensor(np.asarray(labels)) < 0)[ok.cpu()].sum())
-    for n, what in ((bad, "could not be read and were"), (unlabelled, "have no label and were")):
+    bad, unlabeled = int((~ok).sum()), int((torch.as_tensor(np.asarray(labels)) < 0)[ok.cpu()].sum())
+    for n, what in ((bad, "could not be read and were"), (unlabeled, "have no label and were")):
         if n and world()[0] == 0:
             print(f"{source.name}: {n} images {what} left out", file=sys.stderr)
-    return bad + unlabelled
+    return bad + unlabeled
 
 
 def evaluate(model: nn.Module, train_source, val_source, resize: int, crop: int, device: torch.device,
@@ -265,7 +265,7 @@ def common_labels(train_source, val_source) -> tuple:
     for source in (train_source, val_source):
         if source is not None and source.labels is None:
             raise ValueError(f"{source.name} has no labels, evaluations need one sub-folder per class, two at least; "
-                             "name labelled images by --train and --val")
+                             "name labeled images by --train and --val")
     if val_source is None:
         return train_source.labels, None
     if (train_source.classes is None) != (val_source.classes is None):
@@ -291,8 +291,8 @@ class Flags(Parser):
         super().__init__(manual)
         self.add_argument("checkpoint", help="out/ckpt.pth, a released .pth, the name of a released model such as "
                           "dinov2_vits14, or a file of Hugging Face or timm")
-        self.add_argument("--train", default="", help="labelled training images, named as train.py's --data")
-        self.add_argument("--val", default="", help="labelled images to classify; empty: those that go with --train")
+        self.add_argument("--train", default="", help="labeled training images, named as train.py's --data")
+        self.add_argument("--val", default="", help="labeled images to classify; empty: those that go with --train")
         self.add_argument("--resize", type=int, default=0, help="short side in pixels; 0: the evaluation's own")
         self.add_argument("--crop", type=int, default=0, help="central square, in pixels; 0: the evaluation's own")
         self.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -304,7 +304,7 @@ class Flags(Parser):
 
 
 class Evaluation:
-    """A checkpoint and its labelled images, opened as the command line says; a process group under torchrun. To be used
+    """A checkpoint and its labeled images, opened as the command line says; a process group under torchrun. To be used
     in a `with`. `margin`: images are resized to more than the crop, as 256 to 224, unless --resize says otherwise.
     Raises ValueError, with the fix in the message, for whatever does not fit."""
 
@@ -388,7 +388,7 @@ class Evaluation:
                 print(f"note: {error}; the features are used all the same", file=sys.stderr)
         return table, ok
 
-    def labelled(self, source, labels, **options) -> tuple[Tensor, Tensor]:
+    def labeled(self, source, labels, **options) -> tuple[Tensor, Tensor]:
         """Features and labels, without the images that have no label or cannot be read."""
         table, ok = self.features(source, **options)
         self.note_left_out(source, labels, ok)
@@ -490,7 +490,7 @@ def load_table(path: Path) -> tuple[Tensor, Tensor] | None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     flags = Flags(__doc__)
-    flags.add_argument("--ks", type=int, nargs="+", default=list(KS), help="numbers of neighbours")
+    flags.add_argument("--ks", type=int, nargs="+", default=list(KS), help="numbers of neighbors")
     flags.add_argument("--temperature", type=float, default=0.07, help="of the votes")
     flags.add_argument("--n-per-class", type=int, nargs="+", default=[], help="few-shot: so many images of each class")
     flags.add_argument("--tries", type=int, default=1, help="few-shot: random choices to average over")
@@ -506,8 +506,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     with Evaluation("knn", args) as e:
         if args.n_per_class and e.val is None:
             raise ValueError("--n-per-class needs images to classify; give --val")
-        train = e.labelled(e.train, e.train_labels)
-        val = e.labelled(e.val, e.val_labels) if e.val else (None, None)
+        train = e.labeled(e.train, e.train_labels)
+        val = e.labeled(e.val, e.val_labels) if e.val else (None, None)
         for table in (train[0], val[0]):
             if table is not None:
                 normalize_rows_(table)

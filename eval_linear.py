@@ -137,7 +137,7 @@ class Grid:
 
 
 def embed(model, n_last: int, images: Tensor) -> Tensor:
-    """Normalised images -> (B, (n_last+1)*D) float32: the normalised CLS tokens of the last blocks, in ascending order,
+    """Normalized images -> (B, (n_last+1)*D) float32: the normalized CLS tokens of the last blocks, in ascending order,
     and the mean of the last one's patch tokens."""
     outs = model.get_intermediate_layers(images, n_last, return_class_token=True)
     return torch.cat([cls for _, cls in outs] + [outs[-1][0].mean(1)], -1).float()
@@ -152,7 +152,7 @@ class ProbeBatches(torch.utils.data.Dataset):
     images could not be read and were replaced. Random resized crops, mirrored: a pure function of the step and the
     seed; the batch as a whole does not depend on `world`."""
 
-    accum = 1  # for train_loader
+    accumulation_steps = 1  # for train_loader
 
     def __init__(self, source, labels, batch_size: int, crop: int, scale, flip_prob: float, seed: int = 0,
                  rank: int = 0, world: int = 1):
@@ -375,8 +375,8 @@ class Probe:
         if e.args.cached:
             n = self.grid.n_last
             options = dict(what=f"last {n} cls, mean patch", embed=partial(embed, e.model, n))
-            table, labels = e.labelled(e.train, e.train_labels, **options)
-            cached = e.labelled(e.val, e.val_labels, **options)
+            table, labels = e.labeled(e.train, e.train_labels, **options)
+            cached = e.labeled(e.val, e.val_labels, **options)
         self.resume()
         source = (from_table(e, table, labels, self.done, self.steps) if e.args.cached else
                   from_images(e, self, self.done, self.steps))
@@ -444,7 +444,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flags.add_argument("--flip-prob", type=float, default=-1.0, help="of mirroring; -1: that of the training, or 0.5")
     flags.add_argument("--seed", type=int, default=0, help="of the first weights, the order and the crops")
     flags.add_argument("--head", default="", help="a linear head to evaluate instead of training one")
-    flags.add_argument("--test", nargs="+", default=[], help="further labelled images to classify by the chosen head")
+    flags.add_argument("--test", nargs="+", default=[], help="further labeled images to classify by the chosen head")
     flags.add_argument("--test-classes", nargs="+", default=[], help="for each --test, a .npy file with the number "
                        "that each of its classes had in training, or `auto`: by name")
     flags.add_argument("--real", default="", help="real.json of ImageNet-ReaL, for ImageNet's --val")

@@ -67,15 +67,15 @@ class Principal:
 
 
 class Objective:
-    """Mean cross-entropy + |W|^2 / (2 C n) of many models at once, the bias not penalised: what scikit-learn's
-    LogisticRegression(C) minimises, divided by C n. Two classes are, there too, one vector w = W_1 - W_0, and |w|^2 is
-    penalised, which is twice |W|^2 at the optimum."""
+    """Mean cross-entropy + |W|^2 / (2 C n) of many models at once, the bias not penalized: what scikit-learn's
+    LogisticRegression(C) minimizes, divided by C n. Two classes are, there too, one vector w = W_1 - W_0, and |w|^2 is
+    penalized, which is twice |W|^2 at the optimum."""
 
     def __init__(self, features: Principal, rows: Tensor, labels: Tensor, n_classes: int, cs: Tensor):
         self.x, self.rows, self.labels, self.n_classes = features.x, rows, labels, n_classes
         self.variance = torch.cat([features.variance, features.variance.new_ones(1)])  # (D + 1,), 1 for the bias
         self.penalty = (2 if n_classes == 2 else 1) / (cs.to(features.variance) * len(rows))  # (J,)
-        self.penalised = torch.cat([torch.ones_like(features.variance), features.variance.new_zeros(1)])  # (D + 1,)
+        self.penalized = torch.cat([torch.ones_like(features.variance), features.variance.new_zeros(1)])  # (D + 1,)
 
     def __call__(self, w: Tensor, models: Tensor, curved: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
         """At weights w (A, K, D + 1), bias last, of the models numbered in `models` (A,): loss (A,), its gradient, like
@@ -97,7 +97,7 @@ class Objective:
                 curvature.view(-1, width).addmm_((p - p.square()).flatten(1).T, x.square())
             p.scatter_add_(2, right, -p.new_ones(1, 1, 1).expand(len(rows), n_models, 1))
             gradient.view(-1, width).addmm_(p.flatten(1).T, x)
-        penalty = self.penalty[models, None, None] * self.penalised  # (A, 1, D + 1)
+        penalty = self.penalty[models, None, None] * self.penalized  # (A, 1, D + 1)
         loss = loss / n + 0.5 * (w.to(penalty).square() * penalty).flatten(1).sum(1)
         gradient = gradient / n + penalty.to(w.dtype) * w
         if curved:
@@ -139,7 +139,7 @@ def descent(gradient: Tensor, curvature: Tensor, pairs: list[tuple[Tensor, Tenso
     return -q
 
 
-def minimise(objective, w: Tensor, models: Tensor, max_iter: int, tol: float, history: int = 10,
+def minimize(objective, w: Tensor, models: Tensor, max_iter: int, tol: float, history: int = 10,
              bar=None) -> tuple[Tensor, Tensor, Tensor]:
     """L-BFGS for many independent problems at once, with steps halved until the loss decreases; those that are done
     leave the batch. Returns weights (J, K, D), whether each has converged, and the iterations made, (J,).
@@ -215,7 +215,7 @@ def fit(features: Principal, labels: Tensor, cs, rows: Tensor | None = None, max
         for dtype in dict.fromkeys((features.x.dtype, features.axes.dtype)):
             if len(todo):
                 left = max_iter - int(iterations[todo].max())
-                found, well, made = minimise(objective, result[todo].to(dtype), todo, left, tol, bar=bar)
+                found, well, made = minimize(objective, result[todo].to(dtype), todo, left, tol, bar=bar)
                 result[todo], converged[todo] = found.to(result), well
                 iterations[todo] += made
                 todo = todo[~well & (iterations[todo] < max_iter)]
@@ -293,12 +293,12 @@ def run(e: Evaluation) -> dict:
     args = e.args
     finetune = e.open(args.finetune) if args.finetune else None  # a mistake shows before the features take their time
     common_labels(e.train, finetune)
-    x, labels = e.labelled(e.train, e.train_labels)
-    test = e.labelled(e.val, e.val_labels)
+    x, labels = e.labeled(e.train, e.train_labels)
+    test = e.labeled(e.val, e.val_labels)
     rows = torch.arange(len(x), device=x.device)  # to fit with when C is chosen; afterwards, all
     held = test
     if args.finetune:
-        held = e.labelled(finetune, common_labels(e.train, finetune)[1])
+        held = e.labeled(finetune, common_labels(e.train, finetune)[1])
         x, labels = torch.cat([x, held[0]]), torch.cat([labels, held[1]])
     elif not args.finetune_on_val:
         if len(x) < 10:
@@ -327,7 +327,7 @@ def run(e: Evaluation) -> dict:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     flags = Flags(__doc__)
-    flags.add_argument("--finetune", default="", help="labelled images to choose C by; empty: a tenth of --train")
+    flags.add_argument("--finetune", default="", help="labeled images to choose C by; empty: a tenth of --train")
     flags.add_argument("--finetune-on-val", action="store_true", help="choose C by the images of --val")
     flags.add_argument("--metric", choices=("accuracy", "mean_per_class"), default="accuracy", help="to choose C by")
     flags.add_argument("--cs", type=float, nargs="+", default=list(CS), help="values of C to choose from")

@@ -3,7 +3,7 @@
     head = LinearDepthHead(384, layers=4)            # or DPTHead(384), SegmentationHead(384, n_classes=150, layers=1)
     features = backbone.get_intermediate_layers(images, head.taps(12), reshape=True, return_class_token=True,
                                                 norm=head.norm)
-    depth = head(features)                           # (B, 1, 4h, 4w), metres
+    depth = head(features)                           # (B, 1, 4h, 4w), meters
     network = Dense(backbone, head)                  # the same in one: images (B, 3, H, W) of any size,
     depth = network(images)                          # (B, 1, H, W)
     probabilities = segment(network, photo, RECIPES["ade20k", "linear"])    # photo (3, H, W) uint8 -> (150, H, W)
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-RANGES = {"nyu": (0.001, 10.0), "kitti": (0.001, 80.0)}  # of depth in metres, nearest and farthest
+RANGES = {"nyu": (0.001, 10.0), "kitti": (0.001, 80.0)}  # of depth in meters, nearest and farthest
 
 
 def resize(x: Tensor, size, align_corners: bool = False) -> Tensor:
@@ -61,7 +61,7 @@ def last_taps(n_blocks: int, n: int) -> tuple[int, ...]:
 
 
 class LinearDepthHead(nn.Module):
-    """Features of 1 or 4 blocks -> depth (B, 1, 4h, 4w) in metres: a 1x1 convolution weighs 256 bins, evenly spaced
+    """Features of 1 or 4 blocks -> depth (B, 1, 4h, 4w) in meters: a 1x1 convolution weighs 256 bins, evenly spaced
     from `min_depth` to `max_depth`; their weighted mean is the depth (DINOv2, section 7.4, after AdaBins).
 
     `norm`: features come without the final LayerNorm. Raises ValueError for another number of layers than 1 or 4, or a
@@ -88,7 +88,7 @@ class LinearDepthHead(nn.Module):
 
 
 class DPTHead(nn.Module):
-    """Features of 4 blocks -> depth (B, 1, 32*ceil(h/2), 32*ceil(w/2)) in metres, at least `min_depth`; by the dense
+    """Features of 4 blocks -> depth (B, 1, 32*ceil(h/2), 32*ceil(w/2)) in meters, at least `min_depth`; by the dense
     prediction transformer: four maps from fine to coarse are reassembled and fused from coarse to fine (DPT, section 3,
     of DINOv2 with the CLS token as readout). Raises ValueError for a range that is none."""
     norm = False
@@ -208,7 +208,7 @@ def check_range(min_depth: float, max_depth: float) -> tuple[float, float]:
 
 
 class SegmentationHead(nn.Module):
-    """Features -> logits (B, classes, h, w): batch normalisation and a 1x1 convolution on the patches of the last
+    """Features -> logits (B, classes, h, w): batch normalization and a 1x1 convolution on the patches of the last
     block (layers=1, the "linear" head) or of the last 4 (layers=4, "+ms"; DINOv2, section 7.4).
 
     `norm`: features come after the final LayerNorm; CLS is not used. Raises ValueError for another number of layers.
@@ -235,7 +235,7 @@ class SegmentationHead(nn.Module):
 
 
 class Dense(nn.Module):
-    """Normalised images (B, C, H, W) of any size -> depth (B, 1, H, W) in metres within the head's range, or logits
+    """Normalized images (B, C, H, W) of any size -> depth (B, 1, H, W) in meters within the head's range, or logits
     (B, classes, H, W). Images are padded in the middle of zeros to multiples of the patch; officially the prediction
     for the padded image is then squeezed to the size of the image, not cut, and so it is here."""
 
@@ -300,7 +300,7 @@ def scaled_size(height: int, width: int, long: int, short: int) -> tuple[int, in
 
 def resize_bytes(image: Tensor, size) -> Tensor:
     """(C, H, W), uint8 or uint16 -> whole numbers in float32 (C, *size), bilinear without antialiasing: as OpenCV does,
-    by which the released segmentation heads were trained and tested, within one grey level."""
+    by which the released segmentation heads were trained and tested, within one gray level."""
     return resize(image[None].float(), size)[0].round()
 
 
@@ -326,7 +326,7 @@ def slide(network, images: Tensor, crop: int, stride: int, batch_size: int = 4) 
 @torch.inference_mode()
 def segment(network, image: Tensor, recipe: Recipe, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)) -> Tensor:
     """Probabilities (classes, H, W) for a photograph (C, H, W), uint8 or uint16, on its device. `network` maps
-    normalised images to logits of their size, as Dense does."""
+    normalized images to logits of their size, as Dense does."""
     height, width = image.shape[-2:]
     scale, total = 65535 if image.dtype == torch.uint16 else 255, None
     center, spread = (image.new_tensor(v, dtype=torch.float32)[:, None, None] for v in (mean, std))
@@ -347,7 +347,7 @@ def segment(network, image: Tensor, recipe: Recipe, mean=(0.485, 0.456, 0.406), 
 
 @torch.inference_mode()
 def estimate_depth(network, images: Tensor, flip: bool = False) -> Tensor:
-    """Normalised images (B, C, H, W) -> depth (B, 1, H, W); with `flip` the mean with that of the mirrored images."""
+    """Normalized images (B, C, H, W) -> depth (B, 1, H, W); with `flip` the mean with that of the mirrored images."""
     if not flip:
         return network(images)
     depth, mirrored = network(torch.cat([images, images.flip(-1)])).chunk(2)
@@ -359,7 +359,7 @@ def estimate_depth(network, images: Tensor, flip: bool = False) -> Tensor:
 
 
 def log_difference(depth: Tensor, target: Tensor, max_depth: float | None) -> tuple[Tensor, Tensor]:
-    """log(depth) - log(target), a millimetre added to both, and where the target is known; both shaped like it."""
+    """log(depth) - log(target), a millimeter added to both, and where the target is known; both shaped like it."""
     known = target > 0 if max_depth is None else (target > 0) & (target <= max_depth)
     difference = torch.log(depth + 0.001) - torch.log(torch.where(known, target, depth.detach()) + 0.001)
     return difference, known
@@ -368,7 +368,7 @@ def log_difference(depth: Tensor, target: Tensor, max_depth: float | None) -> tu
 def sig_loss(depth: Tensor, target: Tensor, max_depth: float | None = None, warm_up: bool = False) -> Tensor:
     """The scale-invariant loss of log-depth (Eigen et al. 2014, equation 4, with a square root and 0.15 for lambda): of
     the pixels whose target is above 0, and not above `max_depth`. `warm_up`: of the mean alone, as in the first hundred
-    steps officially. Both tensors are (B, 1, H, W), metres. Without such pixels it is 0."""
+    steps officially. Both tensors are (B, 1, H, W), meters. Without such pixels it is 0."""
     difference, known = log_difference(depth, target, max_depth)
     g = difference[known]
     if g.numel() == 0:
@@ -400,7 +400,7 @@ def segmentation_loss(logits: Tensor, labels: Tensor, ignore: int = 255) -> Tens
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Names and colours of classes
+# Names and colors of classes
 
 
 ADE20K = """wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth,
@@ -418,7 +418,7 @@ VOC2012 = """background, aeroplane, bicycle, bird, boat, bottle, bus, car, cat, 
 motorbike, person, pottedplant, sheep, sofa, train, tvmonitor"""
 CLASSES = {name: [s.strip() for s in text.replace("\n", " ").split(",")] for name, text in
            (("ade20k", ADE20K), ("voc2012", VOC2012))}
-ADE20K_COLOURS = (  # of class 0, 1, ..., six hexadecimal digits each
+ADE20K_COLORS = (  # of class 0, 1, ..., six hexadecimal digits each
     "787878b4787806e6e650323204c8037878508c8c8ccc05ffe6e6e604fa07e005ffebff0796053d78784608ff33ff06528fff8cccff04"
     "ff3307cc46030066c83de6faff06330b66ffff0747ff09e00907e6dcdcdcff095c7009ff08ffd607ffe0ffb8060aff47ff290a07ffff"
     "e0ff086608ffff3d06ffc207ff7a0800ff14ff0829ff05990633ffeb0cffa0961400a3ff8c8c8cfa0a0f14ff001fff00ff1f00ffe000"
@@ -430,10 +430,10 @@ ADE20K_COLOURS = (  # of class 0, 1, ..., six hexadecimal digits each
     "b8ff000085ffffd60019c2c266ff005c00ff")
 
 
-def colours(n_classes: int, dataset: str = "") -> list[tuple[int, int, int]]:
+def colors(n_classes: int, dataset: str = "") -> list[tuple[int, int, int]]:
     """Red, green and blue, 0 to 255, of each class: ADE20K's own; else those of VOC, whose bits are those of the number
     of the class, spread over the three, and go on beyond its 21 classes."""
     if dataset == "ade20k":
-        return [tuple(bytes.fromhex(ADE20K_COLOURS[6 * k : 6 * k + 6])) for k in range(n_classes)]
+        return [tuple(bytes.fromhex(ADE20K_COLORS[6 * k : 6 * k + 6])) for k in range(n_classes)]
     return [tuple(sum((k >> 3 * bit + channel & 1) << 7 - bit for bit in range(8)) for channel in range(3))
             for k in range(n_classes)]

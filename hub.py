@@ -11,7 +11,7 @@
     classifier = hub.load_classifier("dinov2_vits14", "dinov2_vits14_linear4_head.pth")
     logits = classifier(images)                   # (B, classes)
     depther, about = hub.load_dense("dinov2_vits14", "nyu_dpt")    # a released dense head, or a file of eval_dense.py
-    metres = depther(images)                      # (B, 1, H, W), images (B, 3, H, W) of any size
+    meters = depther(images)                      # (B, 1, H, W), images (B, 3, H, W) of any size
 
     python hub.py info FILE                                             # what a file holds
     python hub.py convert IN OUT --to official|hf|timm|safetensors      # hf: OUT becomes a folder
@@ -54,7 +54,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from heads import CLASSES, RANGES, RECIPES, Dense, DPTHead, LinearDepthHead, Recipe, SegmentationHead, colours
+from heads import CLASSES, RANGES, RECIPES, Dense, DPTHead, LinearDepthHead, Recipe, SegmentationHead, colors
 from mask2former import Mask2Former
 from model import ARCHS, FORMAT, DinoVisionTransformer, load_backbone, load_strictly, read_checkpoint
 
@@ -265,7 +265,7 @@ def heads_beside(path: str, weights: dict[str, Tensor]) -> dict[str, int]:
 
 
 class LinearClassifier(nn.Module):
-    """Images (B, C, h*p, w*p) -> logits (B, classes), by a linear layer on the normalised CLS tokens of the last
+    """Images (B, C, h*p, w*p) -> logits (B, classes), by a linear layer on the normalized CLS tokens of the last
     `layers` blocks, 1 or 4, in ascending order, and the mean of the last one's patch tokens (DINOv2, section 7.1). Of a
     network of 2 or 3 blocks, 1 or all."""
 
@@ -330,7 +330,7 @@ class About(NamedTuple):
     task: str  # "depth" or "seg"
     dataset: str = ""  # "nyu", "kitti", "ade20k", "voc2012", or whatever eval_dense.py was given
     classes: list[str] = []  # of segmentation: names, and red, green, blue of each
-    colours: list[tuple[int, int, int]] = []
+    colors: list[tuple[int, int, int]] = []
     recipe: Recipe | None = None  # and how photographs are to be segmented
 
 
@@ -338,7 +338,7 @@ def load_dense(spec: str | Path, head: str | Path | None = None, depth_range=Non
                ckpt: dict | None = None) -> tuple[Dense | Mask2Former, About]:
     """A backbone, as load() takes it, under a dense head; in eval mode. `head`: a file, of the release or of
     eval_dense.py, or one of DENSE_HEADS, as "nyu_dpt", which is downloaded if `spec` is a released backbone; None for
-    "dinov2_vitg14_m2f" and its file, which hold both. `depth_range` in metres goes before the head's own; `ckpt` saves
+    "dinov2_vitg14_m2f" and its file, which hold both. `depth_range` in meters goes before the head's own; `ckpt` saves
     reading `spec` again.
 
     Raises ValueError if the head is none, is of another backbone, or does not say which range of depth it is for.
@@ -375,7 +375,7 @@ def put_mask2former(path: str, ckpt: dict) -> tuple[Mask2Former, About]:
     weights = {k: v for k, v in inner(ckpt).items() if torch.is_tensor(v)}
     load_strictly(network, {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}, path)
     names = CLASSES["ade20k"]
-    return network.eval(), About("seg", "ade20k", names, colours(len(names), "ade20k"), RECIPES["ade20k", "m2f"])
+    return network.eval(), About("seg", "ade20k", names, colors(len(names), "ade20k"), RECIPES["ade20k", "m2f"])
 
 
 def put_dense_head(backbone: DinoVisionTransformer, path: str | Path, depth_range=None) -> tuple[Dense, About]:
@@ -405,12 +405,12 @@ def read_dense_head(path: str | Path, backbone: DinoVisionTransformer, depth_ran
             dataset = next((name for name in CLASSES if len(CLASSES[name]) == n), "")
         names = own.get("classes") or CLASSES.get(dataset) or [f"class {k}" for k in range(n)]
         recipe = Recipe(*own["recipe"]) if own else RECIPES.get((dataset, kind), Recipe())
-        about = About("seg", dataset, names, colours(n, dataset), recipe)
+        about = About("seg", dataset, names, colors(n, dataset), recipe)
         make, arguments = SegmentationHead, dict(n_classes=n, layers=width // unit)
     else:
         limits = depth_range or own.get("depth_range") or RANGES.get(dataset)
         if limits is None:
-            raise ValueError(f"{path} does not say for which depths it is; give their range in metres, as 0.001 10, "
+            raise ValueError(f"{path} does not say for which depths it is; give their range in meters, as 0.001 10, "
                              "which is that of heads for NYU (0.001 80: KITTI)")
         about, arguments = About("depth", dataset), dict(min_depth=limits[0], max_depth=limits[1])
         if dpt:
@@ -454,7 +454,7 @@ def weights_width(weights: dict[str, Tensor]) -> int:
 
 
 def backbone(name: str, *, pretrained: bool = True, weights: str = "LVD142M", **kwargs) -> DinoVisionTransformer:
-    """A DINOv2 backbone: images (B, 3, h*14, w*14), normalised by ImageNet's mean and deviation, -> CLS (B, D).
+    """A DINOv2 backbone: images (B, 3, h*14, w*14), normalized by ImageNet's mean and deviation, -> CLS (B, D).
 
     pretrained: False gives random weights. weights: "LVD142M", the released ones, downloaded once, or a file.
     kwargs: of the constructor, such as drop_path_rate=0.1. In train mode, as officially; call .eval() for features.
@@ -471,7 +471,7 @@ def backbone(name: str, *, pretrained: bool = True, weights: str = "LVD142M", **
 
 def classifier(name: str, *, layers: int = 4, pretrained: bool = True, weights: str = "IMAGENET1K",
                **kwargs) -> LinearClassifier:
-    """A DINOv2 backbone under a linear classifier: normalised images (B, 3, h*14, w*14) -> logits (B, 1000).
+    """A DINOv2 backbone under a linear classifier: normalized images (B, 3, h*14, w*14) -> logits (B, 1000).
 
     layers: 4 or 1, whose CLS tokens are taken. pretrained: False gives random weights, of both. weights: "IMAGENET1K",
     the released head, downloaded once, or a file. kwargs: of the backbone. In train mode, as officially.
@@ -490,10 +490,10 @@ def classifier(name: str, *, layers: int = 4, pretrained: bool = True, weights: 
 
 def linear_depther(name: str, *, layers: int = 4, pretrained: bool = True, weights: str = "NYU", depth_range=None,
                    **kwargs) -> Dense:
-    """A DINOv2 backbone under a linear depth head: normalised images (B, 3, H, W) -> depth (B, 1, H, W) in metres.
+    """A DINOv2 backbone under a linear depth head: normalized images (B, 3, H, W) -> depth (B, 1, H, W) in meters.
 
     layers: 4 or 1, whose features are taken. pretrained: False gives random weights, of both. weights: "NYU" or
-    "KITTI", the released heads, downloaded once, or a file. depth_range: nearest and farthest depth in metres; without,
+    "KITTI", the released heads, downloaded once, or a file. depth_range: nearest and farthest depth in meters; without,
     (0.001, 10) for NYU and (0.001, 80) for KITTI, as these heads were trained. The official entry point takes the
     latter for both, and returns NYU's depths eight times too large: depth_range=(0.001, 80) does so too. kwargs: of the
     backbone. In eval mode.
@@ -507,10 +507,10 @@ def linear_depther(name: str, *, layers: int = 4, pretrained: bool = True, weigh
 
 
 def dpt_depther(name: str, *, pretrained: bool = True, weights: str = "NYU", depth_range=None, **kwargs) -> Dense:
-    """A DINOv2 backbone under a DPT depth head: normalised images (B, 3, H, W) -> depth (B, 1, H, W) in metres.
+    """A DINOv2 backbone under a DPT depth head: normalized images (B, 3, H, W) -> depth (B, 1, H, W) in meters.
 
     pretrained: False gives random weights, of both. weights: "NYU" or "KITTI", the released heads, downloaded once, or
-    a file. depth_range: nearest and farthest depth in metres; without, (0.001, 10) for NYU and (0.001, 80) for KITTI.
+    a file. depth_range: nearest and farthest depth in meters; without, (0.001, 10) for NYU and (0.001, 80) for KITTI.
     kwargs: of the backbone. In eval mode.
     """
     model = depther(name, "dpt", pretrained, weights, depth_range, kwargs)
@@ -533,7 +533,7 @@ def depther(name: str, kind: str, pretrained: bool, weights: str, depth_range, k
 
 
 def segmenter(name: str, kind: str, *, pretrained: bool = True, weights: str = "ADE20K", **kwargs) -> Dense:
-    """A DINOv2 backbone under a segmentation head: normalised images (B, 3, H, W) -> logits (B, classes, H, W). Names
+    """A DINOv2 backbone under a segmentation head: normalized images (B, 3, H, W) -> logits (B, classes, H, W). Names
     that end in _ls have a linear head, in _ms one on the features of 4 blocks, for photographs in several sizes
     (heads.segment does all of that). Not among the official entry points.
 
@@ -554,7 +554,7 @@ def segmenter(name: str, kind: str, *, pretrained: bool = True, weights: str = "
 
 
 def mask2former(name: str, *, pretrained: bool = True, weights: str = "ADE20K") -> Mask2Former:
-    """Mask2Former over ViT-g: normalised images (B, 3, h*32, w*32) -> scores of the 150 classes of ADE20K (B, 150, H,
+    """Mask2Former over ViT-g: normalized images (B, 3, h*32, w*32) -> scores of the 150 classes of ADE20K (B, 150, H,
     W). Photographs go through heads.segment with heads.RECIPES["ade20k", "m2f"]. Not among the official entry points.
 
     pretrained: False gives random weights. weights: "ADE20K", the released ones, downloaded once, or a file. In eval
@@ -716,7 +716,7 @@ def image_rules(model: DinoVisionTransformer | Mask2Former, ckpt: dict) -> dict:
     checkpoint of train.py says, else as the released models want them."""
     from data import MEAN, STD
     channels = 3 if isinstance(model, Mask2Former) else model.patch_embed.in_chans
-    mean, std = (v if channels == 3 else (sum(v) / 3,) * channels for v in (MEAN, STD))  # ImageNet's, in grey
+    mean, std = (v if channels == 3 else (sum(v) / 3,) * channels for v in (MEAN, STD))  # ImageNet's, in gray
     rules = dict(in_chans=channels, mean=mean, std=std, eval_resize=256, eval_crop=224, flip_prob=0.5)
     return rules | {k: v for k, v in ckpt["config"].items() if k in rules} if ckpt.get("format") == FORMAT else rules
 
@@ -1024,7 +1024,7 @@ class FixedSize(nn.Module):
 
 @torch.inference_mode()
 def export(argv: list[str]) -> None:
-    """A backbone as a program of its own, for batches of any number of normalised images (B, C, height, width) of one
+    """A backbone as a program of its own, for batches of any number of normalized images (B, C, height, width) of one
     size: OUT.pt2, for torch.export.load, or OUT.onnx (pip install onnx onnxscript onnxruntime). Outputs: cls (B, D),
     patches (B, h*w, D) row by row, registers (B, R, D) if there are any. It is run and compared before it is kept."""
     parser = command("export", export)

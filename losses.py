@@ -250,11 +250,11 @@ def prototype_loss(prototypes: Tensor, batches: list[tuple[Tensor, Tensor | Rows
 
 
 def koleo_loss(x: Tensor, group_size: int | None = None, eps: float = 1e-8) -> Tensor:
-    """Kozachenko-Leonenko entropy: -mean log distance to the nearest neighbour on the sphere (DINOv2, section 4).
+    """Kozachenko-Leonenko entropy: -mean log distance to the nearest neighbor on the sphere (DINOv2, section 4).
 
-    Args: x (B, D), not normalised; neighbours are searched among each `group_size` consecutive rows (None: among all B;
+    Args: x (B, D), not normalized; neighbors are searched among each `group_size` consecutive rows (None: among all B;
     the official code searches among the images of one GPU). Raises ValueError if groups do not divide B.
-    Finite for duplicates (distance >= eps * sqrt(D)); 0 for groups of one, which have no neighbour.
+    Finite for duplicates (distance >= eps * sqrt(D)); 0 for groups of one, which have no neighbor.
     """
     group_size = group_size or len(x)
     if len(x) % group_size:
@@ -265,7 +265,7 @@ def koleo_loss(x: Tensor, group_size: int | None = None, eps: float = 1e-8) -> T
         x = F.normalize(x.float(), dim=-1, eps=eps).view(-1, group_size, x.shape[-1])  # (groups, group, D)
         with torch.no_grad():
             dots = x @ x.mT  # (groups, group, group)
-            dots.diagonal(dim1=-2, dim2=-1).fill_(-2)  # below any cosine: never its own neighbour
+            dots.diagonal(dim1=-2, dim2=-1).fill_(-2)  # below any cosine: never its own neighbor
             nearest = dots.argmax(-1, keepdim=True).expand_as(x)
         distance = (x - x.gather(1, nearest) + eps).norm(dim=-1)
         return -torch.log(distance + eps).mean()

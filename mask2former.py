@@ -8,7 +8,7 @@
 
 A ViT sees patches of 14 pixels, at one scale. The adapter sets a small convolutional pyramid of strides 4 to 32 beside
 it; four times the two read from each other. The pixel decoder refines the four maps that result, and queries, each one
-class and one mask, look at them through their own masks of the layer before. Images are RGB in 0..1, normalised by the
+class and one mask, look at them through their own masks of the layer before. Images are RGB in 0..1, normalized by the
 ImageNet mean and deviation. Nothing is padded: the ViT leaves out what exceeds whole patches.
 
 This file needs torch alone (`match` also scipy) and may be copied on its own. Papers: Mask2Former (Cheng et al. 2022,
@@ -52,7 +52,7 @@ def full_precision(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))  # half types become float32, float64 stays
 
 
-def centres(shapes: Shapes, device=None) -> Tensor:
+def centers(shapes: Shapes, device=None) -> Tensor:
     """(x, y) of the middle of every cell, in parts of the map's width and height: (1, S, 1, 2)."""
     grids = [torch.stack([((torch.arange(w, device=device) + 0.5) / w).expand(h, w),
                           ((torch.arange(h, device=device) + 0.5) / h)[:, None].expand(h, w)], dim=-1)
@@ -215,7 +215,7 @@ class Injector(nn.Module):
         self.attn = DeformableAttention(dim, 3, heads, points, ratio)
 
     def forward(self, x: Tensor, c: Tensor, grid: tuple[int, int], shapes: Shapes) -> Tensor:
-        places = centres([grid], x.device)
+        places = centers([grid], x.device)
         return x + self.gamma * self.attn(self.query_norm(x), places, self.feat_norm(c), shapes)
 
 
@@ -234,7 +234,7 @@ class ConvFFN(nn.Module):
 
 
 class Extractor(nn.Module):
-    """The pyramid's tokens c read from the ViT's patch tokens x, then a feed-forward among neighbours."""
+    """The pyramid's tokens c read from the ViT's patch tokens x, then a feed-forward among neighbors."""
 
     def __init__(self, dim: int, heads: int, points: int, ratio: float, ffn_ratio: float):
         super().__init__()
@@ -245,7 +245,7 @@ class Extractor(nn.Module):
         self.ffn_norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, c: Tensor, x: Tensor, grid: tuple[int, int], shapes: Shapes) -> Tensor:
-        c = c + self.attn(self.query_norm(c), centres(shapes, c.device), self.feat_norm(x), [grid])
+        c = c + self.attn(self.query_norm(c), centers(shapes, c.device), self.feat_norm(x), [grid])
         return c + self.ffn(self.ffn_norm(c), shapes)
 
 
@@ -360,7 +360,7 @@ class PixelDecoder(nn.Module):
         x = torch.cat([to_tokens(m) for m in maps], dim=1)  # (B, S, D)
         positions = torch.cat([sine_position(h, w, x.shape[-1], x.device) + level
                                for (h, w), level in zip(shapes, self.level_encoding.weight)]).to(x.dtype)  # (S, D)
-        places = centres(shapes, x.device)
+        places = centers(shapes, x.device)
         for layer in self.encoder["layers"]:
             x = layer(x, positions, places, shapes)
         maps = to_maps(x, shapes)
@@ -495,7 +495,7 @@ class Mask2Former(nn.Module):
         return self.decode_head(self.backbone(images))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) -> (B, C, H, W) float32. Values are sums of probabilities, not logits; the
+        """Normalized images (B, 3, H, W) -> (B, C, H, W) float32. Values are sums of probabilities, not logits; the
         largest names the class. H and W are multiples of 32, else ValueError."""
         return resize(class_maps(*self.encode(images)[-1]), images.shape[-2:])
 

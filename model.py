@@ -228,7 +228,7 @@ class DinoVisionTransformer(nn.Module):
         ffn_layer: "mlp", "swiglu" (= "swiglufused", one packed matrix) or "identity".
         block_chunks: n > 0 stores the blocks as n nested lists, keys `blocks.{chunk}.{block}.…`; 0 as one flat list.
         drop_path_rate, drop_path_uniform: stochastic depth rate, the same in all blocks or rising linearly from 0.
-        num_register_tokens: extra learnt tokens without position, placed after CLS.
+        num_register_tokens: extra learned tokens without position, placed after CLS.
         interpolate_offset, interpolate_antialias: how the position table meets other sizes. (0.1, False) for the
             released models without registers and all training recipes, (0.0, True) for those with registers.
     """
@@ -403,7 +403,7 @@ class WeightNormLinear(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """MLP, L2 normalisation, prototypes: (..., in_dim) -> logits (..., out_dim) (DINO, section 3.1 and appendix C).
+    """MLP, L2 normalization, prototypes: (..., in_dim) -> logits (..., out_dim) (DINO, section 3.1 and appendix C).
 
     With weight_g = 1 a logit is the cosine between the projected token and the prototype. With `factored`, the result
     are the factors of the logits: projected tokens (..., bottleneck_dim) and prototypes (out_dim, bottleneck_dim).

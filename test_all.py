@@ -1,7 +1,7 @@
 """All tests. `python -m pytest test_all.py`, or a part: `python -m pytest test_all.py -k losses`.
 
 test_golden.npz holds numbers that the official DINOv2 code (facebookresearch/dinov2, commit b8931f7) gave on a CPU in
-float32: outputs, losses, gradients, three whole optimiser steps. Weights and images are not in it: they follow from the
+float32: outputs, losses, gradients, three whole optimizer steps. Weights and images are not in it: they follow from the
 seeds given here. Of large tensors it keeps the norm and some entries. test_golden_dense.npz: likewise of the official
 depth, segmentation and Mask2Former heads, whose weights follow from their names, see fill_by_names.
 """
@@ -355,7 +355,7 @@ def test_readme_hub_and_picture_commands_run(trained, tmp_path, monkeypatch, cac
         torch.save(dict(state_dict=head.state_dict(), about=about), tmp_path / f"out_photos/ckpt.{name}_head.pth")
     write_images(tmp_path / "photos", ["china.png", "flower.png"], size=(32, 40))
     monkeypatch.chdir(tmp_path)
-    written = {"curves.png", "visualize-neighbours.png", "pca.png", "visualize-similarity.png", "features.npz",
+    written = {"curves.png", "visualize-neighbors.png", "pca.png", "visualize-similarity.png", "features.npz",
                "visualize-depth.png", "segment.png", "out_hf/config.json", "out/vit.pt2"}
     for command in readme_commands():
         argv = shlex.split(command.replace("/my/photos", "photos").replace("320,250", "30,20"))[1:]
@@ -537,7 +537,7 @@ def test_model_keys_and_shapes_of_training_networks(preset):
             assert {k: list(v.shape) for k, v in head.state_dict().items()} == expected
 
 
-def test_model_initialisation_golden():
+def test_model_initialization_golden():
     torch.manual_seed(0)
     vit = model.build("vit_small", patch_size=16, num_register_tokens=4, init_values=1e-5, block_chunks=0)
     head = model.DINOHead(384, 4096)
@@ -776,7 +776,7 @@ def test_losses_koleo_edges():
         assert loss.dtype == torch.float32 and loss.isfinite() and x.grad.isfinite().all()
     x = torch.randn(12, 5)
     assert_close(losses.koleo_loss(x, 4), sum(losses.koleo_loss(g) for g in x.split(4)) / 3, 1e-6)
-    pair = torch.tensor([[1.0, 0], [-1, 0]])  # opposite points are each other's nearest neighbour
+    pair = torch.tensor([[1.0, 0], [-1, 0]])  # opposite points are each other's nearest neighbor
     assert_close(losses.koleo_loss(pair), torch.tensor(-math.log(2)), 1e-6)
     with pytest.raises(ValueError, match="groups of 5"):
         losses.koleo_loss(x, 5)
@@ -822,7 +822,7 @@ def digit_batches(**changes) -> data.TrainBatches:
 
 
 def test_data_batch_depends_on_step_and_seed_alone():
-    """Same samples, crops, colours and masks in any order of asking; another step or seed gives others."""
+    """Same samples, crops, colors and masks in any order of asking; another step or seed gives others."""
     batches = digit_batches()
     first, again = batches[7], (digit_batches()[3], digit_batches()[7])[1]
     for key in ("global_crops", "local_crops", "global_ops", "local_ops", "masks", "mask_index", "mask_weight",
@@ -848,7 +848,7 @@ def test_data_parts_and_processes_share_images_masks_and_dropped_rows():
     assert whole.global_orders.shape == (6, 8, 6) and whole.local_orders.shape == (6, 8, 6)
     assert digit_batches(batch_size=24, group_size=3)[5].global_orders.numel() == 0
     for rank, part in itertools.product(range(2), range(2)):
-        batches = digit_batches(batch_size=24, group_size=3, drop_path_rate=0.1, rank=rank, n_ranks=2, accum=2)
+        batches = digit_batches(batch_size=24, group_size=3, drop_path_rate=0.1, rank=rank, n_ranks=2, gradient_accumulation_steps=2)
         ours, first = batches[5 * 2 + part], 12 * rank + 6 * part
         assert ours.samples.tolist() == whole.samples[first : first + 6].tolist()
         assert set(ours.samples.tolist()) <= set(batches.samples_of(5)) and len(batches.samples_of(5)) == 12
@@ -862,7 +862,7 @@ def test_data_parts_and_processes_share_images_masks_and_dropped_rows():
     assert all(sorted(o.flatten().tolist()) == list(range(48)) for o in whole.global_orders)  # permutations, by group
     assert not torch.equal(whole.global_orders[0], whole.global_orders[1])
     with pytest.raises(ValueError, match=r"for 2 process\(es\) in 3 parts each; make it a multiple of 18"):
-        digit_batches(batch_size=24, group_size=3, n_ranks=2, accum=3)
+        digit_batches(batch_size=24, group_size=3, n_ranks=2, gradient_accumulation_steps=3)
 
 
 def test_data_workers_change_nothing():
@@ -889,7 +889,7 @@ def test_data_order_is_a_permutation(n):
 
 
 def test_data_order_is_well_mixed():
-    """Neighbours in the keyed order are no nearer to each other than in a random one; and it scales to huge sets."""
+    """Neighbors in the keyed order are no nearer to each other than in a random one; and it scales to huge sets."""
     n = 10_000
     order = np.array([data.shuffled(i, n, key=1) for i in range(n)])
     assert abs(np.abs(np.diff(order)).mean() / (n / 3) - 1) < 0.03
@@ -925,7 +925,7 @@ def test_data_cut_crop_equals_pillow():
         assert data.cut_crop(random.Random(4), image[:1].expand(c, -1, -1), 32, (0.3, 0.9)).shape == (32, 32, c)
 
 
-def test_data_colour_operations_equal_torchvision():
+def test_data_color_operations_equal_torchvision():
     from torchvision.transforms.v2 import functional as TF
 
     torch.manual_seed(0)
@@ -954,12 +954,12 @@ def test_data_augment_applies_each_operation_to_its_rows(augment):
     assert_close(out[8], out[0].flip(-1), 1e-5)
     gray = out[5] * torch.tensor(data.STD)[:, None, None] + torch.tensor(data.MEAN)[:, None, None]
     assert_close(gray[0], gray[1], 1e-6)
-    solarised = out[7] * torch.tensor(data.STD)[:, None, None] + torch.tensor(data.MEAN)[:, None, None]
-    assert_close(solarised, torch.where(crop < 128, crop, 255 - crop) / 255, 1e-5)
+    solarized = out[7] * torch.tensor(data.STD)[:, None, None] + torch.tensor(data.MEAN)[:, None, None]
+    assert_close(solarized, torch.where(crop < 128, crop, 255 - crop) / 255, 1e-5)
 
 
-def test_data_colour_probabilities():
-    """The rates of the official code as it runs: blur 0, 0.9, 0.5; solarise 0.2 in the second global crop alone; the
+def test_data_color_probabilities():
+    """The rates of the official code as it runs: blur 0, 0.9, 0.5; solarize 0.2 in the second global crop alone; the
     paper's blur by an argument."""
     draws = [np.array([data.draw_ops(random.Random(f"{kind}/{i}"), kind) for i in range(3000)]) for kind in range(3)]
     for kind, ops in enumerate(draws):
@@ -1148,7 +1148,7 @@ def write_tar(path: Path, members: dict[str, bytes]) -> None:
 
 
 def png(i: int, size=(8, 8)) -> bytes:
-    """A small grey image of value i."""
+    """A small gray image of value i."""
     file = io.BytesIO()
     Image.new("L", size, i % 256).save(file, "PNG")
     return file.getvalue()
@@ -1458,7 +1458,7 @@ def test_data_augmentation_distribution_equals_torchvision(name):
 
 
 def test_data_whole_pipeline_distribution_equals_torchvision():
-    """From the photograph to the normalised second global crop, against the official order on Pillow images."""
+    """From the photograph to the normalized second global crop, against the official order on Pillow images."""
     from torchvision.transforms.v2.functional import to_pil_image
 
     torch.manual_seed(0)
@@ -1781,7 +1781,7 @@ def golden_schedule(now: dict) -> dict:
 
 
 def check_losses(prefix: str, ours: dict[str, torch.Tensor]) -> None:
-    """The official log halves koleo and ibot; what it minimises does not."""
+    """The official log halves koleo and ibot; what it minimizes does not."""
     names = {"dino_local_crops_loss": ("dino_local", 1), "dino_global_crops_loss": ("dino_global", 1),
              "ibot_loss": ("ibot", 2), "koleo_loss": ("koleo", 2)}
     logged = [k for k in golden.keys(prefix) if "/" not in k]
@@ -1797,8 +1797,8 @@ def tiny_arch(monkeypatch):
 
 
 @pytest.mark.parametrize("case,switches", [(case, {}) for case in golden.json("train/override")] + [
-    ("centering_shared", dict(compile=True, recompute="selective")),
-    ("sinkhorn_separate", dict(compile=True, recompute="blocks"))])
+    ("centering_shared", dict(compile=True, activation_checkpointing="selective")),
+    ("sinkhorn_separate", dict(compile=True, activation_checkpointing="full"))])
 def test_train_steps_golden(case, switches, tiny_arch, monkeypatch):
     """Also compiled, recomputed, and with losses in parts of two rows or one."""
     cfg = dataclasses.replace(golden_config(case, 4), **switches)
@@ -1808,7 +1808,7 @@ def test_train_steps_golden(case, switches, tiny_arch, monkeypatch):
         monkeypatch.setattr(losses, "PART", dict(cpu=80))
         train.compiled.cache_clear()
         alone = types.SimpleNamespace(size=lambda: 1)
-        train.shard(student, alone, torch.float32, cfg.recompute, cfg.compile)
+        train.shard(student, alone, torch.float32, cfg.activation_checkpointing, cfg.compile)
         train.shard(teacher, alone, torch.float32, compile_blocks=True, with_backward=False)
     optimizer = torch.optim.AdamW(train.param_groups(student, cfg), lr=0.0, betas=cfg.betas, fused=True)
     centers, generator, clip = train.build_centers(cfg, CPU), torch.Generator().manual_seed(61), train.clip_gradients
@@ -1931,7 +1931,7 @@ def saved_tensors(save: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
 
 
 def test_train_resumes_to_the_bit(trained, tmp_path):
-    """4 steps = 2 steps, a fresh start from what was saved, 2 steps: weights, optimiser, metrics."""
+    """4 steps = 2 steps, a fresh start from what was saved, 2 steps: weights, optimizer, metrics."""
     out = tmp_path / "out"
     shutil.copytree(trained, out)
     shutil.rmtree(out / "resume/step_000000004")
@@ -2016,7 +2016,7 @@ def take_away(folder: Path) -> None:
 
 @pytest.mark.parametrize("channels", [1, 4])
 def test_train_other_channels(channels, tmp_path, cache, capsys):
-    """From 16-bit grey or RGBA files to a checkpoint that the evaluation understands without flags."""
+    """From 16-bit gray or RGBA files to a checkpoint that the evaluation understands without flags."""
     rng = np.random.default_rng(0)
     for i in range(16):
         path = tmp_path / "p" / "ab"[i % 2] / f"{i}.png"
@@ -2054,7 +2054,7 @@ def test_train_init_starts_from_a_checkpoint(trained, tmp_path):
 def test_train_bf16_and_recomputation(tmp_path):
     """Recomputing blocks, or the cheap part of them, changes nothing; bfloat16 changes the losses by its rounding."""
     losses_of = {}
-    for name, flags in dict(plain=[], again=["--recompute", "blocks"], some=["--recompute", "selective"],
+    for name, flags in dict(plain=[], again=["--activation-checkpointing", "full"], some=["--activation-checkpointing", "selective"],
                             bf16=["--dtype", "bf16"]).items():
         train_main(*TINY, "--steps", 2, "--out", tmp_path / name, "--drop-path-rate", 0.3, *flags)
         losses_of[name] = [r["loss"] for r in metrics(tmp_path / name)]
@@ -2082,8 +2082,8 @@ def test_train_compiles_once(tmp_path, monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
-    for name, flags in dict(plain=[], whole=["--compile"], selective=["--compile", "--recompute", "selective"],
-                            blocks=["--compile", "--recompute", "blocks"]).items():
+    for name, flags in dict(plain=[], whole=["--compile"], selective=["--compile", "--activation-checkpointing", "selective"],
+                            blocks=["--compile", "--activation-checkpointing", "full"]).items():
         train.compiled.cache_clear()
         train_main(*TINY, "--steps", 4, "--log-every", 1, "--out", tmp_path / name, "--drop-path-rate", 0.3,
                    "--dtype", "bf16", *flags)
@@ -2109,9 +2109,9 @@ def test_shard_modes_equal_one_process_and_continue_each_other(tmp_path):
     flags = [*TINY, "--steps", 8, "--drop-path-rate", 0.3, "--batch-size", 16, "--save-every", 5, "--clip-grad", 0.3]
     alone = Launched(tmp_path / "log1", train.main, *flags, "--out", tmp_path / "one")
     flags += ["--out", tmp_path / "many"]
-    for mode, world, stop in (("none", 2, 2), ("hybrid", 4, 2), ("full", 2, 2), ("grad", 4, None)):
+    for mode, world, stop in (("ddp", 2, 2), ("hsdp", 4, 2), ("zero3", 2, 2), ("zero2", 4, None)):
         before = partial(on_machines_and_stop, stop)
-        text = Launched(tmp_path / "log", train.main, *flags, "--shard", mode, world=world, before=before).wait()
+        text = Launched(tmp_path / "log", train.main, *flags, "--sharding", mode, world=world, before=before).wait()
     assert re.findall(r"step (\d+) of 8, batch 16 on (\d)", text) == [("0", "2"), ("2", "4"), ("4", "2"), ("6", "4")]
     alone.wait()
     for one, many in zip(metrics(tmp_path / "one"), metrics(tmp_path / "many"), strict=True):
@@ -2128,7 +2128,7 @@ def test_shard_in_parts_equals_one_process(tmp_path):
     """Several copies of the weights, and a share in parts, of which the last adds up the gradients of all."""
     flags = [*TINY, "--steps", 3, "--batch-size", 16]
     alone = Launched(tmp_path / "log1", train.main, *flags, "--out", tmp_path / "one")
-    sent = Launched(tmp_path / "log2", train.main, *flags, "--out", tmp_path / "many", "--accum", 2, "--shard", "none",
+    sent = Launched(tmp_path / "log2", train.main, *flags, "--out", tmp_path / "many", "--gradient-accumulation-steps", 2, "--sharding", "ddp",
                     world=2, before=note_all_reduces)
     alone.wait()
     numbers = json.loads(re.search(r"all-reduces (\[.*\])", sent.wait())[1])
@@ -2170,25 +2170,25 @@ def shards_checks() -> None:
     train.start_processes(CPU)
     batch = data.prepare(train.training_batches(cfg, data.open_source("digits"), dist.get_rank(), 4)[0], CPU)
     gradients = {}
-    for mode, sharers in dict(none=1, hybrid=2, grad=4, full=4).items():
+    for mode, n_shards in dict(ddp=1, hsdp=2, zero2=4, zero3=4).items():
         torch.manual_seed(0)
         network, teacher = train.build_network(cfg), train.build_network(cfg).requires_grad_(False).eval()
         whole = {name: p.numel() for name, p in network.named_parameters()}
         mesh = train.share_mesh("cpu", mode)
-        assert mesh.shape == ((4,) if sharers == 4 else (4 // sharers, sharers))
+        assert mesh.shape == ((4,) if n_shards == 4 else (4 // n_shards, n_shards))
         train.shard(network, mesh, torch.bfloat16, mode=mode)
         train.shard(teacher, mesh, torch.bfloat16, with_backward=False, mode=mode)
-        assert train.n_copies(network) * sharers == 4
+        assert train.n_replicas(network) * n_shards == 4
         held = {name: p.to_local() for name, p in network.named_parameters()}
         for name, p in held.items():  # rows are dealt out evenly; of single rows, the first process has them
-            even = network.get_parameter(name).shape[0] % sharers == 0
-            assert p.dtype == torch.float32 and p.numel() in ([whole[name] // sharers] if even else [0, whole[name]])
+            even = network.get_parameter(name).shape[0] % n_shards == 0
+            assert p.dtype == torch.float32 and p.numel() in ([whole[name] // n_shards] if even else [0, whole[name]])
 
         targets = next(train.teacher_targets(teacher, [batch], cfg, 0.05, {}, {}))
         loss, _ = train.step_losses(network, batch, targets, cfg)
         gathered = {name: not isinstance(p, train.DTensor) for name, p in network.named_parameters()}
         assert not any(not isinstance(p, train.DTensor) for p in teacher.parameters())  # or its mean would miss them
-        assert all(kept == (mode != "full" or "_head." in name) for name, kept in gathered.items()), mode
+        assert all(kept == (mode != "zero3" or "_head." in name) for name, kept in gathered.items()), mode
         kinds = {(name.split(".")[0], p.dtype) for name, p in network.named_parameters() if gathered[name]}
         assert kinds - {("backbone", torch.bfloat16)} == {(h, torch.float32) for h in ("dino_head", "ibot_head")}
         loss.backward()
@@ -2196,7 +2196,7 @@ def shards_checks() -> None:
         gradients[mode] = {name: p.grad.full_tensor() for name, p in network.named_parameters()}
     for mode, grads in gradients.items():
         for name, g in grads.items():  # added up in float32: in bfloat16, sums would have no more than 8 bits
-            assert g.dtype == torch.float32 and torch.allclose(g, gradients["grad"][name], rtol=1e-5, atol=1e-7), name
+            assert g.dtype == torch.float32 and torch.allclose(g, gradients["zero2"][name], rtol=1e-5, atol=1e-7), name
         fc1 = grads["backbone.blocks.0.mlp.fc1.weight"]
         assert (fc1.bfloat16() != fc1).float().mean() > 0.5, mode
     dist.barrier()
@@ -2237,24 +2237,24 @@ def test_recompute_gives_the_same_gradients_in_less_memory(ffn):
 
 
 def test_shard_and_recompute_of_a_run_that_knew_neither(trained, tmp_path):
-    """A run that began with the field recompute_blocks, or without --shard, goes on, with any value of the two."""
+    """A run that began with the field recompute_blocks, or without --sharding, goes on, with any value of the two."""
     shutil.copytree(trained, tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())
-    config = {k: v for k, v in config.items() if k not in ("shard", "recompute")} | dict(recompute_blocks=True)
+    config = {k: v for k, v in config.items() if k not in ("sharding", "activation_checkpointing")} | dict(recompute_blocks=True)
     (tmp_path / "out/config.json").write_text(json.dumps(config))
     flags = ["--steps", 4, "--eval-every", 2, "--export-every", 3, "--save-every", 2, "--out", tmp_path / "out"]
-    assert set_up_and_release(*TINY, *flags, "--shard", "full", "--recompute", "selective").start == 4
+    assert set_up_and_release(*TINY, *flags, "--sharding", "zero3", "--activation-checkpointing", "selective").start == 4
 
 
-def test_shard_hybrid_wants_equal_machines(tmp_path):
+def test_shard_hsdp_wants_equal_machines(tmp_path):
     """One line on each process, and nothing is written."""
-    flags = [*TINY, "--batch-size", 12, "--steps", 1, "--shard", "hybrid", "--out", tmp_path / "out"]
+    flags = [*TINY, "--batch-size", 12, "--steps", 1, "--sharding", "hsdp", "--out", tmp_path / "out"]
     text = Launched(tmp_path / "log", train.main, *flags, world=3, before=partial(on_machines_of, 2)).wait(2)
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 3 and "--shard hybrid wants as many processes on each machine" in errors[0]
-    assert "take --shard grad" in errors[0] and not (tmp_path / "out").exists()
-    for field, value, fix in (("shard", "ful", "did you mean full"), ("recompute", "block", "did you mean blocks")):
-        with pytest.raises(ValueError, match=f"--{field} '{value}', {fix}"):
+    assert len(errors) == 3 and "--sharding hsdp wants as many processes on each machine" in errors[0]
+    assert "take --sharding zero2" in errors[0] and not (tmp_path / "out").exists()
+    for field, value, fix in (("sharding", "zero4", "did you mean zero"), ("activation_checkpointing", "ful", "did you mean full")):
+        with pytest.raises(ValueError, match=f"--{field.replace("_", "-")} '{value}', {fix}"):
             train.check(train.Config(**{field: value}), 1)
 
 
@@ -2279,7 +2279,7 @@ def small_step(**changes):
     teacher = train.build_network(cfg).eval().requires_grad_(False)
     optimizer, centers = torch.optim.AdamW(train.param_groups(student, cfg), fused=True), train.build_centers(cfg, CPU)
     batches = train.training_batches(cfg, data.open_source(cfg.data), 0, 1)
-    parts = [data.prepare(batches[i], CPU) for i in range(cfg.accum)]
+    parts = [data.prepare(batches[i], CPU) for i in range(cfg.gradient_accumulation_steps)]
     now = {k: float(v[100]) for k, v in train.schedules(cfg).items()}
     return partial(train.train_step, student, teacher, optimizer, parts, cfg, now, centers)
 
@@ -2300,7 +2300,7 @@ def test_train_targets_are_gone_before_the_backward_pass(centering, accum, monke
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: (
         left.append([x() for x in seen if torch.is_tensor(x()) or accum == 1 and x()]), backward(loss)))
     left = []
-    small_step(centering=centering, accum=accum)()
+    small_step(centering=centering, gradient_accumulation_steps=accum)()
     assert len(seen) >= 2 and len(left) == accum and left[-1] == []
 
 
@@ -2311,7 +2311,7 @@ def test_train_step_does_not_wait_for_its_numbers(monkeypatch):
             assert not any(word in str(function) for word in ("_local_scalar_dense", "nonzero", "masked_select"))
             return function(*args, **(kwargs or {}))
 
-    for changes in (dict(centering="sinkhorn_knopp", accum=2), dict(centering="centering", drop_path_rate=0.3),
+    for changes in (dict(centering="sinkhorn_knopp", gradient_accumulation_steps=2), dict(centering="centering", drop_path_rate=0.3),
                     dict(ibot_separate_head=True)):
         step = small_step(**changes)
         step()
@@ -2377,13 +2377,13 @@ FIELD_CHANGES = dict(  # every field of Config, with a value that must change so
     final_momentum_teacher=0.5, warmup_teacher_temp=0.05, teacher_temp=0.09, warmup_teacher_temp_steps=4, steps=4,
     warmup_steps=0, lr=1e-3, min_lr=1e-3, weight_decay=0.5, weight_decay_end=0.5, layerwise_decay=0.5,
     patch_embed_lr_mult=0.1, clip_grad=0.01, freeze_last_layer_steps=2, betas=(0.5, 0.6), device="cpu", dtype="bf16",
-    compile=True, kernels=True, recompute="blocks", shard="full", accum=2, deterministic=True, out="", log_every=2, eval_every=2,
+    compile=True, kernels=True, activation_checkpointing="full", sharding="zero3", gradient_accumulation_steps=2, deterministic=True, out="", log_every=2, eval_every=2,
     export_every=1,
     save_every=1, save_minutes=1e-9, save_patience=1.0, keep=1, max_nonfinite=1)
 NO_EFFECT_BY_DESIGN = {  # other tests use them: nothing may change
-    "num_workers", "device", "recompute", "shard", "max_bad_share"}
+    "num_workers", "device", "activation_checkpointing", "sharding", "max_bad_share"}
 ELSEWHERE = {  # tests of their own
-    "init", "out", "compile", "kernels", "accum", "deterministic", "save_minutes", "save_patience", "max_nonfinite"}
+    "init", "out", "compile", "kernels", "gradient_accumulation_steps", "deterministic", "save_minutes", "save_patience", "max_nonfinite"}
 
 
 def observe(cfg: train.Config, out: Path) -> tuple:
@@ -2564,7 +2564,7 @@ def test_resume_on_other_numbers_of_processes(centering, tmp_path):
     alone = Launched(tmp_path / "log1", train.main, *flags, "--out", tmp_path / "one")
     flags += ["--out", tmp_path / "many"]
     for before, argv, world in ((partial(stop_at, 3), [], 1), (partial(stop_at, 3), [], 2), (partial(stop_at, 3), [], 1),
-                                (None, ["--accum", 2], 2)):
+                                (None, ["--gradient-accumulation-steps", 2], 2)):
         text = Launched(log, train.main, *flags, *argv, world=world, before=before).wait()
     assert re.findall(r"step (\d+) of 12, batch 16 on (\d)", text) == [("0", "1"), ("3", "2"), ("6", "1"), ("9", "2")]
     alone.wait()
@@ -2581,7 +2581,7 @@ def test_accumulation_gives_what_one_part_gives(centering, separate):
     """Losses, gradient norms, centers and weights of two steps in 1, 2 and 4 parts; and memory is what it saves."""
     def steps(accum: int):
         cfg = train.Config(**train.PRESETS["digits"] | dict(
-            batch_size=16, group_size=4, accum=accum, centering=centering, ibot_separate_head=separate, steps=4,
+            batch_size=16, group_size=4, gradient_accumulation_steps=accum, centering=centering, ibot_separate_head=separate, steps=4,
             warmup_steps=0, drop_path_rate=0.4, ibot_head_hidden_dim=32, ibot_head_n_prototypes=48))
         torch.manual_seed(0)
         student, teacher = train.build_network(cfg, cfg.drop_path_rate).train(), train.build_network(cfg).eval()
@@ -2795,7 +2795,7 @@ def slowly_and_retrying(slow: Path) -> None:
 
 
 def test_nonfinite_steps_are_skipped_on_all_processes(tmp_path):
-    """A NaN in one process's loss: nobody's student, optimiser or centers change, the samples are listed; the run goes
+    """A NaN in one process's loss: nobody's student, optimizer or centers change, the samples are listed; the run goes
     on with the next. So many in a row end it, saved before."""
     out, log = tmp_path / "out", tmp_path / "log"
     flags = [*TINY, "--steps", 18, "--save-every", 7, "--centering", "centering", "--max-nonfinite", 3]
@@ -3778,7 +3778,7 @@ def test_data_image_paths_come_once(tmp_path, cache):
 
 
 def test_data_fit_brings_images_to_multiples_of_the_patch():
-    """Where a pixel goes is what Fit says; padding has the mean colour; sizes that are given are kept."""
+    """Where a pixel goes is what Fit says; padding has the mean color; sizes that are given are kept."""
     image = torch.zeros(3, 40, 90, dtype=torch.uint8)
     image[:, 20:24, 60:64] = 255  # a square whose middle is (62, 22)
     for how, size, canvas in (("crop", (), (28, 84)), ("pad", (), (42, 98)), ("resize", (), (42, 84)),
@@ -3932,27 +3932,27 @@ def test_bench_scale(capsys):
     """What must hold between the modes; and bytes by hand, of ViT-L/14 on 8 GPUs."""
     bench.main(["scale", "--preset", "vitl14", "--json"])
     network, *rows = json.loads(capsys.readouterr().out)["rows"]
-    rows = {row["shard"]: row for row in rows}
-    assert tuple(rows) == train.SHARDS and network["images per GPU"] == 32
+    rows = {row["sharding"]: row for row in rows}
+    assert tuple(rows) == train.SHARDINGS and network["images per GPU"] == 32
     backbone, heads = 1e6 * network["backbone, M"], 1e6 * network["heads, M"]
     gathered = 2 * backbone + 4 * heads
     by_hand = dict(none=8 * (backbone + heads), grad=2 * gathered + 4 * (backbone + heads))
-    by_hand |= dict(hybrid=by_hand["grad"], full=by_hand["grad"] + 2 * backbone)
+    by_hand |= dict(hsdp=by_hand["zero2"], zero3=by_hand["zero2"] + 2 * backbone)
     for mode, size in by_hand.items():
         assert rows[mode]["8: GB"] == pytest.approx(7 / 8 * size / 1e9)
     across = 2 * 3 / 4 * 4 * (backbone + heads) / 8  # four machines add up eighths, of float32
-    assert rows["hybrid"]["32: GB"] == rows["none"]["32: GB"] == pytest.approx(across / 1e9)
-    assert rows["none"]["8: memory"] > rows["hybrid"]["8: memory"] == rows["grad"]["8: memory"] > rows["full"]["8: memory"]
-    assert rows["hybrid"]["256: memory"] == rows["hybrid"]["8: memory"] > rows["grad"]["256: memory"]
-    kept = [network[f"GB, recompute {way}"] for way in train.RECOMPUTED]
+    assert rows["hsdp"]["32: GB"] == rows["ddp"]["32: GB"] == pytest.approx(across / 1e9)
+    assert rows["ddp"]["8: memory"] > rows["hsdp"]["8: memory"] == rows["zero2"]["8: memory"] > rows["zero3"]["8: memory"]
+    assert rows["hsdp"]["256: memory"] == rows["hsdp"]["8: memory"] > rows["zero2"]["256: memory"]
+    kept = [network[f"GB, checkpointing {way}"] for way in train.CHECKPOINTING]
     assert kept[0] > 1.5 * kept[1] > 4 * kept[2]
 
 
-@pytest.mark.parametrize("way", train.RECOMPUTED)
+@pytest.mark.parametrize("way", train.CHECKPOINTING)
 def test_bench_estimates_activations(way):
     """What a block on the meta device keeps, times the blocks, is what a real backbone keeps, but for its embeddings and
     its last norm."""
-    cfg = train.Config(**train.PRESETS["digits"] | dict(device="cpu", dtype="fp32", recompute=way, drop_path_rate=0.3))
+    cfg = train.Config(**train.PRESETS["digits"] | dict(device="cpu", dtype="fp32", activation_checkpointing=way, drop_path_rate=0.3))
     results = multiprocessing.SimpleQueue()
     bench.measure_steps(cfg, results)
     estimate, tokens = 3 * bench.block_bytes(cfg, 128, torch.float32)[way], 128 * (2 * 10 + 2 * 5) * 64 * 4
@@ -3964,7 +3964,7 @@ def bench_rows(capsys, *argv) -> list[dict]:
     return json.loads(capsys.readouterr().out)["rows"]
 
 
-@pytest.mark.parametrize("flags", [[], ["--compile", "--accum", 2, "--drop-path-rate", 0.3, "--centering", "centering"]])
+@pytest.mark.parametrize("flags", [[], ["--compile", "--gradient-accumulation-steps", 2, "--drop-path-rate", 0.3, "--centering", "centering"]])
 def test_bench_train(flags, capsys, tmp_path, monkeypatch):
     """The parts are all that train.py names, and no figure is out of its range."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # captured, but not translated
@@ -3979,7 +3979,7 @@ def test_bench_train(flags, capsys, tmp_path, monkeypatch):
 
     parts = {row["part"]: row for row in rows if "part" in row}
     named = re.findall(r'record_function\("(.+)"\)', inspect.getsource(train))
-    assert list(parts)[:2] + list(parts)[-1:] == ["wait for the loader", "colour of the crops", "the rest"]
+    assert list(parts)[:2] + list(parts)[-1:] == ["wait for the loader", "color of the crops", "the rest"]
     assert set(list(parts)[2:-1]) == set(named) and len(named) == 6
     assert sum(row["percent"] for row in parts.values()) == pytest.approx(100)
     assert all(row["ms"] > 0 for row in parts.values()) and parts["the rest"]["percent"] < 50
@@ -4098,12 +4098,12 @@ def results(stem: Path, name: str) -> list[dict]:
 
 
 def test_eval_knn_golden():
-    """Neighbours, votes, few-shot choices and metrics of the official code."""
+    """Neighbors, votes, few-shot choices and metrics of the official code."""
     bank, labels, queries, answers = (golden[f"knn/{n}"] for n in (
         "train_features", "train_labels", "test_features", "test_labels"))
-    similarity, rows = eval_knn.neighbours(queries @ bank.T, 20)
+    similarity, rows = eval_knn.neighbors(queries @ bank.T, 20)
     assert_close(similarity, golden["knn/sims"], 1e-6)
-    assert torch.equal(labels[rows], golden["knn/neighbour_labels"])
+    assert torch.equal(labels[rows], golden["knn/neighbor_labels"])
     votes = eval_knn.knn_scores(bank, labels, queries, ks=(1, 5, 10, 20))
     for k in votes:
         assert_close(votes[k], golden[f"knn/votes/{k}"], 1e-6, f"k = {k}")
@@ -4129,12 +4129,12 @@ def test_eval_knn_golden():
 
 @pytest.mark.parametrize("n", [1, 2, 7, 50, 1000, 1003])
 @pytest.mark.parametrize("values", [2, 30, 10**6])
-def test_eval_knn_neighbours_are_exact_and_ties_go_by_row(n, values):
+def test_eval_knn_neighbors_are_exact_and_ties_go_by_row(n, values):
     generator = torch.Generator().manual_seed(n)
     x = torch.randint(values, (9, n), generator=generator).float() / values
     for k in {1, min(n, 5), min(n, 40), n}:
         expected = x.sort(dim=1, descending=True, stable=True)
-        found, columns = eval_knn.neighbours(x, k)
+        found, columns = eval_knn.neighbors(x, k)
         assert torch.equal(found, expected.values[:, :k]) and torch.equal(columns, expected.indices[:, :k])
     assert torch.equal(eval_knn.ranks(x, torch.full((9,), n - 1)),
                        (expected.indices == n - 1).int().argmax(1))  # of equal classes the first comes first
@@ -4181,10 +4181,10 @@ def test_eval_knn_leave_one_out_and_small_sets():
     labels = torch.arange(40) % 4
     bank = torch.nn.functional.normalize(centers[labels] + 0.05 * torch.randn(40, 16), dim=1)
     assert eval_knn.knn_accuracy(bank, labels, None, ks=(5, 200))["top1_k5"] == 100
-    assert eval_knn.knn_accuracy(bank, torch.arange(40), None, ks=(1,))["top1_k1"] == 0  # never its own neighbour
+    assert eval_knn.knn_accuracy(bank, torch.arange(40), None, ks=(1,))["top1_k1"] == 0  # never its own neighbor
     assert eval_knn.knn_accuracy(bank, labels, bank[:1], labels[:1])["top1_k10"] == 100
     assert eval_knn.knn_accuracy(bank, labels, bank[:4], torch.full((4,), 9))["top5_k10"] == 0  # class 9 has no images
-    with pytest.raises(ValueError, match="single image has no neighbour"):
+    with pytest.raises(ValueError, match="single image has no neighbor"):
         eval_knn.knn_accuracy(bank[:1], labels[:1], None)
     table, ok = torch.arange(40.0)[:, None].repeat(1, 2), torch.arange(40) % 3 > 0
     rows, left = eval_knn.kept(table, np.where(np.arange(40) % 5 > 0, np.arange(40), -1), ok)
@@ -4226,7 +4226,7 @@ def test_eval_of_released_files_and_few_images(tmp_path, cache, monkeypatch):
         result = eval_knn.main([str(tmp_path / "released.pth"), "--train", str(tmp_path / "3.txt"), "--val",
                                 str(tmp_path / f"{n}.txt"), "--ks", "1"] if n < 3 else
                                [str(tmp_path / "released.pth"), "--train", str(tmp_path / "3.txt"), "--ks", "1"])
-        assert n == 3 or result["top1_k1"] == 100  # each is its own neighbour, and those without a label don't count
+        assert n == 3 or result["top1_k1"] == 100  # each is its own neighbor, and those without a label don't count
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "read", lambda spec: (str(tmp_path / "released.pth"), vit.state_dict()))
     eval_knn.main(["dinov2_vits14", "--train", "3.txt", "--ks", "1"])
@@ -4484,7 +4484,7 @@ def test_eval_linear_real_labels_go_by_file_name(tmp_path):
 
 
 def test_eval_linear_crops_are_shared_out_and_left_out_when_bad(tmp_path, cache):
-    """Two processes' batches are one's; crops are mirrored; unreadable and unlabelled images are replaced."""
+    """Two processes' batches are one's; crops are mirrored; unreadable and unlabeled images are replaced."""
     write_images(tmp_path, [f"{i}.png" for i in range(6)], size=(20, 24))
     (tmp_path / "4.png").write_bytes(b"damaged")
     (tmp_path / "l.txt").write_text("".join(f"{i}.png" + (f"\t{i}" if i != 5 else "") + "\n" for i in range(6)))
@@ -4594,7 +4594,7 @@ def test_eval_logreg_without_flags(trained, tmp_path):
     assert oracle["top1"] == pytest.approx(alone["top1"], abs=0.3) and oracle["best_c"] == alone["best_c"]
 
     with eval_knn.Evaluation("logreg", eval_logreg.parse([str(trained / "ckpt.pth")])) as e:
-        x, labels = e.labelled(e.train, e.train_labels)
+        x, labels = e.labeled(e.train, e.train_labels)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     held, rows = order[:143], order[143:]
     models = eval_logreg.fit(eval_logreg.Principal(x.clone()), labels, [1e-5, 1e-3], rows)
@@ -4680,7 +4680,7 @@ def test_visual_principal_equals_svd():
     assert_close(directions.norm(dim=0), torch.tensor([1.0, 1, 0]), 1e-9)
     with pytest.raises(ValueError, match="all patches have the same features"):
         visualize.principal([torch.full((9, 7), 0.3).half()])
-    with pytest.raises(ValueError, match="2 dimension.*too few for 3 colours"):
+    with pytest.raises(ValueError, match="2 dimension.*too few for 3 colors"):
         visualize.principal([x[:, :2]])
 
 
@@ -4688,10 +4688,10 @@ def test_visual_otsu_parts_two_heaps():
     """The threshold is that of least variance within both classes, by trying all, and in the middle of a gap."""
     rng = np.random.default_rng(0)
     values = np.concatenate([rng.normal(0.25, 0.08, 700), rng.normal(0.75, 0.05, 200)]).clip(0, 1)
-    centres = (np.floor(values * 256).clip(max=255) + 0.5) / 256
+    centers = (np.floor(values * 256).clip(max=255) + 0.5) / 256
     within = {}
     for t in np.arange(1, 256) / 256:
-        low, high = centres[centres < t], centres[centres > t]
+        low, high = centers[centers < t], centers[centers > t]
         within[t] = len(low) * low.var() + len(high) * high.var() if len(low) and len(high) else np.inf
     best = [t for t, v in within.items() if v <= min(within.values()) * (1 + 1e-9)]
     assert visualize.otsu(values) == pytest.approx(np.mean(best), abs=1e-9) and 0.4 < np.mean(best) < 0.65
@@ -4710,23 +4710,23 @@ def test_visual_foreground_is_the_object():
         assert sides["all"].all() and torch.equal(sides["high"], ~sides["low"])
         assert any(torch.equal(sides[which], inside) for which in ("high", "low"))
         assert [sum(int(m.sum()) for m in visualize.foreground_of(parts, "high", t)) for t in (0.0, 1.0)] == [95, 0]
-        for drawn, mask in zip(visualize.pca_colours(parts), inside.numpy()):
+        for drawn, mask in zip(visualize.pca_colors(parts), inside.numpy()):
             assert drawn.dtype == np.uint8 and (drawn[~mask] == 0).all() and (drawn[mask].max(-1) > 0).mean() > 0.9
     with pytest.raises(ValueError, match="^0 patches are foreground"):
-        visualize.pca_colours(parts, "high", 1.0)
+        visualize.pca_colors(parts, "high", 1.0)
 
 
 @pytest.mark.parametrize("foreground", ["auto", "all"])
 def test_visual_pca_has_one_scale_and_no_order(foreground):
-    """The picture of an image is the same in any order of the images; equal patches have one colour in all of them."""
+    """The picture of an image is the same in any order of the images; equal patches have one color in all of them."""
     parts = [x.half() for x in randn(5, (4, 6, 32), (5, 3, 32), (7, 7, 32))]
     parts[1][2, :] = parts[0][1, 2:5]
-    drawn = visualize.pca_colours(parts, foreground)
+    drawn = visualize.pca_colors(parts, foreground)
     for order in itertools.permutations(range(3)):
-        for i, again in zip(order, visualize.pca_colours([parts[i] for i in order], foreground)):
+        for i, again in zip(order, visualize.pca_colors([parts[i] for i in order], foreground)):
             assert np.array_equal(again, drawn[i])
     assert np.array_equal(drawn[1][2], drawn[0][1, 2:5]) and drawn[0][1, 2:5].any()
-    assert not np.array_equal(visualize.pca_colours(parts[:1], foreground)[0], drawn[0])  # the others count
+    assert not np.array_equal(visualize.pca_colors(parts[:1], foreground)[0], drawn[0])  # the others count
     if foreground == "all":
         everything = np.concatenate([d.reshape(-1, 3) for d in drawn])
         assert (everything.min(0) == 0).all() and (everything.max(0) == 255).all()
@@ -4771,7 +4771,7 @@ def test_visual_a_pixel_is_found_in_its_patch(how, size, shape, with_registers, 
         Image.fromarray(pixels).save("a.png")
         seen = viewer.see("a.png")
         across, down, row, column = visualize.patch_at(seen, x, y, 14)
-        white = np.where(seen.image[0].numpy() > 190, 1.0, 0.0)  # the colour of what is added is 124
+        white = np.where(seen.image[0].numpy() > 190, 1.0, 0.0)  # the color of what is added is 124
         ys, xs = (np.arange(n) + 0.5 for n in white.shape)
         middle = white.sum(1) @ ys / white.sum(), white.sum(0) @ xs / white.sum()
         assert middle == pytest.approx((down, across), abs=0.8)
@@ -4822,7 +4822,7 @@ def test_visual_similarity_is_one_at_the_pixel(how, trained, desk, monkeypatch):
 
 
 def test_visual_nearest_images_equal_brute_force():
-    """All neighbours in order by cosine, without unreadable rows and without the image itself."""
+    """All neighbors in order by cosine, without unreadable rows and without the image itself."""
     bank, queries = randn(7, (60, 12), (9, 12))
     ok, own = torch.ones(60, dtype=torch.bool), torch.arange(9) * 6
     ok[[3, 17, 40]] = False
@@ -4838,7 +4838,7 @@ def test_visual_nearest_images_equal_brute_force():
     assert torch.equal(rows[:, 0], own)  # an image is nearest to itself,
     rows = visualize.nearest_images(bank.clone(), ok, bank[own].clone(), 99, own)[1]
     assert rows.shape == (9, 56) and not (rows == own[:, None]).any()  # or left out
-    with pytest.raises(ValueError, match="a single image has no neighbour"):
+    with pytest.raises(ValueError, match="a single image has no neighbor"):
         visualize.nearest_images(bank[:1].clone(), ok[:1], bank[:1].clone(), 1, torch.tensor([0]))
 
 
@@ -4884,8 +4884,8 @@ def test_visual_read_run(trained, desk):
 
 
 def test_visual_curves_go_through_their_points():
-    """Lines have their colour where their values are, and the picture is white elsewhere; raw pixels are dashed."""
-    rgb = [tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in visualize.COLOURS]
+    """Lines have their color where their values are, and the picture is white elsewhere; raw pixels are dashed."""
+    rgb = [tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in visualize.COLORS]
     runs = {"a": dict(loss=[(0, 0.0), (50, 10.0), (100, 0.0)],
                       knn=[(0, 40.0), (100, 80.0)], knn_raw_pixels=[(0, 60.0)]),
             "b": dict(loss=[(0, 10.0), (100, 10.0)])}
@@ -4896,10 +4896,10 @@ def test_visual_curves_go_through_their_points():
     place = lambda step, share: (left + step / 100 * (right - left),  # noqa: E731
                                  bottom - (0.05 + share) / 1.1 * (bottom - top))  # 5 % above and below
 
-    def distance(x, y, colour, reach=1):
+    def distance(x, y, color, reach=1):
         x, y = int(x), int(y)
         near = found[y - reach : y + reach + 1, x - reach : x + reach + 1]
-        return np.abs(near - np.array(colour)).max(-1).min()
+        return np.abs(near - np.array(color)).max(-1).min()
     for step in (10, 25, 40, 60, 77, 90):
         x, y = place(step, 1 - abs(step - 50) / 50)
         assert distance(x, y, rgb[0]) < 60, step
@@ -4952,30 +4952,30 @@ def test_visual_attention_command(with_registers, desk):
     assert np.abs(cell - expected).max() <= 1
 
 
-def test_visual_neighbours_command(trained, desk, monkeypatch):
+def test_visual_neighbors_command(trained, desk, monkeypatch):
     """The nearest by the features of the model; frames say whether the class is the same; an image is not its own."""
     write_images(desk, [f"d/{c}/{i}.png" for c in "ab" for i in range(6)], (16, 16))
     for c in "ab":  # a class of dark images and one of bright
         for p in Path("d", c).iterdir():
             Image.fromarray((pixels_of(p) // 4 + 190 * (c == "b")).astype(np.uint8)).save(p)
-    sheets, real = [], visualize.neighbour_sheet
-    monkeypatch.setattr(visualize, "neighbour_sheet", lambda *args: sheets.append(args) or real(*args))
+    sheets, real = [], visualize.neighbor_sheet
+    monkeypatch.setattr(visualize, "neighbor_sheet", lambda *args: sheets.append(args) or real(*args))
     flags = ["--model", trained / "ckpt.pth", "--device", "cpu", "--num-workers", 0]
-    draw("neighbours", "--data", "d", *flags, "--k", 4, "--queries", 3, "--out", "n.png")
+    draw("neighbors", "--data", "d", *flags, "--k", 4, "--queries", 3, "--out", "n.png")
     source, queries, cosines, rows = sheets[0]
     assert len(queries) == len(rows) == 3 and {len(r) for r in rows} == {4}
     assert not any(queries.describe(q) in [source.describe(i) for i in rows[q]] for q in range(3))
     assert all(values == sorted(values, reverse=True) for values in cosines)
     assert size_of("n.png") == (12 + 5 * (160 + 12), 12 + 3 * (12 + 23 + 160 + 23))  # 16x16, 10 times
-    frames = pixels_of("n.png")[12 + 23 - 2, 12 + 172 + 80 :: 172]  # above the neighbours of the first
+    frames = pixels_of("n.png")[12 + 23 - 2, 12 + 172 + 80 :: 172]  # above the neighbors of the first
     classes = [Path(source.describe(i)).parent.name == Path(queries.describe(0)).parent.name for i in rows[0]]
     assert [tuple(f) for f in frames] == [(0, 158, 115) if same else (213, 94, 0) for same in classes]
 
-    draw("neighbours", "d/b/3.png", *flags, "--data", "d", "--k", 2, "--out", "one.png")
+    draw("neighbors", "d/b/3.png", *flags, "--data", "d", "--k", 2, "--out", "one.png")
     source, queries, cosines, rows = sheets[1]
     assert source.describe(rows[0][0]).endswith("b/3.png") and cosines[0][0] == pytest.approx(1, abs=1e-5)
     assert cosines[0][1] < 1 - 1e-5 and size_of("one.png") == (12 + 3 * 172, 12 + 218)
-    draw("neighbours", *flags, "--k", 2, "--queries", 2, "--out", "digits.png")  # the images of the training
+    draw("neighbors", *flags, "--k", 2, "--queries", 2, "--out", "digits.png")  # the images of the training
     assert size_of("digits.png") == (12 + 3 * 172, 12 + 2 * 218)  # 16x16
 
 
@@ -5021,9 +5021,9 @@ MODEL = ["--model", "{ckpt}", "--device", "cpu"]
     (["similarity", "a.png", *MODEL, "--at", "7"], "argument --at"),
     (["similarity", "a.png", *MODEL, "--at", "32,5"], "--at 32,5 lies outside a.png, which is 32 pixels wide"),
     (["similarity", "wide.png", *MODEL, "--at", "0,5", "--size", "16", "16"], "--at 0,5 was cut away from wide.png"),
-    (["neighbours", *MODEL, "--k", "0"], "--k must be 1 to 24"),
-    (["neighbours", *MODEL, "--queries", "0"], "--queries or the images 1 to 96"),
-    (["neighbours", "a.png", *MODEL, "--data", "missing"], "missing"),
+    (["neighbors", *MODEL, "--k", "0"], "--k must be 1 to 24"),
+    (["neighbors", *MODEL, "--queries", "0"], "--queries or the images 1 to 96"),
+    (["neighbors", "a.png", *MODEL, "--data", "missing"], "missing"),
     (["curves", "only_bad"], "only_bad/metrics.jsonl cannot be read; name the --out folder of a run"),
     (["curves", "{run}", "{run}"], "is named twice"),
     (["curves", *["{run}"] * 9], "9 runs are too many"),
@@ -5051,17 +5051,17 @@ def test_visual_wrong_input_is_one_line_and_exit_code_2(desk, monkeypatch, capsy
     assert re.fullmatch(r"error: gone cannot be read.*\n", printed.err)
 
 
-def test_visual_depth_colours_are_magma_from_its_light_end():
-    """Some rows of matplotlib's table of that name, the first, the last and five between, within two grey levels; depth
-    beyond the ends has their colours, unknown depth is grey, and the bar shows all with the metres."""
+def test_visual_depth_colors_are_magma_from_its_light_end():
+    """Some rows of matplotlib's table of that name, the first, the last and five between, within two gray levels; depth
+    beyond the ends has their colors, unknown depth is gray, and the bar shows all with the meters."""
     magma = {0: (0, 0, 3), 36: (35, 17, 81), 64: (80, 18, 123), 127: (181, 54, 121), 128: (182, 54, 121),
              191: (251, 134, 96), 255: (251, 252, 191)}
     depth = np.array([[8 - 6 * i / 255 for i in magma]])
-    drawn = visualize.depth_colours(depth, 2, 8).astype(int)
+    drawn = visualize.depth_colors(depth, 2, 8).astype(int)
     assert drawn.shape == (1, 7, 3) and np.abs(drawn[0] - [*magma.values()]).max() <= 2
-    ends = visualize.depth_colours(np.array([[0, 1e-3, 2, 8, 99]]), 2, 8)[0].tolist()
+    ends = visualize.depth_colors(np.array([[0, 1e-3, 2, 8, 99]]), 2, 8)[0].tolist()
     assert ends[0] == [128] * 3 and ends[1] == ends[2] == [252, 253, 191] and ends[3] == ends[4] == [0, 0, 4]
-    bright = visualize.depth_colours(np.linspace(1, 9, 500)[None], 1, 9).astype(float)[0] @ [0.3, 0.59, 0.11]
+    bright = visualize.depth_colors(np.linspace(1, 9, 500)[None], 1, 9).astype(float)[0] @ [0.3, 0.59, 0.11]
     assert (np.diff(bright[::10]) < 0).all() and bright[0] > 235 and bright[-1] < 2  # one after the other darker
     bar = visualize.depth_bar(0.71, 10, 300)
     row = np.asarray(bar)[10].astype(int)
@@ -5073,7 +5073,7 @@ def test_visual_depth_colours_are_magma_from_its_light_end():
     assert (np.asarray(visualize.depth_bar(0, 2, 300)) != 128).any(-1).all()  # 0 is an end here, not unknown
 
 
-def test_visual_depth_files_are_millimetres(tmp_path):
+def test_visual_depth_files_are_millimeters(tmp_path):
     depth = np.array([[0, 0.0014, 0.0016], [1.2344, 65.535, 80]], np.float32)
     visualize.save_depth(tmp_path / "new/d.png", depth)
     with Image.open(tmp_path / "new/d.png") as image:
@@ -5084,7 +5084,7 @@ def test_visual_depth_files_are_millimetres(tmp_path):
 
 
 class Redness(torch.nn.Module):
-    """A depth network by which each pixel is as many metres away as it is red, 0 to 1, and those at the left nearer."""
+    """A depth network by which each pixel is as many meters away as it is red, 0 to 1, and those at the left nearer."""
 
     def __init__(self, rules: dict):
         super().__init__()
@@ -5097,7 +5097,7 @@ class Redness(torch.nn.Module):
 
 
 def test_visual_depth_is_where_the_pixels_are():
-    """Of any size and at any --size, 8 bits or 16, grey or not; the mirrored image changes sides and comes back."""
+    """Of any size and at any --size, 8 bits or 16, gray or not; the mirrored image changes sides and comes back."""
     rules = dict(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.1))
     network, image = Redness(rules), torch.zeros(3, 37, 61, dtype=torch.uint8)
     image[:, 5:10, 40:52] = 255
@@ -5107,8 +5107,8 @@ def test_visual_depth_is_where_the_pixels_are():
     deep = (image.int() * 257).to(torch.uint16)
     assert_close(visualize.depth_of(network, deep, rules), red + across, 1e-5)
     assert_close(visualize.depth_of(network, image, rules, flip=True), red + 0.5, 1e-5)
-    grey = {k: v[:1] for k, v in rules.items()}
-    assert_close(visualize.depth_of(Redness(grey), image[:1], grey), red + across, 1e-5)
+    gray = {k: v[:1] for k, v in rules.items()}
+    assert_close(visualize.depth_of(Redness(gray), image[:1], gray), red + across, 1e-5)
     network.seen.clear()
     for size in (20, 90):
         smooth = visualize.depth_of(network, image, rules, size)
@@ -5142,11 +5142,11 @@ def test_visual_depth_command(trained, dense_files, desk, capsys):
     network, _ = hub.load_dense(trained / "ckpt.pth", dense_files / "x_nyu_linear4_head.pth")
     rules = visualize.load(trained / "ckpt.pth", CPU)[1]
     images = [data.read_image(f"in/{name}.png") for name in ("a", "sub/b")]
-    metres = [visualize.depth_of(network, image, rules) for image in images]
+    meters = [visualize.depth_of(network, image, rules) for image in images]
     with torch.inference_mode():
         own = network(visualize.normalize(images[0][None] / 255, rules["mean"], rules["std"]))[0, 0]
-    assert_close(metres[0], own, 1e-5)
-    drawn = [visualize.depth_colours(m, m.min(), m.max()) for m in metres]
+    assert_close(meters[0], own, 1e-5)
+    drawn = [visualize.depth_colors(m, m.min(), m.max()) for m in meters]
 
     draw("depth", "in", *flags, "--out", "sheet.png")
     printed = capsys.readouterr()
@@ -5159,22 +5159,22 @@ def test_visual_depth_command(trained, dense_files, desk, capsys):
     draw("depth", "in/a.png", "in/sub/b.png", *flags, "--out", "new")
     assert {p.name for p in Path("new").iterdir()} == {"a.png", "a_depth.png", "b.png", "b_depth.png", "sheet.png"}
     assert np.array_equal(pixels_of("new/sheet.png"), pixels_of("sheet.png"))
-    for name, m, expected in zip("ab", metres, drawn):
+    for name, m, expected in zip("ab", meters, drawn):
         assert np.array_equal(pixels_of(f"new/{name}.png"), expected)
         assert np.abs(pixels_of(f"new/{name}_depth.png") / 1000 - m).max() < 0.00051
-    near, far = metres[0].min() - 0.5, metres[0].max() + 1
+    near, far = meters[0].min() - 0.5, meters[0].max() + 1
     draw("depth", "in/a.png", *flags, "--out", "fixed", "--near", near, "--far", far, "--flip", "--size", 16)
     other = visualize.depth_of(network, images[0], rules, 16, True)
-    assert np.abs(other - metres[0]).max() > 0.01 * np.ptp(metres[0])
-    assert np.array_equal(pixels_of("fixed/a.png"), visualize.depth_colours(other, near, far))
+    assert np.abs(other - meters[0]).max() > 0.01 * np.ptp(meters[0])
+    assert np.array_equal(pixels_of("fixed/a.png"), visualize.depth_colors(other, near, far))
 
     ckpt = hub.read_pth(str(trained / "ckpt.pth"))
     ckpt["config"] |= dict(mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5))  # a run on other images
     torch.save(ckpt, "other.pth")
     draw("depth", "in/a.png", "--model", "other.pth", *flags[2:], "--out", "other")
     other = visualize.depth_of(network, images[0], {k: ckpt["config"][k] for k in ("mean", "std")})
-    assert np.abs(other - metres[0]).max() > 0.01 * np.ptp(metres[0])
-    assert np.array_equal(pixels_of("other/a.png"), visualize.depth_colours(other, other.min(), other.max()))
+    assert np.abs(other - meters[0]).max() > 0.01 * np.ptp(meters[0])
+    assert np.array_equal(pixels_of("other/a.png"), visualize.depth_colors(other, other.min(), other.max()))
     draw("depth", "in/a.png", *flags[:-1], dense_files / "unknown.pth", "--depth-range", 2, 3, "--out", "range")
     assert 2000 <= pixels_of("range/a_depth.png").min() <= pixels_of("range/a_depth.png").max() <= 3000
     draw("depth", "in/a.png", *flags[:-1], dense_files / "x_kitti_dpt_head.pth", "--far", 0.0001, "--out", "dpt")
@@ -5185,14 +5185,14 @@ def test_visual_depth_command(trained, dense_files, desk, capsys):
 
 def test_visual_segment_labels_and_legend(tmp_path):
     """The palette's index is the class; what is no class is white; the legend's rows come by their number of pixels."""
-    colours = heads.colours(21)
+    colors = heads.colors(21)
     labels = np.full((20, 50), 15)
     labels[:, :10], labels[:3, 10:20], labels[19, 49], labels[10:20, 20:30] = 0, 20, 7, 255
-    drawn = visualize.label_colours(labels, colours)
+    drawn = visualize.label_colors(labels, colors)
     assert drawn.dtype == np.uint8 and drawn.shape == (20, 50, 3)
     assert {k: drawn[labels == k][0].tolist() for k in (0, 7, 15, 20, 255)} == {
         0: [0, 0, 0], 7: [128, 128, 128], 15: [192, 128, 128], 20: [0, 64, 128], 255: [255] * 3}
-    visualize.save_labels(tmp_path / "l.png", labels, colours)
+    visualize.save_labels(tmp_path / "l.png", labels, colors)
     with Image.open(tmp_path / "l.png") as image:
         assert image.mode == "P" and np.array_equal(np.asarray(image), labels)
         assert np.array_equal(np.asarray(image.convert("RGB")), drawn)
@@ -5203,12 +5203,12 @@ def test_visual_segment_labels_and_legend(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(visualize.ImageDraw.ImageDraw, "text", lambda self, place, text, *args, **kwargs: (
             texts.append((place, text)), real(self, place, text, *args, **kwargs)))
-        shown = visualize.legend(labels, heads.CLASSES["voc2012"], colours)
-        visualize.legend(labels, heads.CLASSES["voc2012"], colours, 2)
+        shown = visualize.legend(labels, heads.CLASSES["voc2012"], colors)
+        visualize.legend(labels, heads.CLASSES["voc2012"], colors, 2)
     assert [text for _, text in texts] == ["74.3 %", "person", "22.2 %", "background", "3.3 %", "tvmonitor", "0.1 %",
                                            "car", "74.3 %", "person", "22.2 %", "background", "3.4 %", "and 2 more"]
     assert shown.size == (visualize.LEGEND, 4 * 23) and [shown.getpixel((9, 23 * row + 9)) for row in range(4)] == [
-        colours[k] for k in (15, 0, 20, 7)]
+        colors[k] for k in (15, 0, 20, 7)]
     assert {x for (x, y), _ in texts} == {76, 86} and [y for (x, y), _ in texts[:8:2]] == [16, 39, 62, 85]
     nothing = visualize.legend(np.full((3, 3), 255), ["a"], [(1, 2, 3)])
     assert nothing.getextrema() == ((255, 255),) * 3
@@ -5229,8 +5229,8 @@ def test_visual_segment_command(trained, dense_files, desk, monkeypatch):
         image = data.read_image(f"{name}.png")
         labels = real(network, image, about.recipe._replace(short=32), rules["mean"], rules["std"]).argmax(0).numpy()
         assert np.array_equal(pixels_of(f"new/{name}_labels.png"), labels) and len(np.unique(labels)) > 1
-        colours = visualize.label_colours(labels, about.colours)
-        mixed = 0.6 * colours + 0.4 * image.permute(1, 2, 0).numpy()
+        colors = visualize.label_colors(labels, about.colors)
+        mixed = 0.6 * colors + 0.4 * image.permute(1, 2, 0).numpy()
         assert np.abs(pixels_of(f"new/{name}.png") - mixed).max() <= 1
     assert size_of("new/sheet.png") == (12 + 2 * 492 + visualize.LEGEND + 12, 12 + 2 * (12 + 23 + 288))
     cell = pixels_of("new/sheet.png")[12 + 23 + 323 :, 12 + 492 :][:288, :480]  # of b
@@ -5239,7 +5239,7 @@ def test_visual_segment_command(trained, dense_files, desk, monkeypatch):
     seen.clear()
     draw("segment", "a.png", *flags, "--opacity", 1, "--out", "full.png")
     cell = pixels_of("full.png")[12 + 23 :, 12 + 492 :][:288, :480]
-    assert np.array_equal(cell[::12, ::12], visualize.label_colours(pixels_of("new/a_labels.png"), about.colours))
+    assert np.array_equal(cell[::12, ::12], visualize.label_colors(pixels_of("new/a_labels.png"), about.colors))
     draw("segment", "a.png", *flags, "--flip", "--out", "x.png")
     ms = [*flags[:-3], dense_files / "x_ade20k_ms_head.pth"]
     monkeypatch.setattr(heads, "segment", lambda *args: seen.append(args) or torch.ones(150, 24, 40))
@@ -5259,8 +5259,8 @@ def test_visual_segment_command(trained, dense_files, desk, monkeypatch):
     (["depth", "a.png", *MODEL, "--head", "nyu_dpt"], "nyu_dpt is a head of the released"),
     (["depth", "a.png", *MODEL, "--head", "{dense}/nan_nyu_linear_head.pth"], "are not finite: the checkpoint"),
     (["segment", "a.png", *MODEL, "--head", "{dense}/nan_voc2012_linear_head.pth", "--size", "16"], "are not finite"),
-    (["depth", "a.png", *MODEL, "--head", "x", "--near", "3", "--far", "2"], "--near and --far are metres"),
-    (["depth", "a.png", *MODEL, "--head", "x", "--far", "nan"], "--near and --far are metres"),
+    (["depth", "a.png", *MODEL, "--head", "x", "--near", "3", "--far", "2"], "--near and --far are meters"),
+    (["depth", "a.png", *MODEL, "--head", "x", "--far", "nan"], "--near and --far are meters"),
     (["depth", "a.png", *MODEL, "--head", "x", "--size", "-1"], "--size is a side in pixels"),
     (["segment", "a.png", *MODEL, "--head", "x", "--opacity", "1.5"], "--opacity lies between 0 and 1"),
     (["segment", "a.png", *MODEL, "--head", "{dense}/x_ade20k_ms_head.pth", "--scales", "6"], "6 is none of 1 to 5"),
@@ -5299,20 +5299,20 @@ RULES = hub.image_rules(types.SimpleNamespace(patch_embed=types.SimpleNamespace(
 
 
 def test_notebook_depth():
-    """Depth of the photograph by the ViT-S with its DPT head for NYU: in the colours of the notebook, at most two of
+    """Depth of the photograph by the ViT-S with its DPT head for NYU: in the colors of the notebook, at most two of
     their 256 apart, all but one pixel in a hundred."""
     official("dinov2_vits14_pretrain.pth", "dinov2_vits14_nyu_dpt_head.pth")
     network, _ = hub.load_dense("dinov2_vits14", "nyu_dpt")
-    metres = torch.from_numpy(visualize.depth_of(network, notebook("example_640x480").permute(2, 0, 1), RULES))
-    grey = 255 * (metres - metres.min()) / (metres.max() - metres.min())
-    near = (grey - notebook("depth_nyu_dpt_vits14_u8")).abs() <= 2
+    meters = torch.from_numpy(visualize.depth_of(network, notebook("example_640x480").permute(2, 0, 1), RULES))
+    gray = 255 * (meters - meters.min()) / (meters.max() - meters.min())
+    near = (gray - notebook("depth_nyu_dpt_vits14_u8")).abs() <= 2
     assert near.float().mean() >= 0.99, f"{near.float().mean():.1%} of the pixels"
 
 
 @torch.inference_mode()
 def test_notebook_depth_before_it_is_resized():
     """The first numbers that the head gives, as transformers' test of the same weights has them, which adds no
-    millimetre."""
+    millimeter."""
     official("dinov2_vits14_pretrain.pth", "dinov2_vits14_nyu_dpt_head.pth")
     network, _ = hub.load_dense("dinov2_vits14", "nyu_dpt")
     x = visualize.normalize(notebook("example_640x480").permute(2, 0, 1)[None] / 255, RULES["mean"], RULES["std"])
@@ -5509,12 +5509,12 @@ def test_heads_segmentation_loss_golden():
     assert heads.segmentation_loss(golden_dense["seg_loss/logit"], ignored) == 0
 
 
-def test_heads_names_and_colours_of_classes():
+def test_heads_names_and_colors_of_classes():
     tables = golden_dense.json("classes")
     for name, table in tables.items():
         assert heads.CLASSES[name] == [s.strip() for s in table["names"]]
-        assert [list(c) for c in heads.colours(len(table["rgb"]), name)] == table["rgb"]
-    assert len(set(heads.colours(256))) == 256
+        assert [list(c) for c in heads.colors(len(table["rgb"]), name)] == table["rgb"]
+    assert len(set(heads.colors(256))) == 256
 
 
 @pytest.mark.parametrize("n_blocks,even", [(12, (2, 5, 8, 11)), (24, (4, 11, 17, 23)), (40, (9, 19, 29, 39))])
@@ -5565,7 +5565,7 @@ class Foreign:
 
 
 def as_released(head: torch.nn.Module, path: Path, **meta) -> Path:
-    """A head's file as the tools that trained the released ones write it: numbers of numpy and an optimiser beside."""
+    """A head's file as the tools that trained the released ones write it: numbers of numpy and an optimizer beside."""
     weights = {f"decode_head.{k}": v for k, v in head.state_dict().items()}
     state = {i: dict(step=7, exp_avg=torch.zeros_like(v)) for i, v in enumerate(weights.values())}
     meta = dict(config="model = dict(...)", iter=38400, hook_msgs=dict(best_score=np.float64(0.3), n=np.int64(3),
@@ -5621,7 +5621,7 @@ def test_dense_released_segmentation_files(kind, layers, dataset, small_released
     file = as_released(head, small_released / f"dinov2_vits14_{dataset}_{kind}_head.pth", CLASSES=tuple(names))
     images = randn(1, (1, 3, 50, 61))[0]
     network, about = hub.load_dense("dinov2_vits14", f"{dataset}_{kind}")
-    assert about == hub.About("seg", dataset, names, heads.colours(len(names), dataset), heads.RECIPES[dataset, kind])
+    assert about == hub.About("seg", dataset, names, heads.colors(len(names), dataset), heads.RECIPES[dataset, kind])
     made = hub.entry_points()[f"dinov2_vits14_{kind[0]}s"](weights=dataset.upper())
     assert torch.equal(made(images), network(images)) and network(images).shape == (1, len(names), 50, 61)
     file = file.rename(small_released / "mine.pth")
@@ -5725,7 +5725,7 @@ def test_m2f_deformable_attention_golden():
 
 def test_m2f_places_and_positions_golden():
     for to, of in (("di1_ref", "di2_shapes"), ("di2_ref", "di1_shapes")):  # each reads from the other's grids
-        dense_close(f"m2f_msda/{to}", mask2former.centres(m2f_shapes(of)))
+        dense_close(f"m2f_msda/{to}", mask2former.centers(m2f_shapes(of)))
     dense_close("m2f_msda/sine_pos_5x7_nf16", mask2former.sine_position(5, 7, 32).T.view(1, 32, 5, 7))
 
 
@@ -5954,7 +5954,7 @@ def test_m2f_by_the_hub(tmp_path, monkeypatch):
 
 def about_m2f() -> hub.About:
     names = heads.CLASSES["ade20k"]
-    return hub.About("seg", "ade20k", names, heads.colours(150, "ade20k"), heads.RECIPES["ade20k", "m2f"])
+    return hub.About("seg", "ade20k", names, heads.colors(150, "ade20k"), heads.RECIPES["ade20k", "m2f"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -5966,14 +5966,14 @@ def dense(*argv) -> dict:
 
 
 def put(path: Path, pixels, palette: bool = False) -> Path:
-    """A file of an array, by its suffix; with `palette` an indexed PNG in the colours of VOC."""
+    """A file of an array, by its suffix; with `palette` an indexed PNG in the colors of VOC."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npy":
         np.save(path, pixels)
     else:
         picture = Image.fromarray(np.asarray(pixels))
         if palette:
-            picture.putpalette([c for colour in heads.colours(256) for c in colour])
+            picture.putpalette([c for color in heads.colors(256) for c in color])
         picture.save(path)
     return path
 
@@ -6081,13 +6081,13 @@ def test_eval_dense_segmentation_measures_equal_confusion_matrix():
         known = labels != 255
         matrix += confusion_matrix(labels[known], answers[known], labels=range(7))
     result = eval_dense.segmentation_measures(counts)
-    right, labelled, answered = np.diag(matrix), matrix.sum(1), matrix.sum(0)
-    iou = [100 * r / (a + b - r) if a + b else None for r, a, b in zip(right, labelled, answered)]
+    right, labeled, answered = np.diag(matrix), matrix.sum(1), matrix.sum(0)
+    iou = [100 * r / (a + b - r) if a + b else None for r, a, b in zip(right, labeled, answered)]
     assert [None if v is None else round(v, 4) for v in iou] == result["IoU"]
     assert iou[4] is None and iou[5] == iou[6] == 0
     assert result["mIoU"] == pytest.approx(np.mean([v for v in iou if v is not None]))
     assert result["aAcc"] == pytest.approx(100 * right.sum() / matrix.sum())
-    assert result["mAcc"] == pytest.approx(np.mean([100 * right[k] / labelled[k] for k in range(7) if labelled[k]]))
+    assert result["mAcc"] == pytest.approx(np.mean([100 * right[k] / labeled[k] for k in range(7) if labeled[k]]))
 
 
 # Data sets on disk
@@ -6182,11 +6182,11 @@ def test_eval_dense_voc2012_on_disk(tmp_path):
 def test_eval_dense_plain_folders(tmp_path, cache):
     """Parts of several names, sub-folders, deep photographs, depth as an array; folders without parts."""
     deep = noise(0, 4, 6, high=65536, dtype=np.uint16)
-    metres = np.array([[1.5, np.nan, -2, np.inf, 0, 70]] * 4, np.float32)
+    meters = np.array([[1.5, np.nan, -2, np.inf, 0, 70]] * 4, np.float32)
     for part in ("training", "valid"):
         put(tmp_path / f"images/{part}/x/a.png", deep)
         put(tmp_path / f"images/{part}/b.jpg", noise(1, 4, 6, 3))
-        put(tmp_path / f"depth/{part}/x/a.npy", metres)
+        put(tmp_path / f"depth/{part}/x/a.npy", meters)
         put(tmp_path / f"depth/{part}/b.png", deep)
         put(tmp_path / f"labels/{part}/x/a.png", np.full((4, 6), 2, np.uint8), palette=True)
         put(tmp_path / f"labels/{part}/b.npy", noise(1, 4, 6, high=2, dtype=np.int64))
@@ -6217,7 +6217,7 @@ def spoil(root: Path, what: str) -> None:
         put(root / "labels/train/more.png", np.zeros((4, 4), np.uint8))
     elif what == "sizes":
         put(label, np.zeros((48, 63), np.uint8))
-    elif what == "colours":
+    elif what == "colors":
         put(label, np.zeros((48, 64, 3), np.uint8))
     elif what == "label":
         put(label, np.full((48, 64), 3, np.uint8))
@@ -6248,7 +6248,7 @@ def spoil(root: Path, what: str) -> None:
     ("seg", "no partner", "images/train/00.* has no partner of the same name in .*labels/train"),
     ("seg", "no photograph", "labels/train/more.png has no partner of the same name in .*images/train"),
     ("seg", "sizes", "images/train/00.png has 48x64 pixels, .*labels/train/00.png has 48x63; .* of one size"),
-    ("seg", "colours", r"labels/train/00.png has the shape \(48, 64, 3\).* as a grey or palette PNG"),
+    ("seg", "colors", r"labels/train/00.png has the shape \(48, 64, 3\).* as a gray or palette PNG"),
     ("seg", "label", r"labels/train/00.png has the label 3, but the 3 classes are numbered from 0 to 2 \(255"),
     ("seg", "negative", "labels/train/00.npy: labels are whole numbers, 0 or more, not int64 from -1"),
     ("seg", "fractions", "labels/train/00.npy: labels are whole numbers, 0 or more, not float64 from 0.5"),
@@ -6257,8 +6257,8 @@ def spoil(root: Path, what: str) -> None:
     ("seg", "no val", "has no part to evaluate with, such as images/val; name one by --val"),
     ("depth", "no train", "has no part to train with, such as images/train"),
     ("seg", "classes", "classes.txt names 0 classes; it must be 1 to 255"),
-    ("seg", "ignored", "all pixels of .*VAL.* are labelled 255, which is to be ignored"),
-    ("seg", "all ignored", "all pixels of .*TRAIN.* are labelled 255, which is to be ignored"),
+    ("seg", "ignored", "all pixels of .*VAL.* are labeled 255, which is to be ignored"),
+    ("seg", "all ignored", "all pixels of .*TRAIN.* are labeled 255, which is to be ignored"),
     ("depth", "unknown", "no image of .*VAL.* has a pixel with a depth in the range that is evaluated")])
 def test_eval_dense_wrong_data_is_named(task, what, text, dense_pairs, dense_vit, desk):
     root = Path(shutil.copytree(dense_pairs, desk / "pairs"))
@@ -6378,7 +6378,7 @@ def test_eval_dense_default_recipes(task, dataset, decoder):
 
 
 def test_eval_dense_training_follows_its_recipe(dense_pairs, dense_vit, monkeypatch):
-    """Rates and betas that the optimiser gets, norms of gradients, sizes of photographs in training."""
+    """Rates and betas that the optimizer gets, norms of gradients, sizes of photographs in training."""
     seen, norms, step, augment = [], [], torch.optim.AdamW.step, eval_dense.augment_labels
 
     def noted(self, *a):
@@ -6431,7 +6431,7 @@ def test_eval_dense_photograph_and_depth_stay_together(turned, mirrored, dataset
         assert columns[known].min() >= 43 and columns.max() < 608 and rows[known].min() >= 45 and rows.max() < 472
 
 
-def test_eval_dense_colours_of_depth_photographs():
+def test_eval_dense_colors_of_depth_photographs():
     """The power of values up to 255, then factors for all and for each channel; of KITTI narrower ones."""
     image = torch.from_numpy(noise(0, 3, 5, 7))
     for dataset, spread in (("nyu", 0.25), ("kitti", 0.1), ("", 0.25)):
@@ -6504,7 +6504,7 @@ def slow_distortion(pixel, shift, gain, saturation, turn, first: bool) -> list[f
 @pytest.mark.parametrize("coins", [(1, 1, 1, 1, 1), (1, 0, 1, 1, 1), (0, 1, 1, 0, 0), (0, 0, 0, 1, 0), (0, 0, 0, 0, 1),
                                    (1, 0, 0, 0, 0), (0, 0, 0, 0, 0)])
 def test_eval_dense_distortion_equals_slow_one(coins):
-    """Also of grey pixels, black ones, and those with two equal channels."""
+    """Also of gray pixels, black ones, and those with two equal channels."""
     brightness, first, contrast, saturation, hue = coins
     pixels = torch.cat([torch.rand(60, 3, generator=torch.Generator().manual_seed(0)), torch.eye(3), torch.zeros(1, 3),
                         torch.full((2, 3), 0.4), torch.tensor([[0.2, 0.7, 0.7], [1, 0.5, 1]])])
@@ -6520,8 +6520,8 @@ def test_eval_dense_distortion_equals_slow_one(coins):
             ("shift", 0), ("gain", 1), ("saturation", 1), ("turn", 0))}
         expected = torch.tensor([slow_distortion(p, **values, first=bool(first)) for p in pixels.tolist()])
         assert_close(out[..., 0].T, expected, 1e-5)
-    grey = eval_dense.distort(Coins(0, 1, 1, 1, 1, 1), torch.rand(1, 4, 4))
-    assert grey.shape == (1, 4, 4) and 0 <= grey.min() and grey.max() <= 1
+    gray = eval_dense.distort(Coins(0, 1, 1, 1, 1, 1), torch.rand(1, 4, 4))
+    assert gray.shape == (1, 4, 4) and 0 <= gray.min() and gray.max() <= 1
 
 
 def test_eval_dense_samples_go_by_their_number(dense_pairs, cache):
@@ -6750,7 +6750,7 @@ def test_eval_dense_head_is_one_of_the_hub(kind, dense_pairs, dense_vit, desk, c
         assert all(abs(d - 1000 * p).max() < 0.6 for d, (p, _) in zip(drawn, seen))
         assert Image.open(desk / "drawn/03.png").mode.startswith("I")
     else:
-        assert about.classes == ["dark", "middling", "bright"] and about.colours == heads.colours(3)
+        assert about.classes == ["dark", "middling", "bright"] and about.colors == heads.colors(3)
         assert about.recipe == heads.Recipe(32, crop=24, stride=16, flip=True)
         right = sum((p == t).sum() for p, t in seen)
         assert result["aAcc"] == pytest.approx(100 * right / sum(t.size for _, t in seen))
@@ -6813,7 +6813,7 @@ def test_eval_dense_on_known_data_sets(dense_vit, desk):
     assert trivial["aAcc"] == pytest.approx(100 * share.max() / share.sum()) and len(result["IoU"]) == 150
     about = hub.load_dense(dense_vit, result["head"])[1]
     assert about.dataset == "ade20k" and about.classes == heads.CLASSES["ade20k"] and about.recipe.stride == 21
-    assert about.colours == heads.colours(150, "ade20k")
+    assert about.colors == heads.colors(150, "ade20k")
 
 
 # Flags
@@ -6882,8 +6882,8 @@ def test_eval_dense_every_flag_has_an_effect(dense_pairs, dense_vit, desk, capsy
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("task", ["depth", "seg"])
-def test_eval_dense_deep_grey_photographs_in_bf16(task, channels, dense_pairs, desk):
-    """Of 16 bits, for networks of one and three channels; the same grey in 8 bits gives nearly the same."""
+def test_eval_dense_deep_gray_photographs_in_bf16(task, channels, dense_pairs, desk):
+    """Of 16 bits, for networks of one and three channels; the same gray in 8 bits gives nearly the same."""
     torch.manual_seed(0)
     torch.save(model.build("vit_nano", patch_size=8, img_size=32, in_chans=channels).state_dict(), desk / "vit.pth")
     what, rmses = "depth" if task == "depth" else "labels", []
@@ -6965,7 +6965,7 @@ def test_dense_heads_of_wider_backbones_are_told_by_their_names(tmp_path):
             hub.put_dense_head(vit, as_released(head, tmp_path / f"dinov2_vits14_{name}_head.pth"))
     odd = as_released(heads.SegmentationHead(256, 151), tmp_path / "dinov2_vits14_ade20k_linear_head.pth")
     about = hub.put_dense_head(vit, odd)[1]
-    assert about.dataset == "" and len(about.classes) == len(set(about.colours)) == 151
+    assert about.dataset == "" and len(about.classes) == len(set(about.colors)) == 151
 
 
 def test_dense_odd_files_are_no_heads(tmp_path, capsys):

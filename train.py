@@ -8,7 +8,7 @@
     python train.py --preset vitl14 --help                                  # every field, its meaning, its value there
 
 The method is step_losses(), the recipe is Config and PRESETS. `--batch-size` counts the images of all processes, and
-`--accum` has each of them compute its share in parts: the same command on 1, 8 or 32 GPUs is the same run. Output, in
+`--gradient-accumulation-steps` has each of them compute its share in parts: the same command on 1, 8 or 32 GPUs is the same run. Output, in
 --out: ckpt.pth (teacher and config, all that evaluations need), metrics.jsonl, resume/ (to continue),
 eval/training_N/teacher_checkpoint.pth. Running the same command again continues the run, after whatever ended it, on
 any number of processes. SIGTERM, SIGUSR1 and Ctrl-C save it first.
@@ -77,18 +77,18 @@ from model import ARCHS, FORMAT, DINOHead, build, init_linear, load_backbone, lo
 class Config:
     # data
     data: str = "ImageNet:split=TRAIN"  # a folder, a list, tars, ImageNet:split=…:root=…, A*0.7,B*0.3: see data.py
-    in_chans: int = 3  # channels of the images; with other than 3, hue, saturation and grey stay as they are
+    in_chans: int = 3  # channels of the images; with other than 3, hue, saturation and gray stay as they are
     mean: tuple = MEAN  # per channel, in [0, 1]; measure your own by: python data.py stats DATA
     std: tuple = STD  # likewise
     max_bad_share: float = 0.1  # the run stops if more of the images cannot be read
-    eval_train: str = ""  # labelled images for k-NN; empty: the TRAIN split of --data
-    eval_val: str = ""  # labelled images to classify; empty: the VAL split of --data, or leave one out
+    eval_train: str = ""  # labeled images for k-NN; empty: the TRAIN split of --data
+    eval_val: str = ""  # labeled images to classify; empty: the VAL split of --data, or leave one out
     eval_resize: int = 256  # evaluation: short side in pixels, before ...
     eval_crop: int = 224  # ... the central square of this side is cut out
     batch_size: int = 2048  # images per step over all processes; official 64 x 32 GPUs
     group_size: int = 64  # images that share a mask quota and a KoLeo search; official: the batch of one GPU
     num_workers: int = -1  # data loading processes per training process; -1: as many as there are cores; 0: none
-    seed: int = 0  # of weights, order, crops, colours, masks and dropped paths
+    seed: int = 0  # of weights, order, crops, colors, masks and dropped paths
     # crops
     global_crops_size: int = 224  # side in pixels of the 2 global crops, which teacher and student see
     global_crops_scale: tuple = (0.32, 1.0)  # share of the image's area; on tiny images 0.5 1 or more
@@ -96,11 +96,11 @@ class Config:
     local_crops_size: int = 96  # side in pixels of the local crops
     local_crops_scale: tuple = (0.05, 0.32)  # share of the image's area
     flip_prob: float = 0.5  # probability of mirroring a crop; 0 where left and right matter, as for digits
-    jitter_prob: float = 0.8  # probability of colour jitter
+    jitter_prob: float = 0.8  # probability of color jitter
     jitter: tuple = (0.4, 0.4, 0.2, 0.1)  # largest change of brightness, contrast, saturation, hue
-    gray_prob: float = 0.2  # probability of turning grey
+    gray_prob: float = 0.2  # probability of turning gray
     blur_probs: tuple = (0.0, 0.9, 0.5)  # of blurring global crop 1, 2, local; the paper's 1.0 0.1 0.5 got inverted
-    solarize_prob: float = 0.2  # probability of solarising global crop 2
+    solarize_prob: float = 0.2  # probability of solarizing global crop 2
     # backbone
     arch: str = "vit_large"  # one of vit_nano, vit_micro, vit_tiny, vit_small, vit_base, vit_large, vit_giant2
     patch_size: int = 16  # side of a patch in pixels; must divide all crop sizes
@@ -140,8 +140,8 @@ class Config:
     warmup_teacher_temp: float = 0.04  # sharpness of the targets at first; if they stay uniform, lower it
     teacher_temp: float = 0.07  # and after ...
     warmup_teacher_temp_steps: int = 37500  # ... this many steps
-    # optimiser
-    steps: int = 125_000  # optimiser steps of the whole run; all schedules count steps
+    # optimizer
+    steps: int = 125_000  # optimizer steps of the whole run; all schedules count steps
     warmup_steps: int = 12_500  # the learning rate rises linearly over these, then falls along a cosine
     lr: float = 4e-3  # for a batch of 1024; scaled by sqrt(batch_size / 1024)
     min_lr: float = 1e-6  # at the end, not scaled
@@ -157,9 +157,9 @@ class Config:
     dtype: str = "auto"  # of backbone weights and activations in the step: bf16, fp32, auto: bf16 on a GPU
     compile: bool = False  # torch.compile each block; a minute to start, faster steps
     kernels: bool = False  # attention by kernels/attention.cu: bf16 on an NVIDIA GPU; nvcc compiles it once
-    accum: int = 1  # parts in which each process computes its share of a step; more need less memory, same result
-    recompute: str = "none"  # anew in the backward pass: none; selective: all but matrix products; blocks: all
-    shard: str = "grad"  # the state over processes: none, grad, full or hybrid; which and when: README, "Scaling"
+    gradient_accumulation_steps: int = 1  # parts in which each GPU computes its share of a batch: less memory, same result
+    activation_checkpointing: str = "none"  # none; selective: all but matrix products; full: blocks keep only inputs
+    sharding: str = "zero2"  # ddp, zero2, zero3 or hsdp: what each GPU holds of weights and optimizer, docs/scaling.md
     deterministic: bool = False  # the same run twice gives the same bits; slower on a GPU
     # output
     out: str = "out"  # folder for everything this run writes
@@ -207,7 +207,7 @@ PRESETS = {
 PRESETS["vitg14"] = PRESETS["vitl14"] | dict(arch="vit_giant2", batch_size=12 * 256, group_size=12)
 
 CHANGEABLE = {  # without --resume: not what is computed, but where, how long and what is written
-    "out", "steps", "num_workers", "accum", "device", "compile", "kernels", "recompute", "shard", "deterministic",
+    "out", "steps", "num_workers", "gradient_accumulation_steps", "device", "compile", "kernels", "activation_checkpointing", "sharding", "deterministic",
     "log_every", "eval_every", "export_every", "save_every", "save_minutes", "save_patience", "keep", "max_nonfinite",
     "max_bad_share"}
 
@@ -240,7 +240,7 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     args = parser.parse_args(argv)
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    for field, ours in (("mean", MEAN), ("std", STD)):  # ImageNet's, in grey, for every channel of other images
+    for field, ours in (("mean", MEAN), ("std", STD)):  # ImageNet's, in gray, for every channel of other images
         if values["in_chans"] != 3 and values[field] == ours:
             values[field] = (round(sum(ours) / 3, 3),) * values["in_chans"]
     return Config(**values), args
@@ -251,7 +251,7 @@ RANGES = {field: (0.0, 1.0) for field in (
     "mask_ratio_min_max", "momentum_teacher", "final_momentum_teacher", "max_bad_share", "mean")}
 RANGES |= {field: (1, math.inf) for field in (
     "in_chans", "batch_size", "group_size", "patch_size", "steps", "log_every", "save_every", "keep",
-    "accum", "max_nonfinite", "local_crops_number", "head_nlayers", "head_n_prototypes", "head_bottleneck_dim",
+    "gradient_accumulation_steps", "max_nonfinite", "local_crops_number", "head_nlayers", "head_n_prototypes", "head_bottleneck_dim",
     "head_hidden_dim", "ibot_head_nlayers", "ibot_head_n_prototypes", "ibot_head_bottleneck_dim",
     "ibot_head_hidden_dim")}
 RANGES |= {field: (0.0, math.inf) for field in (
@@ -283,9 +283,9 @@ def check(cfg: Config, n_ranks: int) -> None:
         if size < p or size % p:
             fits = " or ".join(str(n * p) for n in (size // p, size // p + 1) if n > 0)
             raise ValueError(f"--{field.replace('_', '-')} {size} is not a multiple of --patch-size {p}; use {fits}")
-    check_groups(cfg.batch_size, cfg.group_size, n_ranks, cfg.accum)
+    check_groups(cfg.batch_size, cfg.group_size, n_ranks, cfg.gradient_accumulation_steps)
     choices = dict(centering=("centering", "sinkhorn_knopp"), dtype=("auto", "bf16", "fp32"), arch=tuple(ARCHS),
-                   ffn_layer=("mlp", "swiglu", "swiglufused", "identity"), recompute=RECOMPUTED, shard=SHARDS)
+                   ffn_layer=("mlp", "swiglu", "swiglufused", "identity"), activation_checkpointing=CHECKPOINTING, sharding=SHARDINGS)
     for field, allowed in choices.items():
         if (value := getattr(cfg, field)) not in allowed:
             flag = "--" + field.replace("_", "-")
@@ -333,7 +333,7 @@ def param_groups(student: nn.ModuleDict, cfg: Config) -> list[dict]:
         for name, p in module.named_parameters():
             key = param_options(name, depth, cfg.layerwise_decay, cfg.patch_embed_lr_mult)
             group = dict(zip(("lr_mult", "wd_mult", "is_last_layer"), key))
-            sharded = isinstance(p, DTensor)  # of which a fused optimiser takes all or none at a time
+            sharded = isinstance(p, DTensor)  # of which a fused optimizer takes all or none at a time
             groups.setdefault((*key, sharded), group | dict(params=[]))["params"].append(p)
     return list(groups.values())
 
@@ -488,7 +488,7 @@ def compiled(function):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Optimisation, on the shards each process holds
+# Optimization, on the shards each process holds
 
 
 def local_shards(params) -> list[Tensor]:
@@ -496,7 +496,7 @@ def local_shards(params) -> list[Tensor]:
     return [p.to_local() if isinstance(p, DTensor) else p for p in params]
 
 
-def n_copies(module: nn.Module) -> int:
+def n_replicas(module: nn.Module) -> int:
     """How many copies of a module's weights the processes hold together."""
     p = next(module.parameters())
     return p.device_mesh.size(0) if isinstance(p, DTensor) and p.device_mesh.ndim == 2 else 1
@@ -519,7 +519,7 @@ def clip_gradients(modules: dict[str, nn.Module], max_norm: float, loss: Tensor)
     sums = torch.stack([*squares, loss.float()])
     if dist.is_initialized():
         dist.all_reduce(sums)
-    norms = dict(zip(grads, (sums[:-1] / n_copies(next(iter(modules.values())))).sqrt()))
+    norms = dict(zip(grads, (sums[:-1] / n_replicas(next(iter(modules.values())))).sqrt()))
     for name, norm in norms.items():
         if max_norm:
             torch._foreach_mul_(grads[name], (max_norm / (norm + 1e-6)).clamp(max=1))
@@ -532,7 +532,7 @@ def apply_schedule(optimizer: torch.optim.Optimizer, now: dict[str, float]) -> N
         group["weight_decay"] = now["weight_decay"] * group["wd_mult"]
 
 
-def add_up_copies(student: nn.ModuleDict, wanted: bool) -> None:
+def reduce_across_replicas(student: nn.ModuleDict, wanted: bool) -> None:
     """Whether the next backward pass adds up the gradients of several copies of the weights: that of the last part of a
     step does, for all parts."""
     for module in student.values():
@@ -542,10 +542,10 @@ def add_up_copies(student: nn.ModuleDict, wanted: bool) -> None:
 
 def train_step(student, teacher, optimizer, batches: list[Batch], cfg: Config, now: dict[str, float],
                centers: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-    """One optimiser step over the parts of this process's share, and the teacher's update after it. Returns the loss
+    """One optimizer step over the parts of this process's share, and the teacher's update after it. Returns the loss
     terms of the share with the gradient norms, and whether all was finite on all processes, ().
 
-    If it was not, the step is skipped: student, optimiser and centers stay as they are. The decision stays on the
+    If it was not, the step is skipped: student, optimizer and centers stay as they are. The decision stays on the
     device, which is not waited for. The parts of a step that record_function() names are those of traces and of
     `bench.py train`.
     """
@@ -554,7 +554,7 @@ def train_step(student, teacher, optimizer, batches: list[Batch], cfg: Config, n
     terms, totals = {}, {}
     all_targets = teacher_targets(teacher, batches, cfg, now["teacher_temp"], centers, totals)
     for batch in batches:
-        add_up_copies(student, batch is batches[-1])
+        reduce_across_replicas(student, batch is batches[-1])
         with record_function("teacher"):
             targets = next(all_targets)
         with record_function("heads and losses"):
@@ -563,9 +563,9 @@ def train_step(student, teacher, optimizer, batches: list[Batch], cfg: Config, n
         with record_function("backward"):
             (loss / len(batches)).backward()
         terms = {k: terms.get(k, 0) + v / len(batches) for k, v in part.items()}
-    with record_function("clip and optimiser"):
+    with record_function("clip and optimizer"):
         norms, finite = clip_gradients(student, cfg.clip_grad, sum(terms.values()))
-        optimizer.found_inf = 1.0 - finite.float()  # as torch.amp does it: a fused optimiser then changes nothing
+        optimizer.found_inf = 1.0 - finite.float()  # as torch.amp does it: a fused optimizer then changes nothing
         optimizer.step()
     for name, total in totals.items():
         before = centers[name].clone()
@@ -583,7 +583,7 @@ def train_step(student, teacher, optimizer, batches: list[Batch], cfg: Config, n
 LONG = timedelta(hours=2)  # that processes wait for each other, as when one lists a folder or writes a large file
 
 
-def start_processes(device: torch.device, mode: str = "grad") -> DeviceMesh:
+def start_processes(device: torch.device, mode: str = "zero2") -> DeviceMesh:
     """The process group of torchrun, or a group of one: both are the same code from here on. Returns who shares weights
     with whom, see share_mesh()."""
     # Features leave the backbone as views of one tensor; nothing here changes them in place.
@@ -596,24 +596,24 @@ def start_processes(device: torch.device, mode: str = "grad") -> DeviceMesh:
     return share_mesh(device.type, mode)
 
 
-SHARDS = ("none", "grad", "full", "hybrid")
+SHARDINGS = ("ddp", "zero2", "zero3", "hsdp")
 
 
 def share_mesh(device_type: str, mode: str) -> DeviceMesh:
-    """The mesh for --shard `mode`: (processes,), or (copies, processes that share one copy) where there are several:
-    for "hybrid" one copy on each machine, for "none" one on each process. Raises ValueError on all processes if the
+    """The mesh for --sharding `mode`: (processes,), or (replicas, shards of one) where there are several:
+    for "hsdp" one copy on each machine, for "ddp" one on each process. Raises ValueError on all processes if the
     machines differ in their number of processes."""
     n, rank, here = dist.get_world_size(), dist.get_rank(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if mode == "hybrid":
+    if mode == "hsdp":
         places = together(lambda: (here, rank - int(os.environ.get("LOCAL_RANK", 0))))  # and where a machine begins
         if any(size != here or first % here for size, first in places):
-            raise ValueError("--shard hybrid wants as many processes on each machine, numbered machine by machine, but "
+            raise ValueError("--sharding hsdp wants as many processes on each machine, numbered machine by machine, but "
                              f"there are {' '.join(str(size) for size, _ in places)} beside the {n} processes; give "
-                             "torchrun one --nproc-per-node, or take --shard grad")
-    sharers = dict(none=1, hybrid=here).get(mode, n)
-    if sharers == n:
+                             "torchrun one --nproc-per-node, or take --sharding zero2")
+    n_shards = dict(ddp=1, hsdp=here).get(mode, n)
+    if n_shards == n:
         return init_device_mesh(device_type, (n,))
-    return init_device_mesh(device_type, (n // sharers, sharers), mesh_dim_names=("copies", "sharers"))
+    return init_device_mesh(device_type, (n // n_shards, n_shards), mesh_dim_names=("replicate", "shard"))
 
 
 def together(work, group=None) -> list:
@@ -667,13 +667,13 @@ class Agreement:
 AHEAD = 2  # blocks whose weights are gathered while one computes; one hides all but a hitch in the network
 
 
-def shard(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype, recompute: str = "none",
-          compile_blocks: bool = False, with_backward: bool = True, mode: str = "grad") -> None:
+def shard(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype, checkpointing: str = "none",
+          compile_blocks: bool = False, with_backward: bool = True, mode: str = "zero2") -> None:
     """Applies, from outside and in this order, recomputation, torch.compile and FSDP2, to each block and each head.
 
     Master weights and gradient reduction stay float32; the backbone computes in `dtype`. Heads compute in float32
     (TF32 on a GPU): bfloat16 logits divided by a temperature of 0.04 would be off by 0.1. The student keeps its
-    gathered weights until the backward pass, with `mode` "full" only those of the heads, with which that begins; the
+    gathered weights until the backward pass, with `mode` "zero3" only those of the heads, with which that begins; the
     teacher, which has none, must give them up after each forward: FSDP2 would keep those of the root, and
     update_teacher() would change copies. What computes in float32 on a process alone has nothing to share or to cast:
     it needs no FSDP2, which would copy its weights and gradients.
@@ -682,8 +682,8 @@ def shard(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype, recomput
     if compile_blocks:  # with rates of stochastic depth that rise from block to block, each has a graph of its own
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 + 2 * len(blocks))
     for block in blocks:
-        if recompute != "none":
-            block.forward = recomputed(block.forward, recompute)
+        if checkpointing != "none":
+            block.forward = checkpointed(block.forward, checkpointing)
         if compile_blocks:
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)  # one for all blocks
     alone = mesh.size() == 1
@@ -691,7 +691,7 @@ def shard(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype, recomput
         return
     policy = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
     for module in [*blocks, backbone]:
-        fully_shard(module, **policy, reshard_after_forward=mode == "full" or not with_backward)
+        fully_shard(module, **policy, reshard_after_forward=mode == "zero3" or not with_backward)
     heads = [module for name, module in network.items() if name != "backbone" and not alone]
     policy["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
     for head in heads:
@@ -713,12 +713,12 @@ def prefetch(backbone: nn.Module, blocks: list[nn.Module], heads: list[nn.Module
     backbone.register_forward_pre_hook(gather_heads)
 
 
-RECOMPUTED = ("none", "selective", "blocks")
+CHECKPOINTING = ("none", "selective", "full")
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 ATTENTION = ("aten::_scaled_dot_product_", "dinov2::attention")  # has a name per device; and ours
 
 
-def recomputed(forward, way: str):
+def checkpointed(forward, way: str):
     """`forward`, which keeps for its backward pass only its input, or with "selective" also the results of matrix
     products and attention, which take nearly all of the time. A function, since torch.compile passes over a partial."""
     contexts = dict(context_fn=partial(create_selective_checkpoint_contexts, keep_products))
@@ -784,7 +784,7 @@ def claim_output(cfg: Config, overwrite: bool) -> None:
 
 
 def write_atomically(path: Path, write) -> None:
-    """write(file) under a neighbouring name, then rename: `path` is never half-written, not even by a power cut."""
+    """write(file) under a neighboring name, then rename: `path` is never half-written, not even by a power cut."""
     partial_path = path.with_name(path.name + ".partial")
     try:
         with open(partial_path, "wb") as file:
@@ -960,7 +960,7 @@ def teacher_checkpoint(teacher: nn.ModuleDict, cfg: Config, preset: str, step: i
 
 
 class TrainState:
-    """What a run is at one step: networks, optimiser, centers. Everything else follows from the config and the step."""
+    """What a run is at one step: networks, optimizer, centers. Everything else follows from the config and the step."""
 
     def __init__(self, cfg: Config, mesh: DeviceMesh, device: torch.device, kernel=None):
         torch.manual_seed(cfg.seed)
@@ -975,8 +975,8 @@ class TrainState:
         if kernel is not None:
             for block in self.student["backbone"].block_list() + self.teacher["backbone"].block_list():
                 block.attn.kernel = kernel
-        self.sharers = mesh.shape[-1]  # processes that hold one copy of the weights; the first ones save it
-        shard(self.student.to(device), mesh, dtype, cfg.recompute, cfg.compile, mode=cfg.shard)
+        self.n_shards = mesh.shape[-1]  # processes that hold one copy of the weights; the first ones save it
+        shard(self.student.to(device), mesh, dtype, cfg.activation_checkpointing, cfg.compile, mode=cfg.sharding)
         shard(self.teacher.to(device), mesh, dtype, compile_blocks=cfg.compile, with_backward=False)
         self.optimizer = torch.optim.AdamW(param_groups(self.student, cfg), lr=0.0, betas=cfg.betas, fused=True)
         self.centers = build_centers(cfg, device)
@@ -1105,8 +1105,8 @@ class Saver:
         self.cfg, self.preset, self.state, self.lock, self.damaged, self.say = cfg, preset, state, lock, damaged, say
         self.folder, self.main = Path(cfg.out) / "resume", dist.get_rank() == 0
         self.group = dist.new_group(backend="gloo", timeout=LONG)  # of the threads' own: the trainers talk meanwhile
-        holds = dist.get_rank() < state.sharers  # a share of the copy that is saved; they need not talk to each other
-        self.mesh = DeviceMesh("cpu", range(state.sharers), _init_backend=False) if holds else None
+        holds = dist.get_rank() < state.n_shards  # a share of the copy that is saved; they need not talk to each other
+        self.mesh = DeviceMesh("cpu", range(state.n_shards), _init_backend=False) if holds else None
         self.key, self.attempt = together(lambda: lock.key if lock else "", self.group)[0], 0
         self.copies: dict[str, dict[str, Tensor]] = {}  # on the host
         self.owed: dict[Path, dict] = {}  # checkpoints of the teacher that are not written yet
@@ -1523,7 +1523,7 @@ def training_batches(cfg: Config, source, rank: int, n_ranks: int) -> TrainBatch
     n_drops = 2 * ARCHS[cfg.arch]["depth"] if cfg.drop_path_rate else 0  # two branches in each block
     return TrainBatches(
         source, batch_size=cfg.batch_size, group_size=cfg.group_size, seed=cfg.seed, rank=rank, world=n_ranks,
-        accum=cfg.accum, n_drops=n_drops,
+        accumulation_steps=cfg.gradient_accumulation_steps, n_drops=n_drops,
         global_size=cfg.global_crops_size, global_scale=cfg.global_crops_scale, n_local=cfg.local_crops_number,
         local_size=cfg.local_crops_size, local_scale=cfg.local_crops_scale, patch_size=cfg.patch_size,
         mask_prob=cfg.mask_sample_probability, mask_ratio=cfg.mask_ratio_min_max,
@@ -1540,7 +1540,7 @@ def check_shared_memory(cfg: Config, n_ranks: int) -> None:
     limit to 64 MB; the workers would die of a bus error."""
     pixels = 2 * cfg.global_crops_size**2 + cfg.local_crops_number * cfg.local_crops_size**2
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    images = cfg.batch_size // (n_ranks * cfg.accum)
+    images = cfg.batch_size // (n_ranks * cfg.gradient_accumulation_steps)
     need = (2 * local_workers(cfg) + 1) * here * images * pixels * cfg.in_chans  # 2 batches per worker wait
     if cfg.num_workers and os.path.isdir("/dev/shm") and need > (free := shutil.disk_usage("/dev/shm").free):
         raise ValueError(f"/dev/shm has {free / 2**20:.0f} MB free, batches in the making need {need / 2**20:.0f} MB; "
@@ -1596,7 +1596,7 @@ def set_up(argv: list[str] | None) -> Run:
     check_shared_memory(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     be_deterministic(cfg.deterministic)
     kernel = load_kernel(cfg, device) if cfg.kernels else None
-    mesh = start_processes(device, cfg.shard)
+    mesh = start_processes(device, cfg.sharding)
     evals = eval_specs(cfg.data, cfg.eval_train, cfg.eval_val) if cfg.eval_every else ()
     source, *eval_sources = open_everywhere([cfg.data, *evals], cfg.in_chans)
     check_readable(source)
@@ -1675,14 +1675,14 @@ def train(run: Run) -> None:
     log = Log(out / "metrics.jsonl", run.start, cfg.steps, run.counters)
     log.say(f"preset {run.preset} on {run.source.name}: {len(run.source):,} images, {cfg.arch}, step {run.start} of "
             f"{cfg.steps}, batch {cfg.batch_size} on {n_ranks} x {run.device.type}"
-            f"{f' in {cfg.accum} parts' if cfg.accum > 1 else ''}, lr {cfg.lr * math.sqrt(cfg.batch_size / 1024):.2e}")
+            f"{f' in {cfg.gradient_accumulation_steps} parts' if cfg.gradient_accumulation_steps > 1 else ''}, lr {cfg.lr * math.sqrt(cfg.batch_size / 1024):.2e}")
     if run.start:
         log.say(f"continued from {out}/resume/step_{run.start:09d}")
     batches = training_batches(cfg, run.source, rank, n_ranks)
     loader = train_loader(batches, run.start, cfg.steps, local_workers(cfg), run.device.type == "cuda")
     on_gpu = cfg.compile and run.device.type == "cuda"  # compiled for the two sizes of crops
-    colour = torch.compile(augment_at_once, dynamic=False) if on_gpu else augment
-    loader = Prefetcher(loader, partial(prepare, device=run.device, mean=cfg.mean, std=cfg.std, augment=colour),
+    color = torch.compile(augment_at_once, dynamic=False) if on_gpu else augment
+    loader = Prefetcher(loader, partial(prepare, device=run.device, mean=cfg.mean, std=cfg.std, augment=color),
                         run.device)
     saver = Saver(cfg, run.preset, state, run.lock, run.start, run.damaged, log.say)
     guard, agreement, schedule, parts = NonFinite(cfg, log, batches, saver), Agreement(), schedules(cfg), iter(loader)
@@ -1692,7 +1692,7 @@ def train(run: Run) -> None:
             log.evaluation(knn, state.teacher, done)  # at the start; or what a run that was killed left out
         clock, waited, logged = time.perf_counter(), loader.waited, done
         for step in range(run.start, cfg.steps):
-            batch = list(itertools.islice(parts, cfg.accum))
+            batch = list(itertools.islice(parts, cfg.gradient_accumulation_steps))
             if step == 0 and rank == 0:
                 look_at_first(batch[0], cfg, log)
             log.new_bad += itertools.chain.from_iterable(part.bad for part in batch)
@@ -1749,11 +1749,11 @@ def evaluated_at(cfg: Config, done: int) -> bool:
 
 
 def look_at_first(batch: Batch, cfg: Config, log: Log) -> None:
-    """Draws first_batch.png, and tells if the images are far from normalised."""
+    """Draws first_batch.png, and tells if the images are far from normalized."""
     with contextlib.suppress(OSError):
         draw_batch(batch, cfg.mean, cfg.std).save(log.path.with_name("first_batch.png"))
     if not 0.3 < (spread := batch.global_crops.std().item()) < 3:
-        log.say(f"note: the normalised images have a spread of {spread:.2g}, which should be about 1; measure "
+        log.say(f"note: the normalized images have a spread of {spread:.2g}, which should be about 1; measure "
                 f"--mean and --std by: python data.py stats {cfg.data} --in-chans {cfg.in_chans}")
 
 
@@ -1768,7 +1768,7 @@ def fingerprint(ckpt: Path) -> str:
 def spare_memory(cfg: Config) -> int | None:
     """Megabytes of the largest pieces of host memory that data.keep_memory() keeps. Holes among freed activations may
     take as much as these; who has them computed anew would rather wait a little for memory."""
-    return 4 if cfg.recompute != "none" else None
+    return 4 if cfg.activation_checkpointing != "none" else None
 
 
 def main(argv: list[str] | None = None) -> None:

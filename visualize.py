@@ -1,13 +1,13 @@
-"""Pictures of what a model has learnt, and of how its training went, as PNG files.
+"""Pictures of what a model has learned, and of how its training went, as PNG files.
 
-    python visualize.py pca photos/ a.jpg --model out/ckpt.pth     # patch features as colours, the same in all images
+    python visualize.py pca photos/ a.jpg --model out/ckpt.pth     # patch features as colors, the same in all images
     python visualize.py pca frames/ --model dinov2_vits14 --size 448 --out frames_pca     # a folder: a PNG per image
     python visualize.py attention a.jpg --model out/ckpt.pth       # of CLS and registers to the patches, head by head
     python visualize.py similarity a.jpg b.jpg --at 310,200 --model out/ckpt.pth   # of all patches to that of a pixel
-    python visualize.py depth a.jpg photos/ --model dinov2_vits14 --head nyu_dpt   # metres as colours, with a bar
-    python visualize.py segment a.jpg --model dinov2_vits14 --head voc2012_ms      # classes as colours, with a legend
-    python visualize.py neighbours --data digits --model out/ckpt.pth              # the nearest images to some others
-    python visualize.py neighbours a.jpg --data /my/photos --model dinov2_vits14   # to this one
+    python visualize.py depth a.jpg photos/ --model dinov2_vits14 --head nyu_dpt   # meters as colors, with a bar
+    python visualize.py segment a.jpg --model dinov2_vits14 --head voc2012_ms      # classes as colors, with a legend
+    python visualize.py neighbors --data digits --model out/ckpt.pth              # the nearest images to some others
+    python visualize.py neighbors a.jpg --data /my/photos --model dinov2_vits14   # to this one
     python visualize.py curves out_a out_b                         # losses and k-NN accuracy of one run or several
     python visualize.py pca --help                                 # the flags of a command
 
@@ -18,12 +18,12 @@ see their --help. Larger images give finer maps.
 
 pca is the picture of the DINOv2 paper (figure 1): the first principal component of all patch features, cut in two,
 tells foreground from background; the first three of the foreground's own are red, green and blue. All images share one
-scale, so that a colour means the same in each, and frames of a film do not flicker.
+scale, so that a color means the same in each, and frames of a film do not flicker.
 
 depth and segment show a dense head on a backbone: --head is a released one, of a released backbone (depth: nyu or kitti
 with _linear, _linear4 or _dpt; segment: ade20k or voc2012 with _linear or _ms), or a file, of the release or of
 eval_dense.py. Whole images are predicted, at their own size, and --out may be a folder as with pca: of each image NAME
-it gets NAME.png, and the prediction itself, NAME_depth.png (16 bits, millimetres) or NAME_labels.png (its palette index
+it gets NAME.png, and the prediction itself, NAME_depth.png (16 bits, millimeters) or NAME_labels.png (its palette index
 is the class). Depths are light where near; each image has its own scale unless --near and --far fix it, as for films.
 Wrong input: exit code 2, and nothing is written. Apache License 2.0.
 """
@@ -49,18 +49,18 @@ import hub
 from data import (
     Fit, Parser, Source, eval_specs, fit_image, image_paths, nearest, normalize, open_source, plan_fit, read_image,
     to_float, worker_count)
-from eval_knn import common_labels, extract_features, full_float32, neighbours as nearest_rows, normalize_rows_
+from eval_knn import common_labels, extract_features, full_float32, neighbors as nearest_rows, normalize_rows_
 from hub import pick_device, write_file
 
 WIDTH, GAP, LINE, TEXT = 1560, 12, 23, 14  # of sheets, in pixels: widest, between images, a line of text, its size
 LEGEND = 270  # how wide one is
 MOST = 96  # images on a sheet
 GOOD, BAD = "#009E73", "#D55E00"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")  # of Okabe and Ito,
-# 2008: the colour-blind tell them apart as well
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")  # of Okabe and Ito,
+# 2008: the color-blind tell them apart as well
 HEAT = np.array([[0, 0, 4], [33, 12, 74], [87, 16, 110], [138, 34, 106], [188, 55, 84], [228, 90, 49], [249, 142, 9],
                  [249, 203, 53], [252, 255, 164]])  # "inferno" at nine places: brightness rises evenly
-NEAR_TO_FAR = np.frombuffer(bytes.fromhex(  # "magma", from its light end, at 17 places: within two grey levels
+NEAR_TO_FAR = np.frombuffer(bytes.fromhex(  # "magma", from its light end, at 17 places: within two gray levels
     "fcfdbffde0a1fec387fea570fc8760f5695be75063d04070b6367a9c2e80822682691c8151117d350f6c1c1246090821000004"),
     np.uint8).reshape(-1, 3)
 
@@ -145,7 +145,7 @@ def load(spec: str, device: torch.device) -> tuple[torch.nn.Module, dict]:
 
 
 class Cell(NamedTuple):
-    """An image of a sheet, the lines of text above and below it, and the colour of a frame, "" for none."""
+    """An image of a sheet, the lines of text above and below it, and the color of a frame, "" for none."""
     image: Image.Image | None = None
     above: str = ""
     below: str = ""
@@ -227,10 +227,10 @@ def pair_sheet(seen: list[Seen], drawn: list[np.ndarray], footer=None, at: tuple
     many. `at` (x, y) is marked in the first, in pixels of what the network sees."""
     pairs, cells = in_a_row(len(seen)), []
     side = min(WIDTH // (2 * pairs) - GAP, 480)
-    for i, (one, colours) in enumerate(zip(seen, drawn)):
+    for i, (one, colors) in enumerate(zip(seen, drawn)):
         image = to_rgb(one.image)
         shown = zoom(image, side)
-        couple = [shown, Image.fromarray(colours).resize(shown.size, Image.Resampling.NEAREST)]
+        couple = [shown, Image.fromarray(colors).resize(shown.size, Image.Resampling.NEAREST)]
         if at and i == 0:
             couple = [mark(c, *(v * shown.width / image.width for v in at)) for c in couple]
         cells += [Cell(couple[0], Path(one.path).name), Cell(couple[1])]
@@ -241,23 +241,23 @@ def mark(image: Image.Image, x: float, y: float, radius: int = 8) -> Image.Image
     """A copy with a white ring, edged black, around (x, y)."""
     big = image.resize((image.width * 4, image.height * 4), Image.Resampling.NEAREST)  # 4 times, for soft edges
     draw = ImageDraw.Draw(big)
-    for outer, width, colour in ((radius + 1.5, 5, "black"), (radius, 2, "white")):
+    for outer, width, color in ((radius + 1.5, 5, "black"), (radius, 2, "white")):
         box = [4 * (v + sign * outer) for sign in (-1, 1) for v in (x, y)]
-        draw.ellipse(box, outline=colour, width=4 * width)
+        draw.ellipse(box, outline=color, width=4 * width)
     return big.resize(image.size, Image.Resampling.BOX)
 
 
 def heat(values: np.ndarray, low: float, high: float, table: np.ndarray = HEAT) -> np.ndarray:
-    """(h, w) -> colours (h, w, 3) uint8, from the first of the table at `low` to its last at `high`: of HEAT, from
+    """(h, w) -> colors (h, w, 3) uint8, from the first of the table at `low` to its last at `high`: of HEAT, from
     black to light yellow."""
     x = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
     places = np.linspace(0, 1, len(table))
     return np.stack([np.interp(x, places, channel) for channel in table.T], -1).round().astype(np.uint8)
 
 
-def heat_bar(low: float, high: float, what: str, colours_of=heat, length: int = 240) -> Image.Image:
-    """The colours of heat(), or of a function like it, with their values; the bar itself is `length` pixels long."""
-    bar = Image.fromarray(colours_of(np.linspace(low, high, length)[None].repeat(14, 0), low, high))
+def heat_bar(low: float, high: float, what: str, colors_of=heat, length: int = 240) -> Image.Image:
+    """The colors of heat(), or of a function like it, with their values; the bar itself is `length` pixels long."""
+    bar = Image.fromarray(colors_of(np.linspace(low, high, length)[None].repeat(14, 0), low, high))
     texts = [f"{low:.2f}", f"{high:.2f} {what}"]
     starts = [0, math.ceil(font().getlength(texts[0])) + 8]
     picture = Image.new("RGB", (starts[1] + length + 8 + math.ceil(font().getlength(texts[1])), 20), "white")
@@ -302,7 +302,7 @@ def principal(parts: list[Tensor], k: int = 3) -> tuple[Tensor, Tensor]:
     which rows do not differ are zero. Raises ValueError if they are all alike, or have fewer dimensions than k."""
     n, dim = sum(len(p) for p in parts), parts[0].shape[-1]
     if dim < k:
-        raise ValueError(f"the features have {dim} dimension(s), too few for {k} colours")
+        raise ValueError(f"the features have {dim} dimension(s), too few for {k} colors")
     mean = sum(p.double().sum(0) for p in parts) / max(n, 1)
     covariance = sum((x := p.double() - mean).T @ x for p in parts) / max(n, 1)  # (D, D)
     values, vectors = torch.linalg.eigh(covariance)  # ascending
@@ -343,8 +343,8 @@ def foreground_of(parts: list[Tensor], which: str = "auto", threshold: float | N
     return sides[which]
 
 
-def pca_colours(parts: list[Tensor], which: str = "auto", threshold: float | None = None) -> list[np.ndarray]:
-    """Features (h, w, D) of images -> their colours (h, w, 3) uint8: three principal components of the foreground of
+def pca_colors(parts: list[Tensor], which: str = "auto", threshold: float | None = None) -> list[np.ndarray]:
+    """Features (h, w, D) of images -> their colors (h, w, 3) uint8: three principal components of the foreground of
     all, from the 1st to the 99th percentile; background is black. Raises ValueError if too little is foreground."""
     masks = foreground_of(parts, which, threshold)
     if (n := sum(int(m.sum()) for m in masks)) < 4:
@@ -381,12 +381,12 @@ def pca(args: argparse.Namespace) -> None:
     for seen in each(viewer.see, args.images, sys.maxsize):
         paths.append(seen.path)
         parts.append(viewer.patches(seen))
-    drawn = pca_colours(parts, args.foreground, args.threshold)
+    drawn = pca_colors(parts, args.foreground, args.threshold)
     shown = spread(len(paths), 24 if into else MOST)
     if into:
-        for name, colours in zip(file_names(paths), drawn):
-            size = (colours.shape[1] * viewer.patch, colours.shape[0] * viewer.patch)
-            save(Image.fromarray(colours).resize(size, Image.Resampling.NEAREST), out / f"{name}.png")
+        for name, colors in zip(file_names(paths), drawn):
+            size = (colors.shape[1] * viewer.patch, colors.shape[0] * viewer.patch)
+            save(Image.fromarray(colors).resize(size, Image.Resampling.NEAREST), out / f"{name}.png")
     elif len(shown) < len(paths):
         print(f"note: {out} shows {len(shown)} of {len(paths)} images; --out FOLDER writes them all", file=sys.stderr)
     picture = pair_sheet([viewer.see(paths[i]) for i in shown], [drawn[i] for i in shown])
@@ -464,8 +464,8 @@ def similarity(args: argparse.Namespace) -> None:
 # depth, segment
 
 
-def depth_colours(depth: np.ndarray, near: float, far: float) -> np.ndarray:
-    """Metres (H, W) -> colours (H, W, 3) uint8, light at `near`, black at `far`; grey where it is 0, which is unknown.
+def depth_colors(depth: np.ndarray, near: float, far: float) -> np.ndarray:
+    """Meters (H, W) -> colors (H, W, 3) uint8, light at `near`, black at `far`; gray where it is 0, which is unknown.
     """
     drawn = heat(depth, near, far, NEAR_TO_FAR)
     drawn[depth == 0] = 128
@@ -473,53 +473,53 @@ def depth_colours(depth: np.ndarray, near: float, far: float) -> np.ndarray:
 
 
 def depth_bar(near: float, far: float, width: int) -> Image.Image:
-    """The colours of depth_colours() with their metres, `width` pixels wide if that is enough for the text."""
+    """The colors of depth_colors() with their meters, `width` pixels wide if that is enough for the text."""
     bar = functools.partial(heat_bar, near, far, "m", functools.partial(heat, table=NEAR_TO_FAR))
     return bar(max(width - bar(0).width, 24))
 
 
 def save_depth(path: Path, depth: np.ndarray, farthest: float = 0.0) -> None:
-    """Metres (H, W) as a PNG of 16 bits; 0 stays 0, which is unknown. In millimetres; or where `farthest` is beyond
-    their 65.535 m, in 256ths of a metre, as KITTI has them."""
+    """Meters (H, W) as a PNG of 16 bits; 0 stays 0, which is unknown. In millimeters; or where `farthest` is beyond
+    their 65.535 m, in 256ths of a meter, as KITTI has them."""
     scale = 1000 if farthest * 1000 < 65536 else 256
     numbers = np.where(depth > 0, (depth * scale).round().clip(1, 65535), 0)
     save(Image.fromarray(numbers.astype(np.uint16)), path)
 
 
-def class_table(colours: list[tuple[int, int, int]]) -> np.ndarray:
-    """(256 or more, 3) uint8: the colours of the classes, and white for what is none, such as 255, to be ignored."""
-    return np.array([*colours, *[(255, 255, 255)] * (256 - len(colours))], np.uint8)
+def class_table(colors: list[tuple[int, int, int]]) -> np.ndarray:
+    """(256 or more, 3) uint8: the colors of the classes, and white for what is none, such as 255, to be ignored."""
+    return np.array([*colors, *[(255, 255, 255)] * (256 - len(colors))], np.uint8)
 
 
-def label_colours(labels: np.ndarray, colours: list[tuple[int, int, int]]) -> np.ndarray:
-    """Classes (H, W) -> colours (H, W, 3) uint8."""
-    return class_table(colours)[labels]
+def label_colors(labels: np.ndarray, colors: list[tuple[int, int, int]]) -> np.ndarray:
+    """Classes (H, W) -> colors (H, W, 3) uint8."""
+    return class_table(colors)[labels]
 
 
-def save_labels(path: Path, labels: np.ndarray, colours: list[tuple[int, int, int]]) -> None:
+def save_labels(path: Path, labels: np.ndarray, colors: list[tuple[int, int, int]]) -> None:
     """Classes (H, W) as a PNG with a palette: its indices are the classes. Raises ValueError if they are too many."""
-    if len(colours) > 256:
-        raise ValueError(f"a PNG with a palette holds 256 classes, not {len(colours)}; let --out be a .png file")
+    if len(colors) > 256:
+        raise ValueError(f"a PNG with a palette holds 256 classes, not {len(colors)}; let --out be a .png file")
     picture = Image.fromarray(labels.astype(np.uint8))
-    picture.putpalette(class_table(colours).tobytes())
+    picture.putpalette(class_table(colors).tobytes())
     save(picture, path)
 
 
-def legend(labels: np.ndarray, names: list[str], colours: list[tuple[int, int, int]], most: int = 24) -> Image.Image:
+def legend(labels: np.ndarray, names: list[str], colors: list[tuple[int, int, int]], most: int = 24) -> Image.Image:
     """The classes in `labels` (H, W), by their share of the pixels, the largest first; `most` of them and how many
     more there are."""
     counts = np.bincount(labels.ravel(), minlength=len(names))[: len(names)]
     shares = 100 * counts / max(counts.sum(), 1)  # of what is not to be ignored
     order = [k for k in np.argsort(-counts, kind="stable").tolist() if counts[k]]
-    texts = [(f"{shares[k]:.1f} %", shorten(names[k], LEGEND - 90), colours[k]) for k in order[:most]]
+    texts = [(f"{shares[k]:.1f} %", shorten(names[k], LEGEND - 90), colors[k]) for k in order[:most]]
     if rest := order[most:]:
         texts.append((f"{shares[rest].sum():.1f} %", f"and {len(rest)} more", None))
     picture = Image.new("RGB", (LEGEND, LINE * max(len(texts), 1)), "white")
     draw = ImageDraw.Draw(picture)
-    for row, (share, name, colour) in enumerate(texts):
+    for row, (share, name, color) in enumerate(texts):
         y = LINE * row
-        if colour:
-            draw.rectangle((0, y + 2, 17, y + 19), tuple(colour), "#808080")
+        if color:
+            draw.rectangle((0, y + 2, 17, y + 19), tuple(color), "#808080")
         draw.text((76, y + 16), share, "black", font(), anchor="rs")
         draw.text((86, y + 16), name, "black", font(), anchor="ls")
     return picture
@@ -564,7 +564,7 @@ class Album:
 
 @torch.inference_mode()
 def depth_of(network, image: Tensor, rules: dict, size: int = 0, flip: bool = False, device="cpu") -> np.ndarray:
-    """Metres (H, W) of an image (C, H, W), uint8 or uint16, on the CPU; predicted by `network`, such as
+    """Meters (H, W) of an image (C, H, W), uint8 or uint16, on the CPU; predicted by `network`, such as
     heads.Dense, on `device`, at the short side `size`, unless that is 0."""
     fit = plan_fit(*image.shape[-2:], 1, size=(size,) if size else ())  # the network itself pads to patches
     x = fit_image(image, fit, rules["mean"])[None].to(device)
@@ -575,20 +575,20 @@ def depth_of(network, image: Tensor, rules: dict, size: int = 0, flip: bool = Fa
 def depth(args: argparse.Namespace) -> None:
     ends = [v for v in (args.near, args.far) if v is not None]
     if args.size < 0 or not all(0 <= v < math.inf for v in ends) or ends != sorted({*ends}):
-        raise ValueError("--size is a side in pixels, or 0; --near and --far are metres, --far the more")
+        raise ValueError("--size is a side in pixels, or 0; --near and --far are meters, --far the more")
     album = Album(args, "_depth", 4)
     network, _, rules = load_dense(args, "depth", args.depth_range)
     device = next(network.parameters()).device
     side = min(WIDTH // (2 * album.in_a_row) - GAP, 480)
     for path, image in album.each(rules["in_chans"]):
-        metres = depth_of(network, image, rules, args.size, bool(args.flip), device)
-        hub.check_finite(torch.from_numpy(metres), f"{args.model} with {args.head}")
-        near = metres.min().item() if args.near is None else args.near
-        far = max(metres.max().item() if args.far is None else args.far, near)
-        drawn = Image.fromarray(depth_colours(metres, near, far))
+        meters = depth_of(network, image, rules, args.size, bool(args.flip), device)
+        hub.check_finite(torch.from_numpy(meters), f"{args.model} with {args.head}")
+        near = meters.min().item() if args.near is None else args.near
+        far = max(meters.max().item() if args.far is None else args.far, near)
+        drawn = Image.fromarray(depth_colors(meters, near, far))
         if album.into:
             save(drawn, album.file(path))
-            save_depth(album.file(path, "_depth"), metres, network.decode_head.depth_range[1])
+            save_depth(album.file(path, "_depth"), meters, network.decode_head.depth_range[1])
         if path in album.shown:
             shown = zoom(drawn, side)
             album.cells += [Cell(zoom(to_rgb(image), side), Path(path).name),
@@ -619,19 +619,19 @@ def segment(args: argparse.Namespace) -> None:
         chances = heads.segment(network, image.to(device), recipe, rules["mean"], rules["std"])  # (classes, H, W)
         hub.check_finite(chances, f"{args.model} with {args.head}")
         labels, photo = chances.argmax(0).cpu().numpy(), to_rgb(image)
-        drawn = Image.blend(photo, Image.fromarray(label_colours(labels, about.colours)), args.opacity)
+        drawn = Image.blend(photo, Image.fromarray(label_colors(labels, about.colors)), args.opacity)
         if album.into:
             save(drawn, album.file(path))
-            save_labels(album.file(path, "_labels"), labels, about.colours)
+            save_labels(album.file(path, "_labels"), labels, about.colors)
         if path in album.shown:
             photo, drawn = zoom(photo, side), zoom(drawn, side)
-            key = legend(labels, about.classes, about.colours, max(photo.height // LINE - 1, 6))
+            key = legend(labels, about.classes, about.colors, max(photo.height // LINE - 1, 6))
             album.cells += [Cell(photo, Path(path).name), Cell(drawn), Cell(key)]
     album.finish(3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# neighbours
+# neighbors
 
 
 class Queries(Source):
@@ -678,11 +678,11 @@ def nearest_images(bank: Tensor, ok: Tensor, queries: Tensor, k: int, own: Tenso
         cosines.scatter_(1, own[:, None].to(bank.device), -torch.inf)
     k = min(k, int(ok.sum()) - (own is not None))
     if k < 1:
-        raise ValueError("a single image has no neighbour; give more as --data")
+        raise ValueError("a single image has no neighbor; give more as --data")
     return nearest_rows(cosines, k)
 
 
-def neighbours(args: argparse.Namespace) -> None:
+def neighbors(args: argparse.Namespace) -> None:
     out, device = check_out(args.out, args.images), pick_device(args.device)
     paths = image_paths(args.images)
     if not 1 <= args.k <= 24 or not 1 <= (len(paths) or args.queries) <= MOST or args.num_workers < -1:
@@ -706,11 +706,11 @@ def neighbours(args: argparse.Namespace) -> None:
                                  device=device, mean=config["mean"], std=config["std"])
     bank, ok = features(source, num_workers=worker_count(args.num_workers))
     cosines, rows = nearest_images(bank, ok, features(queries)[0], args.k, own)
-    save(neighbour_sheet(source, queries, cosines.tolist(), rows.tolist()), out)
+    save(neighbor_sheet(source, queries, cosines.tolist(), rows.tolist()), out)
 
 
-def neighbour_sheet(source: Source, queries: Queries, cosines: list, rows: list) -> Image.Image:
-    """A row per query: itself, then its neighbours; framed by whether they are of its class, where that is known."""
+def neighbor_sheet(source: Source, queries: Queries, cosines: list, rows: list) -> Image.Image:
+    """A row per query: itself, then its neighbors; framed by whether they are of its class, where that is known."""
     side = min(WIDTH // (len(rows[0]) + 1) - GAP, 160)
     labels, answers = source.labels, None
     if labels is not None and queries.labels is not None:
@@ -738,7 +738,7 @@ PARTS = ("dino_local", "dino_global", "ibot", "koleo")  # of the loss
 class Line(NamedTuple):
     name: str
     points: list[tuple[float, float]]
-    colour: str
+    color: str
     dashed: bool = False
 
 
@@ -813,7 +813,7 @@ def draw_panel(draw: ImageDraw.ImageDraw, left: int, title: str, lines: list[Lin
     for row, entries in enumerate(wrap_legend(lines)):
         for x, line in entries:
             x, y = x0 + s * x, s * (TOP + 22 * row + 6)
-            stroke(draw, [(x, y), (x + s * 26, y)], line.colour, line.dashed)
+            stroke(draw, [(x, y), (x + s * 26, y)], line.color, line.dashed)
             draw.text((x + s * 34, y), shorten(line.name, ACROSS - 34), "black", small, anchor="lm")
     for value in ticks(axes.low, axes.high, 6):
         y = axes.place(0, value)[1]
@@ -825,21 +825,21 @@ def draw_panel(draw: ImageDraw.ImageDraw, left: int, title: str, lines: list[Lin
         draw.text((x, y1 + 8 * s), f"{value:,g}", "black", small, anchor="mt")
     for line in lines:
         points = [axes.place(*p) for p in line.points]
-        stroke(draw, points, line.colour, line.dashed)
+        stroke(draw, points, line.color, line.dashed)
         if not line.dashed and points[-1][0] - points[0][0] >= 15 * s * (len(points) - 1):  # far apart
             for x, y in points:
-                draw.ellipse((x - 3 * s, y - 3 * s, x + 3 * s, y + 3 * s), line.colour)
+                draw.ellipse((x - 3 * s, y - 3 * s, x + 3 * s, y + 3 * s), line.color)
     draw.line((x0, y0, x0, y1, x1, y1), "black", s)
     draw.text(((x0 + x1) / 2, y1 + 32 * s), "step", "black", text, anchor="mt")
 
 
-def stroke(draw: ImageDraw.ImageDraw, points: list[tuple[float, float]], colour: str, dashed: bool = False) -> None:
+def stroke(draw: ImageDraw.ImageDraw, points: list[tuple[float, float]], color: str, dashed: bool = False) -> None:
     """A line through the points; a dashed one is level, from the first to the last."""
     if not dashed:
-        return draw.line(points, colour, 2 * FINE, "curve") if len(points) > 1 else None
+        return draw.line(points, color, 2 * FINE, "curve") if len(points) > 1 else None
     (x, y), end = points[0], points[-1][0]
     while x < end:
-        draw.line((x, y, min(x + 6 * FINE, end), y), colour, 2 * FINE)
+        draw.line((x, y, min(x + 6 * FINE, end), y), color, 2 * FINE)
         x += 10 * FINE
 
 
@@ -858,15 +858,15 @@ def wrap_legend(lines: list[Line]) -> list[list[tuple[int, Line]]]:
 def panels_of(runs: dict[str, dict]) -> dict[str, list[Line]]:
     """Title -> lines. Of one run all parts of the loss, of several the sums; k-NN if there is any."""
     losses, accuracies = [], []
-    for colour, (name, curves) in zip(COLOURS, runs.items()):
+    for color, (name, curves) in zip(COLORS, runs.items()):
         shown = {name: curves.get("loss")} if len(runs) > 1 else {"total": curves.get("loss")} | {
             part: curves.get(part) for part in PARTS}
-        losses += [Line(key, v, c) for key, v, c in zip(shown, shown.values(), [colour, *COLOURS[1:]]) if v]
+        losses += [Line(key, v, c) for key, v, c in zip(shown, shown.values(), [color, *COLORS[1:]]) if v]
         if knn := curves.get("knn"):
-            accuracies.append(Line(name, knn, colour))
+            accuracies.append(Line(name, knn, color))
         if raw := curves.get("knn_raw_pixels"):
             last = max(v[-1][0] for v in curves.values() if v)
-            accuracies.append(Line(f"{name}, raw pixels", [(0, raw[0][1]), (last, raw[0][1])], colour, True))
+            accuracies.append(Line(f"{name}, raw pixels", [(0, raw[0][1]), (last, raw[0][1])], color, True))
     return {title: lines for title, lines in (("loss", losses), ("k-NN accuracy, %", accuracies)) if lines}
 
 
@@ -883,8 +883,8 @@ def draw_curves(runs: dict[str, dict]) -> Image.Image:
 
 def curves(args: argparse.Namespace) -> None:
     out = check_out(args.out, [])
-    if len(args.runs) > len(COLOURS):
-        raise ValueError(f"{len(args.runs)} runs are too many for one picture; name {len(COLOURS)} at most")
+    if len(args.runs) > len(COLORS):
+        raise ValueError(f"{len(args.runs)} runs are too many for one picture; name {len(COLORS)} at most")
     folders = [Path(r if os.path.isdir(r) else Path(r).parent).resolve() for r in args.runs]
     names = [f.name if [g.name for g in folders].count(f.name) == 1 else r for f, r in zip(folders, args.runs)]
     if twice := [r for r, n in zip(args.runs, names) if names.count(n) > 1]:
@@ -896,7 +896,7 @@ def curves(args: argparse.Namespace) -> None:
 
 
 COMMANDS = dict(pca=pca, attention=attention, similarity=similarity, depth=depth, segment=segment,
-                neighbours=neighbours, curves=curves)
+                neighbors=neighbors, curves=curves)
 
 
 def pixel(text: str) -> tuple[int, int]:
@@ -912,14 +912,14 @@ def add_dense_flags(add, command: str) -> None:
     add("--size", type=int, default=0, help="short side in pixels that images are brought to; default: 0, for segment "
         "as the recipe of the head says, for depth as they are")
     if command == "depth":
-        add("--depth-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="in metres, of the depths that the head "
+        add("--depth-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="in meters, of the depths that the head "
             "was trained for; default: as it says")
-        add("--near", type=float, help="metres that are lightest, in all images; default: the nearest of each")
-        add("--far", type=float, help="metres that are black, in all images; default: the farthest of each")
+        add("--near", type=float, help="meters that are lightest, in all images; default: the nearest of each")
+        add("--far", type=float, help="meters that are black, in all images; default: the farthest of each")
     else:
         add("--scales", type=int, help="how many of the sizes of the head's recipe; default: all. Those of ade20k_ms "
             "and voc2012_ms are 5, up to 3 times the short side; the first 3 take a quarter of the time")
-        add("--opacity", type=float, default=0.6, help="of the colours over the image, 0 to 1")
+        add("--opacity", type=float, default=0.6, help="of the colors over the image, 0 to 1")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -935,7 +935,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if command == "curves":
         add("runs", nargs="+", metavar="RUN", help="the --out folder of a run, or its metrics.jsonl")
     else:
-        add("images", nargs="*" if command == "neighbours" else "+", metavar="IMG", help="a file, or a folder")
+        add("images", nargs="*" if command == "neighbors" else "+", metavar="IMG", help="a file, or a folder")
         add("--model", required=True, help="a checkpoint, or the name of a released model such as dinov2_vits14")
         add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     if command in ("pca", "attention", "similarity"):
@@ -952,9 +952,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add("--block", type=int, default=-1, help="of the network; -1: the last")
     if command == "similarity":
         add("--at", type=pixel, required=True, metavar="X,Y", help="a pixel of the first image, 0,0 at its top left")
-    if command == "neighbours":
+    if command == "neighbors":
         add("--data", default="", help="the images to search, named as train.py's --data; empty: those of the training")
-        add("--k", type=int, default=8, help="neighbours of each")
+        add("--k", type=int, default=8, help="neighbors of each")
         add("--queries", type=int, default=8, help="without IMG: how many images to draw")
         add("--seed", type=int, default=0, help="without IMG: which")
         add("--num-workers", type=int, default=-1, help="reading processes; -1: by the number of cores")

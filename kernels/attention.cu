@@ -31,7 +31,7 @@
 //     operand A (16, 16):      a0 = row g, columns 2t 2t+1        a1 = row g + 8      a2 a3 = the same, columns + 8
 //     operand B (16, 8):       b0 = rows 2t 2t+1, column g        b1 = rows + 8
 //
-// so two neighbouring results, rounded to 16 bits, are an operand A: P goes from one product to the next in registers.
+// so two neighboring results, rounded to 16 bits, are an operand A: P goes from one product to the next in registers.
 //
 // Everything that only a GPU can do is in hardware.h. emulate.h has the same functions for a CPU, down to the layouts
 // above: g++ compiles this very file, and the tests check every index, mask and barrier without a GPU.
@@ -411,7 +411,7 @@ template <class E> __device__ inline float pair_product(uint32_t a, uint32_t b) 
 // fill up a multiple of 16. All threads of the block.
 template <class E, class S, class F>
 __device__ __forceinline__ void row_sums(const Bits* out, const Bits* grad, int stride, int length, F put) {
-    constexpr int ROWS = 32 * S::WARPS / CHUNKS;  // at once, CHUNKS neighbouring lanes for each
+    constexpr int ROWS = 32 * S::WARPS / CHUNKS;  // at once, CHUNKS neighboring lanes for each
     for (int first = 0; first < ceil_div(length, 16) * 16; first += ROWS) {
         const int row = first + threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
         float sum = 0;
