@@ -157,7 +157,7 @@ class Config:
     dtype: str = "auto"  # of backbone weights and activations in the step: bf16, fp32, auto: bf16 on a GPU
     compile: bool = False  # torch.compile each block; a minute to start, faster steps
     kernels: bool = False  # attention by kernels/attention.cu: bf16 on an NVIDIA GPU; nvcc compiles it once
-    gradient_accumulation_steps: int = 1  # parts in which each GPU computes its share of a batch: less memory, same result
+    gradient_accumulation_steps: int = 1  # parts of a GPU's share of the batch; less memory, same result
     activation_checkpointing: str = "none"  # none; selective: all but matrix products; full: blocks keep only inputs
     sharding: str = "zero2"  # ddp, zero2, zero3 or hsdp: what each GPU holds of weights and optimizer, docs/scaling.md
     deterministic: bool = False  # the same run twice gives the same bits; slower on a GPU
@@ -207,8 +207,8 @@ PRESETS = {
 PRESETS["vitg14"] = PRESETS["vitl14"] | dict(arch="vit_giant2", batch_size=12 * 256, group_size=12)
 
 CHANGEABLE = {  # without --resume: not what is computed, but where, how long and what is written
-    "out", "steps", "num_workers", "gradient_accumulation_steps", "device", "compile", "kernels", "activation_checkpointing", "sharding", "deterministic",
-    "log_every", "eval_every", "export_every", "save_every", "save_minutes", "save_patience", "keep", "max_nonfinite",
+    "out", "steps", "num_workers", "gradient_accumulation_steps", "device", "compile", "kernels",
+    "activation_checkpointing", "sharding", "deterministic", "log_every", "eval_every", "export_every", "save_every", "save_minutes", "save_patience", "keep", "max_nonfinite",
     "max_bad_share"}
 
 
@@ -285,7 +285,8 @@ def check(cfg: Config, n_ranks: int) -> None:
             raise ValueError(f"--{field.replace('_', '-')} {size} is not a multiple of --patch-size {p}; use {fits}")
     check_groups(cfg.batch_size, cfg.group_size, n_ranks, cfg.gradient_accumulation_steps)
     choices = dict(centering=("centering", "sinkhorn_knopp"), dtype=("auto", "bf16", "fp32"), arch=tuple(ARCHS),
-                   ffn_layer=("mlp", "swiglu", "swiglufused", "identity"), activation_checkpointing=CHECKPOINTING, sharding=SHARDINGS)
+                   ffn_layer=("mlp", "swiglu", "swiglufused", "identity"),
+                   activation_checkpointing=CHECKPOINTING, sharding=SHARDINGS)
     for field, allowed in choices.items():
         if (value := getattr(cfg, field)) not in allowed:
             flag = "--" + field.replace("_", "-")
