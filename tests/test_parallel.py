@@ -1,0 +1,214 @@
+import itertools
+import json
+import os
+import re
+import shutil
+import types
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import bench
+import data
+import model
+import train
+from tests.common import (CPU, TINY, Launched, assert_close, metrics, saved_tensors, set_up_and_release, stop_at,
+                          train_main)
+
+
+def test_train_compiles_once(tmp_path, monkeypatch):
+    """--compile: one whole graph for the student's blocks and one for the teacher's, with stochastic depth, with FSDP2
+    around them, also when they are computed anew, and one for the losses; none after the first step, although the number
+    of masked patches changes. The losses stay the same."""
+    graphs = {}
+
+    def count(graph, inputs):
+        graphs.setdefault(name, []).append(len(metrics(tmp_path / name)) if (tmp_path / name).exists() else 0)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    for name, flags in dict(plain=[], whole=["--compile"], selective=["--compile", "--activation-checkpointing", "selective"],
+                            blocks=["--compile", "--activation-checkpointing", "full"]).items():
+        train.compiled.cache_clear()
+        train_main(*TINY, "--steps", 4, "--log-every", 1, "--out", tmp_path / name, "--drop-path-rate", 0.3,
+                   "--dtype", "bf16", *flags)
+        assert graphs.get(name, []) == [0] * dict(plain=0, whole=3).get(name, 1)  # the teacher's and the losses' remain
+        losses_of = [[r["loss"] for r in metrics(tmp_path / n)] for n in ("plain", name)]
+        assert losses_of[0] == pytest.approx(losses_of[1], rel=1e-3)  # bfloat16; in float32, see the golden steps
+    train.compiled.cache_clear()
+
+
+def on_machines_of(n: int) -> None:
+    """Has the processes believe that each `n` of them are on a machine of their own; the last may hold fewer."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    os.environ |= dict(LOCAL_WORLD_SIZE=str(min(n, world - rank // n * n)), LOCAL_RANK=str(rank % n))
+
+
+def test_shard_modes_equal_one_process_and_continue_each_other(tmp_path):
+    """none, hybrid on two machines, full, grad, each going on from the save of the one before: losses, gradient norms
+    and weights of one process, with clipping at work; and each state is saved once, whoever holds copies of it."""
+    flags = [*TINY, "--steps", 8, "--drop-path-rate", 0.3, "--batch-size", 16, "--save-every", 5, "--clip-grad", 0.3]
+    alone = Launched(tmp_path / "log1", train.main, *flags, "--out", tmp_path / "one")
+    flags += ["--out", tmp_path / "many"]
+    for mode, world, stop in (("ddp", 2, 2), ("hsdp", 4, 2), ("zero3", 2, 2), ("zero2", 4, None)):
+        before = partial(on_machines_and_stop, stop)
+        text = Launched(tmp_path / "log", train.main, *flags, "--sharding", mode, world=world, before=before).wait()
+    assert re.findall(r"step (\d+) of 8, batch 16 on (\d)", text) == [("0", "2"), ("2", "4"), ("4", "2"), ("6", "4")]
+    alone.wait()
+    for one, many in zip(metrics(tmp_path / "one"), metrics(tmp_path / "many"), strict=True):
+        assert one["grad_norm/backbone"] > 0.3 and one == pytest.approx(many, rel=1e-3, abs=1e-6)
+    saves = sorted((tmp_path / "many/resume").iterdir())
+    one, many = (saved_tensors(p, tmp_path) for p in (tmp_path / "one/resume/step_000000008", saves[-1]))
+    worst = {k: (one[k] - many[k]).abs().max().item() for k in one if not k.endswith("qkv.bias")}
+    assert one.keys() == many.keys() and max(worst.values()) < 2e-3, max(worst, key=worst.get)
+    sizes = [sum(f.stat().st_size for f in save.glob("*.distcp")) for save in saves]
+    assert max(sizes) < 1.5 * min(sizes)  # each tensor has a head of its own in a file
+
+
+def test_shard_in_parts_equals_one_process(tmp_path):
+    """Several copies of the weights, and a share in parts, of which the last adds up the gradients of all."""
+    flags = [*TINY, "--steps", 3, "--batch-size", 16]
+    alone = Launched(tmp_path / "log1", train.main, *flags, "--out", tmp_path / "one")
+    sent = Launched(tmp_path / "log2", train.main, *flags, "--out", tmp_path / "many", "--gradient-accumulation-steps", 2, "--sharding", "ddp",
+                    world=2, before=note_all_reduces)
+    alone.wait()
+    numbers = json.loads(re.search(r"all-reduces (\[.*\])", sent.wait())[1])
+    for one, many in zip(metrics(tmp_path / "one"), metrics(tmp_path / "many"), strict=True):
+        assert one == pytest.approx(many, rel=1e-4, abs=1e-6)
+    assert len(numbers) == 6 and min(numbers[1::2]) > max(numbers[::2]) == 0
+
+
+def note_all_reduces() -> None:
+    """Has the first process print how often a large tensor was summed over processes in each backward pass."""
+    backward, all_reduce, numbers = torch.Tensor.backward, dist.all_reduce, []
+
+    def counted(tensor, *args, **kwargs):
+        numbers[-1] += tensor.numel() > 1000
+        return all_reduce(tensor, *args, **kwargs)
+
+    def noted(loss):
+        numbers.append(0)
+        dist.all_reduce = counted
+        backward(loss)
+        dist.all_reduce = all_reduce
+        if len(numbers) == 6 and dist.get_rank() == 0:
+            print("all-reduces", numbers, flush=True)
+
+    torch.Tensor.backward = noted
+
+
+def on_machines_and_stop(step: int | None) -> None:
+    on_machines_of(2)
+    if step:
+        stop_at(step)
+
+
+def shards_checks() -> None:
+    """Run by four processes on two machines: what each holds before, between and after the passes, in bytes."""
+    cfg = train.Config(**train.PRESETS["digits"] | dict(
+        batch_size=16, group_size=4, ibot_separate_head=True, ibot_head_n_prototypes=48, ibot_head_hidden_dim=32,
+        ibot_head_bottleneck_dim=16))
+    train.start_processes(CPU)
+    batch = data.prepare(train.training_batches(cfg, data.open_source("digits"), dist.get_rank(), 4)[0], CPU)
+    gradients = {}
+    for mode, n_shards in dict(ddp=1, hsdp=2, zero2=4, zero3=4).items():
+        torch.manual_seed(0)
+        network, teacher = train.build_network(cfg), train.build_network(cfg).requires_grad_(False).eval()
+        whole = {name: p.numel() for name, p in network.named_parameters()}
+        mesh = train.share_mesh("cpu", mode)
+        assert mesh.shape == ((4,) if n_shards == 4 else (4 // n_shards, n_shards))
+        train.shard(network, mesh, torch.bfloat16, mode=mode)
+        train.shard(teacher, mesh, torch.bfloat16, with_backward=False, mode=mode)
+        assert train.n_replicas(network) * n_shards == 4
+        held = {name: p.to_local() for name, p in network.named_parameters()}
+        for name, p in held.items():  # rows are dealt out evenly; of single rows, the first process has them
+            even = network.get_parameter(name).shape[0] % n_shards == 0
+            assert p.dtype == torch.float32 and p.numel() in ([whole[name] // n_shards] if even else [0, whole[name]])
+
+        targets = next(train.teacher_targets(teacher, [batch], cfg, 0.05, {}, {}))
+        loss, _ = train.step_losses(network, batch, targets, cfg)
+        gathered = {name: not isinstance(p, train.DTensor) for name, p in network.named_parameters()}
+        assert not any(not isinstance(p, train.DTensor) for p in teacher.parameters())  # or its mean would miss them
+        assert all(kept == (mode != "zero3" or "_head." in name) for name, kept in gathered.items()), mode
+        kinds = {(name.split(".")[0], p.dtype) for name, p in network.named_parameters() if gathered[name]}
+        assert kinds - {("backbone", torch.bfloat16)} == {(h, torch.float32) for h in ("dino_head", "ibot_head")}
+        loss.backward()
+        assert all(isinstance(p, train.DTensor) for p in network.parameters())
+        gradients[mode] = {name: p.grad.full_tensor() for name, p in network.named_parameters()}
+    for mode, grads in gradients.items():
+        for name, g in grads.items():  # added up in float32: in bfloat16, sums would have no more than 8 bits
+            assert g.dtype == torch.float32 and torch.allclose(g, gradients["zero2"][name], rtol=1e-5, atol=1e-7), name
+        fc1 = grads["backbone.blocks.0.mlp.fc1.weight"]
+        assert (fc1.bfloat16() != fc1).float().mean() > 0.5, mode
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_shard_modes_hold_what_they_should(tmp_path):
+    Launched(tmp_path / "log", shards_checks, world=4, before=partial(on_machines_of, 2)).wait()
+
+
+@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+def test_recompute_gives_the_same_gradients_in_less_memory(ffn):
+    """Blocks that keep everything, matrix products and attention, nothing; plain, and compiled as one graph each."""
+    def passes(way: str, compiled: bool):
+        torch._dynamo.reset()  # it counts what it compiled before
+        torch.manual_seed(0)
+        cfg = train.Config(**train.PRESETS["digits"] | dict(ffn_layer=ffn, init_std=0.1))
+        network = train.build_network(cfg, 0.3)
+        train.shard(network, types.SimpleNamespace(size=lambda: 1), torch.float32, way)  # alone: nothing to share
+        for block in network["backbone"].block_list() if compiled else ():
+            block.compile(backend="aot_eager", fullgraph=True)
+        images = [torch.randn(8, 3, 12, 12), torch.randn(16, 3, 8, 8)]
+        orders = [torch.stack([torch.randperm(len(i))[None] for _ in range(6)]) for i in images]
+        forward = partial(network["backbone"], images, is_training=True, drop_orders=orders)
+        size = 0 if compiled else bench.kept_bytes(forward)
+        sum(out["x_prenorm"].square().mean() for out in forward()).backward()
+        return size, {name: p.grad for name, p in network["backbone"].named_parameters() if p.grad is not None}
+
+    kept, expected = passes("none", False)
+    sizes = [kept]
+    for way, compiled in itertools.product(("selective", "blocks"), (False, True)):
+        size, gradients = passes(way, compiled)
+        assert gradients.keys() == expected.keys() and len(expected) > 30
+        for name, g in gradients.items():
+            assert_close(g, expected[name], 1e-5 if compiled else 0.0, f"{way} {name}")
+        sizes += [] if compiled else [size]
+    assert sizes[0] > 1.5 * sizes[1] > 3 * sizes[2], sizes
+
+
+def test_shard_and_recompute_of_a_run_that_knew_neither(trained, tmp_path):
+    """A run that began with the field recompute_blocks, or without --sharding, goes on, with any value of the two."""
+    shutil.copytree(trained, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    config = {k: v for k, v in config.items() if k not in ("sharding", "activation_checkpointing")} | dict(recompute_blocks=True)
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    flags = ["--steps", 4, "--eval-every", 2, "--export-every", 3, "--save-every", 2, "--out", tmp_path / "out"]
+    assert set_up_and_release(*TINY, *flags, "--sharding", "zero3", "--activation-checkpointing", "selective").start == 4
+
+
+def test_shard_hsdp_wants_equal_machines(tmp_path):
+    """One line on each process, and nothing is written."""
+    flags = [*TINY, "--batch-size", 12, "--steps", 1, "--sharding", "hsdp", "--out", tmp_path / "out"]
+    text = Launched(tmp_path / "log", train.main, *flags, world=3, before=partial(on_machines_of, 2)).wait(2)
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 3 and "--sharding hsdp wants as many processes on each machine" in errors[0]
+    assert "take --sharding zero2" in errors[0] and not (tmp_path / "out").exists()
+    for field, value, fix in (("sharding", "zero4", "did you mean zero"), ("activation_checkpointing", "ful", "did you mean full")):
+        with pytest.raises(ValueError, match="--" + field.replace("_", "-") + f" .{value}., {fix}"):
+            train.check(train.Config(**{field: value}), 1)
+
+
+def test_train_compiles_blocks_of_rising_rates(monkeypatch):
+    """Each block with a rate of stochastic depth of its own is a graph of its own, more of them than Dynamo allows."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setitem(model.ARCHS["vit_nano"], "depth", 12)
+    torch._dynamo.reset()
+    network = train.build_network(train.Config(**train.PRESETS["digits"] | dict(drop_path_uniform=False)), 0.3)
+    train.shard(network, types.SimpleNamespace(size=lambda: 1), torch.float32, compile_blocks=True)
+    orders = torch.stack([torch.randperm(8)[None] for _ in range(24)])
+    out = network["backbone"](torch.randn(8, 3, 12, 12), is_training=True, drop_orders=orders)
+    assert out["x_norm_clstoken"].shape == (8, 64)

@@ -1,0 +1,504 @@
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.launcher.api as launcher
+
+import train
+from tests.common import (HERE, TINY, Launched, everything, free_port, metrics, same, saved_tensors, saving,
+                          set_up_and_release, train_main, wait_for, write_images)
+
+
+def test_train_images_that_vanish_end_the_run_with_one_line(tmp_path, cache):
+    write_images(tmp_path / "p", ["1.png", "2.png"])
+    flags = [*TINY, "--num-workers", 1, "--data", tmp_path / "p", "--steps", 2, "--out", tmp_path / "out"]
+    text = Launched(tmp_path / "log", train.main, *flags, before=partial(take_away, tmp_path / "p")).wait(2)
+    assert "error: 50 images in a row could not be read" in text and "Traceback" not in text
+
+
+def take_away(folder: Path) -> None:
+    claim = train.claim_output
+    train.claim_output = lambda *a: (claim(*a), shutil.rmtree(folder))
+
+
+def test_train_says_when_shared_memory_is_short(monkeypatch, tmp_path):
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**26, 0, 2**26))
+    cfg = train.Config(batch_size=256, num_workers=8)
+    if Path("/dev/shm").is_dir():
+        with pytest.raises(ValueError, match="64 MB free, batches in the making need \\d+ MB; start the container"):
+            train.check_shared_memory(cfg, 1)
+    train.check_shared_memory(dataclasses.replace(cfg, num_workers=0), 1)
+
+
+LASTING = (*TINY, "--steps", 14, "--log-every", 3, "--save-every", 2, "--eval-every", 7, "--export-every", 5,
+           "--centering", "centering", "--drop-path-rate", 0.3, "--keep", 4)
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory) -> tuple[dict, float]:
+    """A run without an interruption, and the seconds it took."""
+    tmp_path = tmp_path_factory.mktemp("straight")
+    Launched(tmp_path / "first", print).wait()  # so that what launches is there
+    start = time.monotonic()
+    Launched(tmp_path / "log", train.main, *LASTING, "--out", tmp_path / "out").wait()
+    return everything(tmp_path / "out", tmp_path), time.monotonic() - start
+
+
+def kill_until_done(moments, tmp_path: Path, out: Path) -> list[int]:
+    """Starts the run over and over, killing it after as many seconds as `moments` say; "save": as soon as a save is
+    being written. Returns the steps from which it continued."""
+    for moment in moments:
+        job = Launched(tmp_path / "log", train.main, *LASTING, "--out", out)
+        if moment == "save":
+            while job.alive() and not list(out.glob("resume/partial*/__0_0.distcp")):
+                time.sleep(0.001)
+        else:
+            job.processes[0].join(moment)
+        job.signal(signal.SIGKILL)
+        job.join()
+    return [int(n) for n in re.findall(r"step (\d+) of 14, batch", (tmp_path / "log").read_text())]
+
+
+@pytest.mark.parametrize("seed", [pytest.param(s, marks=pytest.mark.slow if s > 2 else ()) for s in range(20)])
+def test_resume_after_sigkill_at_random_moments_is_exact(seed, straight, tmp_path):
+    """Three kills per run, one of them in the middle of a save: in the end every bit is there."""
+    expected, seconds = straight
+    rng, out = random.Random(seed), tmp_path / "out"
+    moments = [rng.uniform(0.2, 1.0) * seconds, "save", rng.uniform(0.2, 0.8) * seconds]
+    rng.shuffle(moments)
+    kill_until_done(moments, tmp_path, out)
+    Launched(tmp_path / "log", train.main, *LASTING, "--out", out).wait()
+    assert same(everything(out, tmp_path), expected)
+    assert not (out / "lock").exists() and not list(out.glob("resume/partial*"))
+
+
+@pytest.mark.parametrize("name,world", [("SIGTERM", 2), ("SIGUSR1", 1), ("SIGINT", 1)])
+def test_resume_after_signals(name, world, straight, tmp_path):
+    """The step is finished, all is saved, the exit code is 0, and the command that continues is printed; to several
+    processes it is enough to tell one. Scheduler's signals to the loader's workers do no harm."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    job = Launched(log, train.main, *LASTING, "--num-workers", 1, "--out", out, world=world, before=slowly)
+    job.until("saved step 4")
+    os.kill(int(children(job.processes[0])[0]), getattr(signal, name))
+    job.signal(getattr(signal, name), rank=world - 1)
+    text = job.wait()
+    done = int(re.search(rf"{name if world == 1 else ''}.* after step (\d+) of 14: all is saved", text)[1])
+    assert 4 < done < 14 and (out / f"resume/step_{done:09}/complete").exists() and not (out / "lock").exists()
+    command = text[text.index("To continue:") :].splitlines()[1].strip()
+    assert command.startswith("python" if world == 1 else "torchrun --standalone --nproc-per-node 2 ")
+    argv = shlex.split(command)
+    Launched(log, train.main, *argv[argv.index("train.py") + 1 :]).wait()
+    ours = everything(out, tmp_path)
+    if world == 1:
+        assert same(ours, straight[0])
+    assert [r["step"] for r in ours["metrics"]] == [r["step"] for r in straight[0]["metrics"]]
+
+
+def test_resume_second_ctrl_c_ends_at_once(tmp_path):
+    job = Launched(tmp_path / "log", train.main, *LASTING, "--out", tmp_path / "out", before=endless_saves)
+    job.until("saving")
+    job.signal(signal.SIGINT)
+    job.until("finishing the step")
+    for _ in range(2):  # these come at once, as torchrun's echo, and are ignored
+        job.signal(signal.SIGINT)
+        time.sleep(0.05)
+    time.sleep(1.5)
+    assert job.alive()
+    job.signal(signal.SIGINT)
+    assert "stopped at once; the same command continues" in job.wait(130)
+    assert not (tmp_path / "out/lock").exists()
+
+
+def slowly() -> None:
+    """Steps that take a while, so that there is something to interrupt."""
+    step = train.train_step
+    train.train_step = lambda *a: (time.sleep(0.1), step(*a))[1]
+
+
+def endless_saves() -> None:
+    train.dcp.save = lambda *a, **k: (print("saving", flush=True), time.sleep(1000))
+    train.StopSignals.ECHO = 1.0  # so that a machine that stalls for half a second does no harm
+
+
+def test_saves_that_fail_are_retried(tmp_path, monkeypatch, capsys):
+    """Something in the way of resume/: the run goes on, says so, and saves once it is gone; with no patience it ends,
+    naming the last good save."""
+    out, step, calls = tmp_path / "out", train.train_step, []
+    monkeypatch.setattr(train.Saver, "RETRY", 0.0)
+
+    def blocked(*args):
+        calls.append(1)
+        wait_for(lambda: not saving())
+        if len(calls) == 3:
+            os.rename(out / "resume", out / "away")
+            (out / "resume").write_text("in the way")
+        if len(calls) == 8:
+            (out / "resume").unlink()
+            os.rename(out / "away", out / "resume")
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", blocked)
+    flags = [*TINY, "--steps", 12, "--save-every", 2, "--keep", 20]
+    train_main(*flags, "--export-every", 4, "--out", out)
+    said = capsys.readouterr().out
+    assert "note: step 4 could not be saved (" in said and "the last good save is that of step 2" in said
+    steps = sorted(int(p.name[5:]) for p in (out / "resume").iterdir())
+    assert steps[0] == 2 and 4 not in steps and 6 not in steps and steps[-1] == 12
+    assert (out / "eval/training_3/teacher_checkpoint.pth").exists()  # what was owed is written later
+    assert torch.load(out / "eval/training_3/teacher_checkpoint.pth", weights_only=True)["step"] == 4
+
+    monkeypatch.setattr(train, "train_step", step)
+    os.rename(out / "resume/step_000000012", out / "away")
+    (out / "resume").rename(out / "gone")
+    (out / "resume").write_text("in the way")
+    monkeypatch.setattr(train.TrainState, "load_newest", lambda *a: (dict(step=12), []))
+    with pytest.raises(train.Failed, match="saving has failed for 0.001 minutes .* last good save is that of step 12; "):
+        train_main(*flags, "--steps", 500, "--save-patience", 0.001, "--export-every", 4, "--out", out)
+    assert not (out / "lock").exists()
+
+
+def test_saves_survive_a_vanished_folder(tmp_path, monkeypatch):
+    """--out is deleted while the run goes on: all but the saves that were lost is there again."""
+    out, step, calls = tmp_path / "out", train.train_step, []
+
+    def vanish(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            out.rename(tmp_path / "elsewhere")  # in one go: a save may be under way, and rmtree cannot win that race
+        return step(*args)
+
+    train_main(*TINY, "--steps", 8, "--save-every", 2, "--out", tmp_path / "undisturbed")
+    monkeypatch.setattr(train, "train_step", vanish)
+    monkeypatch.setattr(train.Saver, "RETRY", 0.05)
+    train_main(*TINY, "--steps", 8, "--save-every", 2, "--out", out)
+    assert metrics(out) == metrics(tmp_path / "undisturbed") and not (out / "lock").exists()
+    weights = [torch.load(p / "ckpt.pth", weights_only=True)["teacher"] for p in (out, tmp_path / "undisturbed")]
+    assert same(*weights) and (out / "resume/step_000000008/complete").exists()
+    train_main(*TINY, "--steps", 8, "--save-every", 2, "--out", out)  # and it is a run like any other
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a file system of 12 MB, if this user may make one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("may not mount a file system")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_saves_on_a_full_and_on_a_read_only_disk(small_disk, tmp_path):
+    """50 steps while the disk is full, then read-only, then neither: as if nothing had been."""
+    out, log = small_disk / "out", tmp_path / "log"
+    flags = [*TINY, "--steps", 50, "--save-every", 5, "--keep", 1]
+    (tmp_path / "slow").touch()
+    job = Launched(log, train.main, *flags, "--out", out, before=partial(slowly_and_retrying, tmp_path / "slow"))
+    undisturbed = Launched(tmp_path / "log2", train.main, *flags, "--out", tmp_path / "out")
+    job.until("saved step 5")
+    with open(small_disk / "filler", "wb", buffering=0) as file:
+        while "could not be saved (No space left on device" not in job.text():  # a save under way may give room back
+            assert job.alive(), job.text()
+            try:
+                file.write(bytes(1 << 16))
+            except OSError:
+                time.sleep(0.01)
+    (small_disk / "filler").unlink()
+    job.until("saved step", more=True)
+    remount = lambda how: subprocess.run(["mount", "-o", f"remount,{how}", small_disk]).returncode  # noqa: E731
+    wait_for(lambda: remount("ro") == 0)  # refused while a file is being written
+    job.until("could not be saved (Read-only file system")
+    assert remount("rw") == 0
+    (tmp_path / "slow").unlink()
+    text = job.wait()
+    assert "saved step 50" in text and "metrics.jsonl cannot be written" in text
+    undisturbed.wait()
+    assert metrics(out) == metrics(tmp_path / "out")
+    assert same(*(saved_tensors(p / "resume/step_000000050", tmp_path) for p in (out, tmp_path / "out")))
+    assert [p.name for p in (out / "resume").iterdir()] == ["step_000000050"]
+
+
+def slowly_and_retrying(slow: Path) -> None:
+    """Steps that take a while as long as the file `slow` is there."""
+    step, train.Saver.RETRY = train.train_step, 0.1
+    train.train_step = lambda *a: (time.sleep(0.1 * slow.exists()), step(*a))[1]
+
+
+def test_nonfinite_steps_are_skipped_on_all_processes(tmp_path):
+    """A NaN in one process's loss: nobody's student, optimizer or centers change, the samples are listed; the run goes
+    on with the next. So many in a row end it, saved before."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    flags = [*TINY, "--steps", 18, "--save-every", 7, "--centering", "centering", "--max-nonfinite", 3]
+    Launched(log, train.main, *flags, "--out", out, world=2, before=partial(poison, {10, 11, 15})).wait()
+    lines = metrics(out)
+    assert len(lines) == 18 and lines[10]["ibot"] is None and lines[9]["ibot"] and lines[-1]["skipped_steps"] == 3
+    assert [r["skipped_steps"] for r in lines[9:12]] == [0, 1, 2]
+    report = json.loads((out / "nonfinite/step_000000010.json").read_text())
+    assert [p["rank"] for p in report["processes"]] == [0, 1] and report["processes"][1]["terms"]["ibot"] == "nan"
+    assert list(report["processes"][1]["samples"]) == [str(s) for s in range(10 * 8 + 4, 10 * 8 + 8)]
+    assert report["processes"][0]["terms"]["ibot"] != "nan"
+
+    flags[flags.index("--centering") :] = ["--max-nonfinite", 3]
+    text = Launched(log, train.main, *flags, "--out", tmp_path / "end", before=partial(poison, {8, 10, 11, 12})).wait(1)
+    assert "error: loss or gradients were not finite in 3 steps in a row, the last 12" in text
+    assert "The last good save is that of step 7" in text
+    assert (tmp_path / "end/resume/step_000000007/complete").exists()
+
+
+def poison(steps: set[int]) -> None:
+    """Makes these steps' iBOT loss NaN, in the last process alone."""
+    step_losses, number, last = train.step_losses, itertools.count(), int(os.environ.get("RANK", 0)) + 1 == int(
+        os.environ.get("WORLD_SIZE", 1))
+
+    def poisoned(*args):
+        loss, terms = step_losses(*args)
+        poison = math.nan if next(number) in steps and last else 1.0
+        return loss * poison, terms | dict(ibot=terms["ibot"] * poison)
+
+    train.step_losses = poisoned
+
+
+def lock_of(out: Path, **changes) -> None:
+    host, boot, space = train.machine()
+    owner = dict(host=host, boot=boot, space=space, pid=os.getpid(), start=train.born(os.getpid()), key="another")
+    (out / "lock").write_text(json.dumps(owner | changes))
+
+
+def test_lock_keeps_a_second_run_away(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    job = Launched(tmp_path / "log", train.main, *TINY, "--steps", 400, "--out", out, before=slowly)
+    job.until("step 0 of 400")
+    with pytest.raises(ValueError, match=f"is in use by process {job.processes[0].pid} on .*; wait for it, or choose"):
+        train_main(*TINY, "--steps", 400, "--out", out)
+    job.signal(signal.SIGKILL)
+    job.join()
+    assert (out / "lock").exists()
+    train_main(*TINY, "--steps", 4, "--out", out, "--resume")  # the owner is dead
+    assert not (out / "lock").exists()
+
+
+def test_lock_of_other_machines_and_times(tmp_path, monkeypatch):
+    """Dead: no such process, or its number used again, or silent on another machine. Alive: touched by another."""
+    naps, sign_of_life = [], [None]
+
+    def sleep(seconds):
+        naps.append(seconds)
+        if len(naps) == sign_of_life[0]:
+            os.utime(tmp_path / "lock", (1, 1))
+
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(sleep=sleep))
+    for changes in (dict(pid=2**22 + 1), dict(start="1"), dict(host="elsewhere"), dict(boot="before"), dict(space="x")):
+        naps.clear()
+        lock_of(tmp_path, **changes)
+        train.OutputLock(tmp_path).release()
+        assert sum(naps) == (0 if changes.keys() & {"pid", "start"} else 60), changes
+    (tmp_path / "lock").write_text("")  # made by one that died at that moment
+    train.OutputLock(tmp_path).release()
+    lock_of(tmp_path)
+    with pytest.raises(ValueError, match="is in use by process"):
+        train.OutputLock(tmp_path)
+    lock_of(tmp_path, host="elsewhere")
+    naps.clear()
+    sign_of_life[0] = 60  # at the last moment
+    with pytest.raises(ValueError, match="is in use by process .* on elsewhere"):
+        train.OutputLock(tmp_path)
+
+
+def test_lock_lost_to_another_ends_the_run(tmp_path):
+    """A process that slept so long that it was thought dead finds another at its place: it touches nothing."""
+    out = tmp_path / "out"
+    job = Launched(tmp_path / "log", train.main, *TINY, "--steps", 400, "--save-every", 5, "--out", out, before=slowly)
+    job.until("saved step 5")
+    lock_of(out)
+    assert "another process has taken over" in job.wait(1)
+    saves = sorted(p.name for p in (out / "resume").iterdir())
+    assert json.loads((out / "lock").read_text())["key"] == "another" and saves[0] == "step_000000005" and len(saves) < 9
+
+
+def test_restart_by_torchrun_never_overwrites(tmp_path, monkeypatch):
+    """A command with --overwrite that torchrun starts again after a failure continues what it has begun."""
+    flags = [*TINY, "--steps", 4, "--save-every", 2, "--out", tmp_path / "out", "--overwrite"]
+    train_main(*flags)
+    shutil.rmtree(tmp_path / "out/resume/step_000000004")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert set_up_and_release(*flags).start == 2
+
+
+def train_in_agent(killed: Path, argv: list[str]) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    sys.argv = ["train.py", *argv]
+    step, calls = train.train_step, itertools.count(1)  # nobody gets far before one is killed
+    train.train_step = lambda *a: (next(calls) == 9 and wait_for(killed.exists), step(*a))[1]
+    train.main(argv)
+
+
+def quick_agent(endpoint: str, killed: Path, argv: list[str]) -> None:
+    """What `torchrun --nnodes 4 --nproc-per-node 1 --max-restarts 3` does, its worker forked, not started from nothing."""
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    config = launcher.LaunchConfig(min_nodes=4, max_nodes=4, nproc_per_node=1, run_id="four", rdzv_backend="c10d",
+                                   rdzv_endpoint=endpoint, max_restarts=3, start_method="fork")
+    launcher.elastic_launch(config, train_in_agent)(killed, argv)
+
+
+def agent(endpoint: str, argv, log: Path, prefix=(), flags=()) -> subprocess.Popen:
+    """One of four `torchrun --nnodes 4`, a machine of its own as far as it knows."""
+    command = [*prefix, sys.executable, "-m", "torch.distributed.run", "--nnodes", "4", "--nproc-per-node", "1",
+               "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, *flags, "train.py", *argv]
+    with open(log, "ab") as file:
+        return subprocess.Popen([str(c) for c in command], cwd=HERE, stdout=file, stderr=file, start_new_session=True,
+                                env=os.environ | dict(OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"))
+
+
+def children(process) -> list[str]:
+    return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+
+
+def kill_machine(agent: subprocess.Popen) -> None:
+    """The agent and its worker at one blow."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for pid in [*children(agent), agent.pid]:
+            os.kill(int(pid), signal.SIGKILL)
+    agent.wait()
+
+
+FOUR = (*TINY, "--batch-size", 16, "--steps", 24, "--save-every", 5, "--keep", 100)
+
+
+def check_four(tmp_path: Path, n_starts: int, one: Launched, steps: int = 24) -> None:
+    """All steps are there, as `one` process does them, after so many starts."""
+    out, log = tmp_path / "out", (tmp_path / "log").read_text()
+    starts = [int(s) for s in re.findall(rf"step (\d+) of {steps}, batch 16 on 4", log)]
+    assert starts[0] == 0 and starts[1] >= 5 and len(starts) == n_starts, starts
+    assert [r["step"] for r in metrics(out)] == list(range(steps))
+    one.wait()
+    for four, one in zip(metrics(out), metrics(tmp_path / "one"), strict=True):
+        assert four == pytest.approx(one, rel=0.01, abs=1e-5)
+
+
+def test_four_agents_survive_the_loss_of_a_worker(tmp_path):
+    """All restart, by themselves, from the last save."""
+    flags, killed = [*FOUR, "--steps", 12, "--out"], tmp_path / "killed"
+    quick = partial(quick_agent, f"127.0.0.1:{free_port()}", killed)
+    agents = [Launched(tmp_path / "log", quick, *flags, tmp_path / "out") for _ in range(4)]
+    wait_for((tmp_path / "out/resume/step_000000005/complete").exists)
+    os.kill(int(children(agents[3].processes[0])[0]), signal.SIGKILL)
+    killed.touch()
+    one = Launched(tmp_path / "log1", train.main, *flags, tmp_path / "one")
+    for a in agents:
+        a.wait()
+    check_four(tmp_path, n_starts=2, one=one, steps=12)
+
+
+def four_agents(tmp_path: Path, machine_too: bool, endpoint: str = "", machines=((),) * 4) -> None:
+    """The same with torchrun itself. With `machine_too` an agent is killed as well, after which a scheduler would end
+    and requeue the job: here the test does."""
+    argv, log, endpoint = [*FOUR, "--out", tmp_path / "out"], tmp_path / "log", endpoint or f"127.0.0.1:{free_port()}"
+    agents = [agent(endpoint, argv, log, *machine) for machine in machines]
+    try:
+        wait_for((tmp_path / "out/resume/step_000000005/complete").exists, 100)
+        os.kill(int(children(agents[3])[0]), signal.SIGKILL)
+        if machine_too:
+            wait_for(lambda: log.read_text().count("24, batch 16 on 4") == 2)
+            kill_machine(agents[3])
+            for a in agents[:3]:
+                a.terminate()
+            assert [a.wait(timeout=100) for a in agents[:3]] != [0, 0, 0]
+            agents = [agent(endpoint, argv, log, *machine) for machine in machines]
+        assert [a.wait(timeout=300) for a in agents] == [0, 0, 0, 0], log.read_text()[-3000:]
+    finally:
+        for a in agents:
+            kill_machine(a)
+    one = Launched(tmp_path / "log1", train.main, *FOUR, "--out", tmp_path / "one")
+    check_four(tmp_path, n_starts=2 + machine_too, one=one)
+
+
+SHIMS = dict(  # what the script calls of Slurm, for one machine with one GPU
+    scontrol='[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> "$FOLDER/requeued"', srun='shift; echo $$ > "$FOLDER/step"; exec "$@"',
+    torchrun='exec "$PYTHON" -m torch.distributed.run "$@"', scancel='all() { for c in $(cat "/proc/$1/task/$1/children"); do all "$c"; done; echo "$1"; }; '
+            'kill -USR1 $(all "$(cat "$FOLDER/step")")')
+
+
+def test_slurm_script_of_the_readme(tmp_path):
+    """Run as printed, but for data and port, with stand-ins for Slurm: the signal before the end has the training save,
+    and the job requeued; the next time it ends, and nothing is requeued."""
+    script = re.search(r"```bash\n(#!/bin/bash.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
+    assert script.count("\n") <= 20
+    argv = [*TINY, "--steps", 60, "--num-workers", 1, "--save-every", 30, "--out", tmp_path / "out"]
+    script, n = re.subn(r"train.py --preset .* &", f"train.py {shlex.join(map(str, argv))} &", script)
+    (tmp_path / "job.sh").write_text(script.replace(":29500", f":{free_port()}"))
+    assert n == 1
+    for name, text in SHIMS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    env = os.environ | dict(PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHON=sys.executable, FOLDER=str(tmp_path),
+                            SLURM_JOB_ID="7", SLURM_JOB_NODELIST="here", SLURM_NNODES="1", SLURM_GPUS_ON_NODE="1",
+                            OMP_NUM_THREADS="1")
+    log, texts = tmp_path / "log", []
+    for interrupt in (True, False):
+        with open(log, "w") as file:
+            job = subprocess.Popen(["bash", tmp_path / "job.sh"], cwd=HERE, env=env, stdout=file, stderr=file)
+        if interrupt:
+            wait_for(lambda: (tmp_path / "out/metrics.jsonl").exists() and len(metrics(tmp_path / "out")) > 3)
+            job.send_signal(signal.SIGUSR1)
+        code = job.wait(timeout=200)
+        texts.append(log.read_text())
+        assert interrupt or code == 0, texts[-1]
+        assert (tmp_path / "requeued").read_text() == "requeue 7\n", texts[-1]
+    assert "all is saved" in texts[0] and "done; the teacher is in" in texts[1], texts[0]
+    assert "of 60, batch 8 on 1 x cpu" in texts[1] and "step 0 of 60" not in texts[1]
+    assert [r["step"] for r in metrics(tmp_path / "out")] == list(range(60))
+
+
+@pytest.mark.slow
+def test_four_torchruns_survive_the_loss_of_a_worker(tmp_path):
+    four_agents(tmp_path, machine_too=False)
+
+
+@pytest.mark.slow
+def test_four_agents_survive_the_loss_of_a_machine(tmp_path):
+    four_agents(tmp_path, machine_too=True)
+
+
+@pytest.mark.slow
+def test_four_agents_in_four_network_namespaces(tmp_path):
+    """Four machines, as far as the network goes: addresses of their own, joined by a bridge."""
+    names = [f"dinov2test{i}" for i in range(4)]
+    ip = lambda *a: subprocess.run(["ip", *a], capture_output=True, check=True)  # noqa: E731
+    try:
+        ip("link", "add", "dinov2test", "type", "bridge")
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("may not make network namespaces")
+    try:
+        ip("link", "set", "dinov2test", "up")
+        for i, name in enumerate(names):
+            ip("netns", "add", name)
+            ip("link", "add", f"veth{i}", "type", "veth", "peer", "name", "eth0", "netns", name)
+            ip("link", "set", f"veth{i}", "master", "dinov2test", "up")
+            ip("-n", name, "addr", "add", f"10.99.0.{i + 1}/24", "dev", "eth0")
+            ip("-n", name, "link", "set", "eth0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        machines = [(("ip", "netns", "exec", name, "env", "GLOO_SOCKET_IFNAME=eth0"),
+                     ("--local-addr", f"10.99.0.{i + 1}", "--rdzv-conf", f"is_host={i == 0}"))
+                    for i, name in enumerate(names)]
+        four_agents(tmp_path, machine_too=False, endpoint="10.99.0.1:29500", machines=machines)
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        subprocess.run(["ip", "link", "del", "dinov2test"], capture_output=True)

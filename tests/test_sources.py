@@ -1,0 +1,304 @@
+import gzip
+import io
+import os
+import pickle
+import random
+import re
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from tests.common import golden, png, run, write_images
+
+
+def test_data_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    photos = tmp_path / "photos"
+    write_images(photos, ["b/2.png", "a/1.jpg", "a/deep/er/0.webp", "a/ä.png"])
+    (photos / "notes.txt").write_text("no image")
+    source = data.open_source(str(photos))
+    assert [Path(source.describe(i)).name for i in range(4)] == ["1.jpg", "ä.png", "0.webp", "2.png"]
+    assert source.labels.tolist() == [0, 0, 0, 1] and source.image(3).shape == (3, 40, 32)
+    write_images(photos, ["a/deep/er/new.jpg"])  # the cached listing notices
+    assert len(data.open_source(str(photos))) == 5
+    write_images(photos, ["loose.jpg"])
+    assert data.open_source(str(photos)).labels is None
+    (photos / "a/.hidden.jpg").write_bytes(b"")
+    (photos / "a/dangling.jpg").symlink_to("nowhere")
+    assert data.eval_specs(str(photos)) == data.eval_specs("digits", str(photos)) == (str(photos), None)
+    (photos / "a/deep/back").symlink_to(photos)
+    (photos / "twice").symlink_to(photos / "b")
+    assert len(data.open_source(str(photos))) == 6  # links are followed, each folder once
+    write_images(tmp_path / "split", ["train/x/1.jpg", "train/y/2.jpg", "val/x/3.jpg", "val/y/4.jpg"])
+    train_spec, val_spec = data.eval_specs(str(tmp_path / "split"))
+    assert data.eval_specs("digits", str(tmp_path / "split")) == (train_spec, val_spec)
+    assert data.eval_specs("digits", "digits:split=VAL") == ("digits:split=VAL", None)
+    assert data.eval_specs("digits", "", "x") == ("digits:split=TRAIN", "x")
+    assert [len(data.open_source(s)) for s in (str(tmp_path / "split"), train_spec, val_spec)] == [2, 2, 2]
+
+
+def test_data_listing_is_cached(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_images(tmp_path / "p", ["1.png", "2.png"])
+    data.open_source(str(tmp_path / "p"))
+    monkeypatch.setattr(data, "list_folder", lambda root: pytest.fail("listed again"))
+    assert len(data.open_source(str(tmp_path / "p"))) == 2
+
+
+def test_data_imagenet(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root, extra = tmp_path / "in1k", tmp_path / "extra"
+    write_images(root,
+                 ["train/n01/n01_10.JPEG", "train/n01/n01_2.JPEG", "train/n02/n02_7.JPEG",
+                  "val/n02/ILSVRC2012_val_00000003.JPEG"])
+    listed = data.open_source(f"ImageNet:split=TRAIN:root={root}")
+    assert listed.labels.tolist() == [0, 0, 1]
+    extra.mkdir()
+    fields = [("actual_index", "<u4"), ("class_index", "<u4"), ("class_id", "U3"), ("class_name", "U3")]
+    np.save(extra / "entries-TRAIN.npy",
+            np.array([(10, 0, "n01", "x"), (2, 0, "n01", "x"), (7, 1, "n02", "y")], fields))
+    np.save(extra / "entries-VAL.npy", np.array([(3, 1, "n02", "y")], fields))
+    entries = data.open_source(f"ImageNet:split=TRAIN:root={root}:extra={extra}")
+    assert entries.labels.tolist() == [0, 0, 1]
+    assert [Path(entries.describe(i)) for i in range(3)] == [Path(listed.describe(i)) for i in range(3)]
+    train_spec, val_spec = data.eval_specs(f"ImageNet:split=TRAIN:root={root}:extra={extra}")
+    assert data.open_source(val_spec).image(0).shape == (3, 40, 32) and len(data.open_source(train_spec)) == 3
+
+
+def test_data_fashion_mnist_files(tmp_path):
+    images = np.arange(2 * 28 * 28, dtype=np.uint8).reshape(2, 28, 28)
+    header = b"\0\0\x08\x03" + np.array(images.shape, ">i4").tobytes()
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(header + images.tobytes())
+    import gzip
+    with gzip.open(tmp_path / "t10k-labels-idx1-ubyte.gz", "wb") as file:
+        file.write(b"\0\0\x08\x01" + np.array([2], ">i4").tobytes() + bytes([9, 4]))
+    source = data.open_source(f"FashionMNIST:split=VAL:root={tmp_path}")
+    assert source.labels.tolist() == [9, 4] and torch.equal(source.image(1)[2], torch.from_numpy(images[1]))
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def test_data_file_list(tmp_path, cache):
+    write_images(tmp_path, ["a/1.png", "b/2 x.png"])
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"a/1.png\tcat\n\n{tmp_path}/b/2 x.png\tant\r\n")
+    source = data.open_source(str(listed))
+    assert source.labels.tolist() == [1, 0] and source.classes == ["ant", "cat"]
+    assert source.image(1).shape == (3, 40, 32)
+    listed.write_text("b/2 x.png\n")
+    os.utime(listed, ns=(1, 1))
+    source = data.open_source(str(listed))
+    assert len(source) == 1 and source.labels is None
+    listed.write_text("a/1.png\tcat\nb/2 x.png\na/1.png\tant\n")
+    os.utime(listed, ns=(2, 2))
+    source = data.open_source(str(listed))
+    assert source.labels.tolist() == [1, -1, 0] and source.classes == ["ant", "cat"]
+    listed.write_text("a\0b")
+    os.utime(listed, ns=(3, 3))
+    with pytest.raises(ValueError, match="no readable text"):
+        data.open_source(str(listed))
+
+
+def test_data_tar_shards(tmp_path, cache, capsys):
+    """Shards of unequal length: every image once per pass, in a new order each time, each shard from front to back."""
+    lengths, i = [700, 1, 0, 1500, 900], 0
+    for j, n in enumerate(lengths):
+        members = {}
+        for k in range(n):
+            members |= {f"{j}/{k:05}.cls": b"%d" % (i % 10), f"{j}/{k:05}.png": png(i)}
+            i += 1
+        write_tar(tmp_path / f"s-{j:03}.tar", members | {"notes.txt": b"x"})
+    source = data.open_source(f"{tmp_path}/s-{{000..004}}.tar:interleave=2")
+    n = sum(lengths)
+    assert len(source) == n and source.labels[:12].tolist() == [*range(10), 0, 1]
+    assert [source.image(i)[0, 0, 0].item() for i in (0, 699, 701, n - 1)] == [i % 256 for i in (0, 699, 701, n - 1)]
+    passes = [[source.pick(epoch * n + s, seed=5) for s in range(n)] for epoch in range(3)]
+    assert all(sorted(order) == list(range(n)) for order in passes) and passes[0] != passes[1] != passes[2]
+    tars, starts = source.tars_in_order(random.Random("5/epoch/0").getrandbits(64))
+    row = [source.first[j] + k for j in tars for k in range(lengths[j])]  # the tars, one behind the other
+    half, place = -(-n // 2), {int(i): k for k, i in enumerate(row)}
+    for window in range(n // 512 - 1):  # the next 256 images of either half, in no order
+        picks = [place[i] for i in passes[0][512 * window : 512 * (window + 1)]]
+        depth = [k % half for k in picks]
+        assert sum(k < half for k in picks) == 256 and picks != sorted(picks)
+        assert (min(depth), max(depth)) == (256 * window, 256 * window + 255)
+    sequence = passes[0]  # so reading advances in each tar
+    for j, n_images in enumerate(lengths):
+        if n_images > 512:
+            read = np.array([i for i in sequence if source.shard[i] == j])
+            assert np.corrcoef(np.arange(n_images), read)[0, 1] > 0.5, j
+    at_random = data.open_source(f"{tmp_path}/s-*.tar:interleave=0")
+    assert sorted(at_random.pick(s, 0) for s in range(n)) == list(range(n))
+    assert "s-000.tar at byte" in source.describe(3)
+    whole = (tmp_path / "s-000.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
+    cut = data.open_source(f"{tmp_path}/cut.tar")
+    assert 300 < len(cut) < 400 and "is damaged after" in capsys.readouterr().err
+    (tmp_path / "zip.tar").write_bytes(b"\x1f\x8b no tar")
+    for spec, text in ((f"{tmp_path}/zip.tar", "no plain tar"), (f"{tmp_path}/none.tar", "does not exist"),
+                       (f"{tmp_path}/s-002.tar", "no image"), (f"{tmp_path}/cut.tar:interleave=x", "interleave is")):
+        with pytest.raises(ValueError, match=text):
+            data.open_source(spec)
+    with pytest.raises(ValueError, match=r"named .*/\*\.tar"):
+        data.open_source(str(tmp_path))
+
+
+def test_data_mixtures(tmp_path, cache):
+    """Exact shares in every round; within its share each source is gone through once per pass."""
+    write_images(tmp_path, ["a/1.png", "a/2.png", "a/3.png", "b/4.png"])
+    mix = data.open_source(f"{tmp_path}/a*0.7,{tmp_path}/b*0.2,digits*.1")
+    picks = [mix.pick(s, seed=1) for s in range(300)]
+    for start in range(0, 300, 10):
+        whose = [0 if i < 3 else 1 if i == 3 else 2 for i in picks[start : start + 10]]
+        assert sorted(whose) == [0] * 7 + [1] * 2 + [2]
+    assert [sorted(i for i in picks if i < 3).count(k) for k in range(3)] == [70] * 3
+    assert len({i for i in picks if i > 3}) == 30  # digits: no repetition within a pass
+    assert mix.image(3).shape == (3, 40, 32) and mix.image(4).shape == (3, 32, 32) and mix.labels is None
+    both = data.open_source(f"{tmp_path}/a,{tmp_path}/b")
+    assert sorted(both.pick(s, 0) for s in range(4)) == [0, 1, 2, 3] and both.describe(3).endswith("4.png")
+    write_images(tmp_path / "x,y*2", ["5.png"])  # a folder's name comes first
+    assert len(data.open_source(f"{tmp_path}/x,y*2")) == 1
+    split = f"{tmp_path}/s"
+    write_images(tmp_path / "s", ["train/1.png", "val/2.png"])
+    assert data.open_source(f"{split}:split=TRAIN*0.5, {split}:split=VAL*0.5").describe(1).endswith("val/2.png")
+    for spec in ("ImageNet:root=/a,ImageNet22k:root=/b", "CIFAR10:root=/d*0.5,CIFAR100:root=/d*0.5", "CIFAR10*1"):
+        assert data.eval_specs(spec) == (spec, None)
+    (tmp_path / "a/1.png").write_bytes(b"damaged")
+    lame = data.open_source(f"{tmp_path}/a*0.9,digits*0.1")
+    assert {lame.replacement(0, random.Random(i)) for i in range(50)} == {0, 1, 2}  # the shares stay what they are
+    for spec, text in (("digits*0.5,digits", "or none"), ("digits*0.5,digits*0", "0.001 or more"),
+                       ("digits,", "nothing before or after")):
+        with pytest.raises(ValueError, match=text):
+            data.open_source(spec)
+
+
+def test_data_imagenet_extra_golden(tmp_path, cache, capsys):
+    """`data.py extra` writes what the official classes dumped from the same tree, to the byte."""
+    for split in ("train/", "val/"):
+        write_images(tmp_path, [f for f in golden.json("extra/files") if f.startswith(split)])
+    (tmp_path / "labels.txt").write_text(golden.json("extra/labels"))
+    data.main(["extra", f"ImageNet:root={tmp_path}:extra={tmp_path}/extra"])
+    for name, rows in golden.json("extra/imagenet").items():
+        ours = np.load(tmp_path / "extra" / name)
+        assert [str(ours.dtype), ours.tolist()] == [rows[0], [tuple(r) if isinstance(r, list) else r for r in rows[1]]]
+    source = data.open_source(f"ImageNet:split=TRAIN:root={tmp_path}:extra={tmp_path}/extra")
+    listed = data.open_source(f"ImageNet:split=TRAIN:root={tmp_path}")
+    assert [source.describe(i) for i in range(9)] == [listed.describe(i) for i in range(9)]
+    write_images(tmp_path, ["test/ILSVRC2012_test_00000002.JPEG", "test/ILSVRC2012_test_00000001.JPEG"])
+    data.main(["extra", f"ImageNet:split=TEST:root={tmp_path}:extra={tmp_path}/extra"])
+    test = data.open_source(f"ImageNet:split=TEST:root={tmp_path}:extra={tmp_path}/extra")
+    assert test.labels is None and test.describe(1).endswith("test_00000002.JPEG")
+    assert test.image(1).shape == (3, 40, 32)
+
+
+@pytest.mark.parametrize("logs", [True, False])
+def test_data_imagenet22k_golden(logs, tmp_path, cache):
+    """entries.npy from the block logs, or from the tars alone, equals the official one; images come from the tars."""
+    for wnid, log in golden.json("extra/blocks").items():
+        names = re.findall(r"\w+\.JPEG", log)
+        files = {name: png(7 * k, (20, 20)).ljust(600, b"\0") for k, name in enumerate(names)}
+        write_tar(tmp_path / f"{wnid}.tar", files)
+        if logs:
+            (tmp_path / "blocks").mkdir(exist_ok=True)
+            (tmp_path / "blocks" / f"{wnid}.log").write_text(log)
+    data.main(["extra", f"ImageNet22k:root={tmp_path}:extra={tmp_path}/extra"])
+    for name, (dtype, rows) in golden.json("extra/imagenet22k").items():
+        ours = np.load(tmp_path / "extra" / name)
+        assert str(ours.dtype) == dtype and ours.tolist() == [tuple(r) if isinstance(r, list) else r for r in rows]
+    for spec in (f"ImageNet22k:root={tmp_path}:extra={tmp_path}/extra", f"ImageNet22k:root={tmp_path}"):
+        source = data.open_source(spec)
+        assert source.labels.tolist() == [0, 0, 0, 1, 1, 1]
+        assert [source.image(i)[0, 0, 0].item() for i in range(6)] == [0, 7, 14] * 2
+    packed = gzip.compress(png(9))  # as a few of its files are
+    write_tar(tmp_path / "n00000003.tar", {"a.JPEG": packed})
+    assert data.open_source(f"ImageNet22k:root={tmp_path}").image(6)[0, 0, 0] == 9
+
+
+def test_data_torchvision_sets(tmp_path, monkeypatch):
+    import torchvision
+
+    with pytest.raises(ValueError, match="download=yes"):
+        data.open_source(f"CIFAR10:root={tmp_path}")
+    pixels = np.arange(3 * 32 * 32 * 3, dtype=np.uint32).astype(np.uint8).reshape(3, 32, 32, 3)
+
+    class Fake:
+        def __init__(self, root, train, download):
+            n = 3 if train else 1
+            self.data, self.targets, self.classes = pixels[:n], [1, 0, 1][:n], ["a", "b"]
+            assert Path(root) == tmp_path and not download
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", Fake)
+    source = data.open_source(f"CIFAR100:root={tmp_path}")
+    assert source.labels.tolist() == [1, 0, 1] and source.classes == ["a", "b"]
+    assert np.array_equal(source.image(2).permute(1, 2, 0).numpy(), pixels[2])
+    assert len(data.open_source(f"CIFAR100:split=VAL:root={tmp_path}", channels=1)) == 1
+    assert data.eval_specs("CIFAR100:root=x") == ("CIFAR100:root=x:split=TRAIN", "CIFAR100:root=x:split=VAL")
+
+
+def test_data_stats_and_check_commands(tmp_path, cache, capsys):
+    for i, value in enumerate((0, 51, 102)):
+        Image.new("RGB", (10, 10 + i), (value, 255, 0)).save(tmp_path / f"{i}.png")
+    (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8\xff no more")
+    data.main(["stats", str(tmp_path), "--num-workers", "0"])
+    out = capsys.readouterr().out
+    pixels = np.repeat([0, 0.2, 0.4], [100, 110, 120])
+    assert f"--mean {pixels.mean():.4g} 1 0 --std {pixels.std():.4g} 0 0" in out
+    with pytest.raises(SystemExit) as stop:
+        data.main(["check", str(tmp_path), "--num-workers", "1"])
+    out = capsys.readouterr().out
+    assert "bad.jpg\tcannot identify" in out and "1 of 4 images" in out
+    assert stop.value.code == 1
+    result = run(sys.executable, "data.py", "stats", tmp_path / "no", ok=2)
+    assert result.stderr.startswith("error: --data") and result.stderr.count("\n") == 1
+
+
+def test_data_listing_is_shared_and_small(tmp_path, cache):
+    """What a worker gets is the spec alone; the listing is mapped from the file, not copied."""
+    write_images(tmp_path / "p", [f"{c}/{i}.png" for c in "ab" for i in range(3)])
+    source = data.open_source(str(tmp_path / "p"))
+    pickled = pickle.dumps(source)
+    assert len(pickled) < 300 and [pickle.loads(pickled).describe(i) for i in range(6)] == [
+        source.describe(i) for i in range(6)]
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or ".listing" in maps.read_text()
+
+
+def test_data_unreadable_sources_end_the_run(tmp_path, cache):
+    write_images(tmp_path / "p", ["1.png", "2.png"])
+    source = data.open_source(str(tmp_path / "p"))
+    shutil.rmtree(tmp_path / "p")  # the disk is gone
+    batches = data.TrainBatches(source, batch_size=2, group_size=2, global_size=16, local_size=8, patch_size=8)
+    with pytest.raises(data.Unreadable, match="50 images in a row"):
+        batches[0]
+
+
+@pytest.mark.parametrize("spec,text", [
+    ("no/such/folder", "is no folder"), ("{tmp}/file.txt", "names no image"), ("{tmp}/empty", "holds no image"),
+    ("digits:split=TEST", "splits TRAIN and VAL"), ("digits:sprit=VAL", "unknown key 'sprit'; digits takes split"),
+    ("FashionMNIST:root={tmp}", "dataset-fashion-mnist"), ("ImageNet:split=TRAIN", "ImageNet:split=TRAIN:root="),
+    ("ImageNet:split=VAL:root={tmp}", "train and val"), ("{tmp}/empty:split=VAL", "no sub-folder for split VAL")])
+def test_data_errors_name_the_fix(spec, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file.txt").write_text("")
+    with pytest.raises(ValueError, match=re.escape(text)):
+        data.open_source(spec.format(tmp=tmp_path))
+
+
+def test_data_image_paths_come_once(tmp_path, cache):
+    write_images(tmp_path / "a", ["0.png", "1.png"])
+    found = data.image_paths([str(tmp_path / "a/1.png"), str(tmp_path / "a")])
+    assert [Path(p).name for p in found] == ["1.png", "0.png"]
