@@ -13,6 +13,8 @@ import bench
 import data
 import model
 import train
+import support.parallel
+import support.sources
 from tests.common import CPU, assert_close, randn
 
 
@@ -37,7 +39,7 @@ def test_bench_scale(capsys):
     bench.main(["scale", "--preset", "vitl14", "--json"])
     network, *rows = json.loads(capsys.readouterr().out)["rows"]
     rows = {row["sharding"]: row for row in rows}
-    assert tuple(rows) == train.SHARDINGS and network["images per GPU"] == 32
+    assert tuple(rows) == support.parallel.SHARDINGS and network["images per GPU"] == 32
     backbone, heads = 1e6 * network["backbone, M"], 1e6 * network["heads, M"]
     gathered = 2 * backbone + 4 * heads
     by_hand = dict(ddp=8 * (backbone + heads), zero2=2 * gathered + 4 * (backbone + heads))
@@ -48,11 +50,11 @@ def test_bench_scale(capsys):
     assert rows["hsdp"]["32: GB"] == rows["ddp"]["32: GB"] == pytest.approx(across / 1e9)
     assert rows["ddp"]["8: memory"] > rows["hsdp"]["8: memory"] == rows["zero2"]["8: memory"] > rows["zero3"]["8: memory"]
     assert rows["hsdp"]["256: memory"] == rows["hsdp"]["8: memory"] > rows["zero2"]["256: memory"]
-    kept = [network[f"GB, checkpointing {way}"] for way in train.CHECKPOINTING]
+    kept = [network[f"GB, checkpointing {way}"] for way in support.parallel.CHECKPOINTING]
     assert kept[0] > 1.5 * kept[1] > 4 * kept[2]
 
 
-@pytest.mark.parametrize("way", train.CHECKPOINTING)
+@pytest.mark.parametrize("way", support.parallel.CHECKPOINTING)
 def test_bench_estimates_activations(way):
     """What a block on the meta device keeps, times the blocks, is what a real backbone keeps, but for its embeddings and
     its last norm."""
@@ -102,7 +104,7 @@ def test_bench_train_counts_flops():
 
     cfg = train.Config(**train.PRESETS["digits"] | dict(batch_size=32, group_size=32, mask_ratio_min_max=(0.3, 0.3),
                                                         device="cpu", num_workers=0))
-    training = bench.Training(cfg, data.open_source("digits"), CPU)
+    training = bench.Training(cfg, support.sources.open_source("digits"), CPU)
     parts = list(map(training.prepare, training.next_batch()))
     with FlopCounterMode(display=False) as counter:
         training.step(parts)
