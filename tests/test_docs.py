@@ -267,6 +267,7 @@ def type_in(command: Command) -> None:
     except SystemExit as done:
         assert not done.code, command
     finally:
+        torch.use_deterministic_algorithms(False)  # which --deterministic turned on
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
