@@ -479,8 +479,16 @@ def step_losses(student: nn.ModuleDict, batch: Batch, targets: tuple[losses.Lazy
 
 
 @functools.cache
-def compiled(function):
-    return torch.compile(function, fullgraph=True, dynamic=True)  # the number of masked patches varies between steps
+def compiled(loss):
+    """The loss, compiled for any number of rows: that of masked patches varies from step to step. Slices are copied,
+    because torch.compile would compile again for those that begin elsewhere in their tensor."""
+    graph = torch.compile(loss, fullgraph=True, dynamic=True)
+
+    def alone(x):
+        is_slice = torch.is_tensor(x) and x.nbytes < x.untyped_storage().nbytes()
+        return x.clone(memory_format=torch.contiguous_format) if is_slice else x
+
+    return lambda *arguments: graph(*map(alone, arguments))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
