@@ -30,6 +30,7 @@ from tqdm import tqdm
 from support.cli import Parser, nearest, run
 from support.images import MAX_BYTES, as_channels, decode, read_file, reason
 from support.parallel import worker_count
+from support.run import write_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
 
@@ -500,12 +501,9 @@ def remembered(what: str, make) -> dict:
         pass
     listing = make()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = f"{path}.{os.getpid()}.partial"
-        torch.save(listing, partial)
-        os.replace(partial, path)
+        write_file(path, functools.partial(torch.save, listing))
         return torch.load(path, mmap=True, weights_only=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         print(f"the listing could not be remembered ({error}); every start, and every worker, may have to list again")
         return listing
 

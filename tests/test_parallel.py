@@ -119,7 +119,7 @@ def shards_checks() -> None:
         torch.manual_seed(0)
         network, teacher = train.build_network(cfg), train.build_network(cfg).requires_grad_(False).eval()
         whole = {name: p.numel() for name, p in network.named_parameters()}
-        mesh = support.parallel.share_mesh("cpu", mode)
+        mesh = support.parallel.make_mesh("cpu", mode)
         assert mesh.shape == ((4,) if n_shards == 4 else (4 // n_shards, n_shards))
         support.parallel.shard(network, mesh, torch.bfloat16, mode=mode)
         support.parallel.shard(teacher, mesh, torch.bfloat16, with_backward=False, mode=mode)
