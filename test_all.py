@@ -1506,7 +1506,7 @@ def save_names_alone() -> None:
     pool of threads, lost in the fork, is made anew by one thread: by those of a backward pass at once, it would abort."""
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of the workers of loaders
-    train.dcp.save = lambda *a, checkpoint_id, **k: Path(checkpoint_id, ".metadata").touch()
+    dcp.save = lambda *a, checkpoint_id, **k: Path(checkpoint_id, ".metadata").touch()
 
 
 def observe_all(configs: list, folder: Path) -> dict:
@@ -1623,7 +1623,7 @@ def test_saves_show_the_step_they_began_at_while_training_goes_on(tmp_path, monk
     """A writer that takes longer than the next steps: nothing of these gets into the save, and they do not wait."""
     flags = [*TINY, "--steps", 6, "--save-every", 3, "--keep", 2]
     train_main(*flags, "--out", tmp_path / "quick")
-    began, calls, save, step = [], [], train.dcp.save, train.train_step
+    began, calls, save, step = [], [], dcp.save, train.train_step
 
     def slow_save(*args, **options):
         began.append(len(calls))
@@ -1638,7 +1638,7 @@ def test_saves_show_the_step_they_began_at_while_training_goes_on(tmp_path, monk
             wait_for(lambda: began)  # else a thread that starts late would find the last step done
         return step(*args)
 
-    monkeypatch.setattr(train.dcp, "save", slow_save)
+    monkeypatch.setattr(dcp, "save", slow_save)
     monkeypatch.setattr(train, "train_step", counted)
     train_main(*flags, "--out", tmp_path / "slow")
     assert 3 <= began[0] < 6 and began[1] == 6

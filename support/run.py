@@ -176,13 +176,14 @@ class OutputLock:
     def take(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         here, waited = f" on {socket.gethostname()}", 0
-        while not self.is_ours():  # its last owner may remove the file before we lock it
+        while not self.is_ours():  # the last owner may remove the file just before we lock it
             self.close()
-            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            while not lock(self.descriptor):
-                owner = os.pread(self.descriptor, 1000, 0).decode() or "another process"
+            self.descriptor = lock_file(self.path)
+            if self.descriptor is None:
+                owner = "another process"
+                with contextlib.suppress(FileNotFoundError):
+                    owner = self.path.read_text() or owner
                 if owner.endswith(here) or waited >= self.LEASE:
-                    self.close()
                     raise ValueError(f"--out {self.path.parent} is in use by {owner}; wait for it, or choose another "
                                      "--out")
                 if not waited:
@@ -190,8 +191,7 @@ class OutputLock:
                           "is gone", file=sys.stderr, flush=True)
                 time.sleep(1)
                 waited += 1
-        os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, f"process {os.getpid()}{here}".encode(), 0)
+        self.path.write_text(f"process {os.getpid()}{here}")
 
     def is_ours(self) -> bool:
         """Whether the file we have locked is still there under its name."""
@@ -227,18 +227,24 @@ class OutputLock:
             self.descriptor = None
 
 
-def lock(descriptor: int) -> bool:
-    """Locks a file. Returns False if another process has it. Where there are no locks, says so and returns True."""
-    try:
-        if fcntl is None:
-            raise OSError(errno.ENOSYS, "Windows")
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # the latter on CIFS
-        return False
-    except OSError as error:
-        print(f"note: --out cannot be locked here ({error.strerror}); make sure that no other run uses it",
-              file=sys.stderr, flush=True)
-    return True
+def lock_file(path: Path) -> int | None:
+    """Locks a file. Returns its descriptor, or None if another process has the lock. Where there are no locks, says so
+    and goes on without."""
+    for mode in (os.O_RDONLY, os.O_RDWR):  # NFS wants the latter, which would forbid to remount a disk read-only
+        descriptor = os.open(path, mode | os.O_CREAT, 0o666)
+        try:
+            if fcntl is None:
+                raise OSError(errno.ENOSYS, "Windows")
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # the latter on CIFS
+            return os.close(descriptor)
+        except OSError as error:
+            if error.errno == errno.EBADF and mode == os.O_RDONLY:
+                os.close(descriptor)
+                continue
+            print(f"note: --out cannot be locked here ({error.strerror}); make sure that no other run uses it",
+                  file=sys.stderr, flush=True)
+        return descriptor
 
 
 def take_output(cfg) -> OutputLock | None:
