@@ -230,7 +230,7 @@ class OutputLock:
 def lock_file(path: Path) -> int | None:
     """Locks a file. Returns its descriptor, or None if another process has the lock. Where there are no locks, says so
     and goes on without."""
-    for mode in (os.O_RDONLY, os.O_RDWR):  # NFS wants the latter, which would forbid to remount a disk read-only
+    for mode in (os.O_RDONLY, os.O_RDWR):  # NFS needs the latter, which keeps other disks from being remounted
         descriptor = os.open(path, mode | os.O_CREAT, 0o666)
         try:
             if fcntl is None:
@@ -261,32 +261,34 @@ def take_output(cfg) -> OutputLock | None:
 # Reading saves
 
 
-def verify(save: Path) -> dict | str:
-    """The content of a save's file `complete` if all its files are as that says; otherwise what is wrong, in words. To
-    be called on all ranks, each of which reads a share of the files. Raises Failed on all if one cannot read them."""
-    def read_complete() -> dict | str:
-        try:
-            complete = json.loads((save / "complete").read_text())
-            files, _ = dict(complete["files"]), (int(complete["step"]), dict(complete["counters"]))
-        except FileNotFoundError:
-            return "complete: missing"
-        except (ValueError, TypeError, KeyError):
-            return "complete: not readable"
-        missing = files.keys() - {path.name for path in save.iterdir()}
-        return f"{min(missing)}: missing" if missing else complete
+def read_complete(save: Path) -> dict | str:
+    """The content of the file `complete` of a save; or what is wrong with it, in words."""
+    try:
+        complete = json.loads((save / "complete").read_text())
+        files, _ = dict(complete["files"]), (int(complete["step"]), dict(complete["counters"]))
+    except FileNotFoundError:
+        return "complete: missing"
+    except (ValueError, TypeError, KeyError):
+        return "complete: not readable"
+    missing = files.keys() - {path.name for path in save.iterdir()}
+    return f"{min(missing)}: missing" if missing else complete
 
+
+def verify(save: Path) -> dict | str:
+    """The content of the file `complete` if all other files of a save are as that says; or what is wrong, in words. To
+    be called on all ranks: each checks a share of the files. Raises Failed on all if one cannot read its share."""
     def check_share() -> str:
         share = sorted(complete["files"])[dist.get_rank() :: dist.get_world_size()]
         wait_for_files(save, share)
         return next((f"{n}: its SHA-256 differs" for n in share if sha256(save / n) != complete["files"][n]), "")
 
-    complete = on_all_ranks(lambda: read_complete() if dist.get_rank() == 0 else None)[0]
+    complete = on_all_ranks(lambda: read_complete(save) if dist.get_rank() == 0 else None)[0]
     return complete if isinstance(complete, str) else next(filter(None, on_all_ranks(check_share)), complete)
 
 
 def wait_for_files(folder: Path, names, seconds: int = 60) -> set[str]:
-    """Waits until this machine sees files that others have written, which takes a while on a network file system.
-    Returns the names that are missing still."""
+    """Waits until this machine sees files that others have written: a network file system may take a while. Returns
+    the names of those still missing."""
     for _ in range(seconds):
         if not (missing := {*names} - {*(os.listdir(folder) if folder.exists() else ())}):
             break
@@ -335,6 +337,9 @@ class Saver:
     RETRY = 30.0  # seconds after which a failed save is tried again
 
     def __init__(self, cfg, state, make_checkpoint, lock: OutputLock | None, start: int, damaged: list[str], say):
+        from torch.distributed import checkpoint  # slow to import; not in the thread, where it would delay training
+
+        self.dcp = checkpoint
         self.cfg, self.state, self.lock, self.damaged, self.say = cfg, state, lock, damaged, say
         self.make_checkpoint = make_checkpoint  # (step) -> the content of ckpt.pth
         self.folder, self.main = Path(cfg.out) / "resume", dist.get_rank() == 0
@@ -416,14 +421,12 @@ class Saver:
 
     def write(self, step: int, counters: dict, copies: dict) -> None:
         """The thread. If writing fails on any rank, leaves the reason in self.error on all."""
-        import torch.distributed.checkpoint as dcp  # slow to import
-
         began, device, folder = time.perf_counter(), next(self.state.student.parameters()).device, None
         if device.type == "cuda":
             torch.cuda.set_device(device)  # threads start with the first GPU
         try:
             folder = on_all_ranks(lambda: self.make_folder() if self.main else None, self.group)[0]
-            dcp.save(copies, checkpoint_id=str(folder), process_group=self.group)
+            self.dcp.save(copies, checkpoint_id=str(folder), process_group=self.group)
             shards = f"__{dist.get_rank()}_*"  # that this process has written
             digests = on_all_ranks(lambda: {path.name: sha256(path) for path in folder.glob(shards)}, self.group)
             files = {name: digest for written in digests for name, digest in written.items()}
