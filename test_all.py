@@ -1396,21 +1396,51 @@ def small_step(**changes):
 @pytest.mark.parametrize("accum", [1, 2])
 @pytest.mark.parametrize("centering", ["sinkhorn_knopp", "centering"])
 def test_train_targets_are_gone_before_the_backward_pass(centering, accum, monkeypatch):
-    """They may be as large as the logits. Of a share in parts, what is left can only compute some rows anew."""
-    seen, backward, softmax_center, sinkhorn = [], torch.Tensor.backward, train.softmax_center, train.sinkhorn_targets
+    """They may be as large as the logits. With gradient accumulation, what is left can only compute rows again."""
+    seen, left, backward = [], [], torch.Tensor.backward
+    softmax_center, sinkhorn_knopp = losses.softmax_center, losses.sinkhorn_knopp
 
     def noted(rows):
         seen.append(weakref.ref(rows))
         return rows
 
-    monkeypatch.setattr(train, "softmax_center", lambda logits, **k: noted(softmax_center(logits, **k)))
-    monkeypatch.setattr(train, "sinkhorn_targets", lambda *args: [
-        x.map(noted) for x in sinkhorn([*map(noted, args[0])], *args[1:])])
+    monkeypatch.setattr(losses, "softmax_center", lambda logits, **k: noted(softmax_center(logits, **k)))
+    monkeypatch.setattr(losses, "sinkhorn_knopp", lambda logits, *args: [
+        noted(x.map(noted)) for x in sinkhorn_knopp([noted(x.map(noted)) for x in logits], *args)])
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: (
         left.append([x() for x in seen if torch.is_tensor(x()) or accum == 1 and x()]), backward(loss)))
-    left = []
     small_step(centering=centering, gradient_accumulation_steps=accum)()
     assert len(seen) >= 2 and len(left) == accum and left[-1] == []
+
+
+def twice(function):
+    """function, whose result (tensor, or list of lazy rows) is doubled."""
+    def doubled(*args, **kwargs):
+        result = function(*args, **kwargs)
+        return [x.map(lambda rows: 2 * rows) for x in result] if isinstance(result, list) else 2 * result
+    return doubled
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_train_runs_the_documented_losses(compiled, monkeypatch):
+    """Each function of losses.py, replaced there, changes just the terms of the loss that it should."""
+    terms = ("dino_local", "dino_global", "ibot", "koleo")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    for name, centering, changed in (
+            ("dino_loss", "centering", terms[:2]), ("ibot_loss", "centering", terms[2:3]),
+            ("koleo_loss", "centering", terms[3:]), ("cross_entropy", "centering", terms[:3]),
+            ("softmax_center", "centering", terms[:3]), ("sinkhorn_knopp", "sinkhorn_knopp", terms[:3])):
+        results = []
+        for wrap in (lambda f: f, twice):
+            with monkeypatch.context() as patch:
+                patch.setattr(losses, name, wrap(getattr(losses, name)))
+                step = small_step(centering=centering, compile=compiled)
+                results.append({k: v.item() for k, v in step()[0].items()})
+        before, after = results
+        for term in terms:
+            assert after[term] == pytest.approx(before[term] * (2 if term in changed else 1), rel=1e-5), name
+        assert after["grad_norm/backbone"] != pytest.approx(before["grad_norm/backbone"], rel=1e-3), name
+    train.compiled.cache_clear()
 
 
 def test_train_step_does_not_wait_for_its_numbers(monkeypatch):
