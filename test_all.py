@@ -244,7 +244,7 @@ def test_model_stochastic_depth_golden(case):
 
 @torch.no_grad()
 def test_model_stochastic_depth_by_orders():
-    """Rows in given orders, by groups: a batch of two groups is two batches of one, and the dropped rows are untouched."""
+    """Rows in given orders, by groups: a batch of two groups is two batches of one; dropped rows are untouched."""
     vit = model.DinoVisionTransformer(**TINY_VIT, drop_path_rate=0.5, drop_path_uniform=True, block_chunks=0)
     fill(vit.train(), 101)
     images, local = randn(77, (8, 3, 56, 56), (6, 3, 28, 28))
@@ -259,7 +259,8 @@ def test_model_stochastic_depth_by_orders():
         assert_close(both[1]["x_prenorm"][3 * g : 3 * g + 3], alone[1]["x_prenorm"], 1e-5)
     always_last = torch.arange(8).expand(2 * depth, 1, 8)  # rows 4 to 7 are never computed
     out = vit.forward_features(images, None, always_last)["x_prenorm"]
-    assert torch.equal(out[4:], vit.prepare_tokens_with_masks(images)[4:]) and not torch.equal(out, both[0]["x_prenorm"])
+    assert torch.equal(out[4:], vit.prepare_tokens_with_masks(images)[4:])
+    assert not torch.equal(out, both[0]["x_prenorm"])
 
 
 def test_model_deterministic_interpolation_is_the_same():
@@ -474,7 +475,8 @@ def small_parts(monkeypatch):
 def factors(n_prototypes: int, *rows: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Prototypes (K, 6) and tokens (M_i, 6), all of length 1, as a head makes them; in float64."""
     torch.manual_seed(1)
-    vectors = [torch.nn.functional.normalize(torch.randn(n, 6, dtype=torch.float64), dim=-1) for n in (n_prototypes, *rows)]
+    vectors = [torch.nn.functional.normalize(torch.randn(n, 6, dtype=torch.float64), dim=-1)
+               for n in (n_prototypes, *rows)]
     return vectors[0], vectors[1:]
 
 
@@ -633,7 +635,8 @@ def test_data_parts_and_processes_share_images_masks_and_dropped_rows():
     assert whole.global_orders.shape == (6, 8, 6) and whole.local_orders.shape == (6, 8, 6)
     assert digit_batches(batch_size=24, group_size=3)[5].global_orders.numel() == 0
     for rank, part in itertools.product(range(2), range(2)):
-        batches = digit_batches(batch_size=24, group_size=3, drop_path_rate=0.1, rank=rank, n_ranks=2, gradient_accumulation_steps=2)
+        batches = digit_batches(batch_size=24, group_size=3, drop_path_rate=0.1, rank=rank, n_ranks=2,
+                                gradient_accumulation_steps=2)
         ours, first = batches[5 * 2 + part], 12 * rank + 6 * part
         assert ours.samples.tolist() == whole.samples[first : first + 6].tolist()
         assert set(ours.samples.tolist()) <= set(batches.samples_of(5)) and len(batches.samples_of(5)) == 12
@@ -1347,8 +1350,8 @@ def test_train_init_starts_from_a_checkpoint(trained, tmp_path):
 def test_train_bf16_and_recomputation(tmp_path):
     """Recomputing blocks, or the cheap part of them, changes nothing; bfloat16 changes the losses by its rounding."""
     losses_of = {}
-    for name, flags in dict(plain=[], again=["--activation-checkpointing", "full"], some=["--activation-checkpointing", "selective"],
-                            bf16=["--dtype", "bf16"]).items():
+    for name, flags in dict(plain=[], again=["--activation-checkpointing", "full"],
+                            some=["--activation-checkpointing", "selective"], bf16=["--dtype", "bf16"]).items():
         train_main(*TINY, "--steps", 2, "--out", tmp_path / name, "--drop-path-rate", 0.3, *flags)
         losses_of[name] = [r["loss"] for r in metrics(tmp_path / name)]
     assert losses_of["plain"] == losses_of["again"] == losses_of["some"]
@@ -1404,8 +1407,8 @@ def test_train_step_does_not_wait_for_its_numbers(monkeypatch):
             assert not any(word in str(function) for word in ("_local_scalar_dense", "nonzero", "masked_select"))
             return function(*args, **(kwargs or {}))
 
-    for changes in (dict(centering="sinkhorn_knopp", gradient_accumulation_steps=2), dict(centering="centering", drop_path_rate=0.3),
-                    dict(ibot_separate_head=True)):
+    for changes in (dict(centering="sinkhorn_knopp", gradient_accumulation_steps=2),
+                    dict(centering="centering", drop_path_rate=0.3), dict(ibot_separate_head=True)):
         step = small_step(**changes)
         step()
         with NoFetch():
@@ -1452,7 +1455,8 @@ def test_train_attention_by_a_kernel(monkeypatch):
         results.append([{k: v.item() for k, v in step()[0].items()}, *step.args[0].parameters()])
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
     assert len(calls) == 2 * 2 * 3  # steps, networks, blocks
-    assert calls[0] == ((16 * 10, 3, 2, 32), [16], [10]) and calls[3] == ((10 * 10 + 10 * 5, 3, 2, 32), [10, 10], [10, 5])
+    assert calls[0] == ((16 * 10, 3, 2, 32), [16], [10])
+    assert calls[3] == ((10 * 10 + 10 * 5, 3, 2, 32), [10, 10], [10, 5])
 
 
 FIELD_CHANGES = dict(  # every field of Config, with a value that must change something in a two-step run
@@ -1470,13 +1474,14 @@ FIELD_CHANGES = dict(  # every field of Config, with a value that must change so
     final_momentum_teacher=0.5, warmup_teacher_temp=0.05, teacher_temp=0.09, warmup_teacher_temp_steps=4, steps=4,
     warmup_steps=0, lr=1e-3, min_lr=1e-3, weight_decay=0.5, weight_decay_end=0.5, layerwise_decay=0.5,
     patch_embed_lr_mult=0.1, clip_grad=0.01, freeze_last_layer_steps=2, betas=(0.5, 0.6), device="cpu", dtype="bf16",
-    compile=True, kernels=True, activation_checkpointing="full", sharding="zero3", gradient_accumulation_steps=2, deterministic=True, out="", log_every=2, eval_every=2,
-    export_every=1,
-    save_every=1, save_minutes=1e-9, save_patience=1.0, keep=1, max_nonfinite=1)
+    compile=True, kernels=True, activation_checkpointing="full", sharding="zero3", gradient_accumulation_steps=2,
+    deterministic=True, out="", log_every=2, eval_every=2, export_every=1, save_every=1, save_minutes=1e-9,
+    save_patience=1.0, keep=1, max_nonfinite=1)
 NO_EFFECT_BY_DESIGN = {  # other tests use them: nothing may change
     "num_workers", "device", "activation_checkpointing", "sharding", "max_bad_share"}
 ELSEWHERE = {  # tests of their own
-    "init", "out", "compile", "kernels", "gradient_accumulation_steps", "deterministic", "save_minutes", "save_patience", "max_nonfinite"}
+    "init", "out", "compile", "kernels", "gradient_accumulation_steps", "deterministic", "save_minutes",
+    "save_patience", "max_nonfinite"}
 
 
 def observe(cfg: train.Config, out: Path) -> tuple:
@@ -1498,7 +1503,8 @@ def observe(cfg: train.Config, out: Path) -> tuple:
 
 def save_names_alone() -> None:
     """For a process that calls observe(): only the names of saves are looked at, and writing them takes long. PyTorch's
-    pool of threads, lost in the fork, is made anew by one thread: by those of a backward pass at once, it would abort."""
+    thread pool, lost in the fork, must be recreated by one thread: by those of a backward pass at once, it would abort.
+    """
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of the workers of loaders
     train.dcp.save = lambda *a, checkpoint_id, **k: Path(checkpoint_id, ".metadata").touch()
@@ -1538,7 +1544,7 @@ def test_resume_on_other_numbers_of_processes(centering, tmp_path):
                                     5, "--centering", centering]
     alone = Launched(tmp_path / "log1", train.main, *flags, "--out", tmp_path / "one")
     flags += ["--out", tmp_path / "many"]
-    for before, argv, world in ((partial(stop_at, 3), [], 1), (partial(stop_at, 3), [], 2), (partial(stop_at, 3), [], 1),
+    for before, argv, world in (*((partial(stop_at, 3), [], world) for world in (1, 2, 1)),
                                 (None, ["--gradient-accumulation-steps", 2], 2)):
         text = Launched(log, train.main, *flags, *argv, world=world, before=before).wait()
     assert re.findall(r"step (\d+) of 12, batch 16 on (\d)", text) == [("0", "1"), ("3", "2"), ("6", "1"), ("9", "2")]
@@ -1556,8 +1562,9 @@ def test_accumulation_gives_what_one_part_gives(centering, separate):
     """Losses, gradient norms, centers and weights of two steps in 1, 2 and 4 parts; and memory is what it saves."""
     def steps(accum: int):
         cfg = train.Config(**train.PRESETS["digits"] | dict(
-            batch_size=16, group_size=4, gradient_accumulation_steps=accum, centering=centering, ibot_separate_head=separate, steps=4,
-            warmup_steps=0, drop_path_rate=0.4, ibot_head_hidden_dim=32, ibot_head_n_prototypes=48))
+            batch_size=16, group_size=4, gradient_accumulation_steps=accum, centering=centering,
+            ibot_separate_head=separate, steps=4, warmup_steps=0, drop_path_rate=0.4, ibot_head_hidden_dim=32,
+            ibot_head_n_prototypes=48))
         torch.manual_seed(0)
         student, teacher = train.build_network(cfg, cfg.drop_path_rate).train(), train.build_network(cfg).eval()
         teacher.load_state_dict(student.state_dict())
@@ -1586,7 +1593,8 @@ def test_resume_from_what_is_whole(trained, tmp_path, capsys):
     and the damaged one is put aside by the next save."""
     flags = [*TINY, "--steps", 4, "--eval-every", 2, "--export-every", 3, "--save-every", 2]
     harm = dict(
-        truncated=lambda p: os.truncate(p, p.stat().st_size // 2), zeroed=lambda p: p.write_bytes(bytes(p.stat().st_size)),
+        truncated=lambda p: os.truncate(p, p.stat().st_size // 2),
+        zeroed=lambda p: p.write_bytes(bytes(p.stat().st_size)),
         changed=lambda p: p.write_bytes(p.read_bytes()[:-9] + b"?" + p.read_bytes()[-8:]), deleted=Path.unlink,
         empty=lambda p: p.write_bytes(b""))
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -1608,7 +1616,8 @@ def test_resume_from_what_is_whole(trained, tmp_path, capsys):
     (out / "resume/step_000000004/complete").unlink()
     (out / "resume/step_000000003/__0_0.distcp").write_bytes(b"")
     train_main(*flags, "--out", out)
-    assert same(everything(out, tmp_path), everything(trained, tmp_path) | dict(files=everything(out, tmp_path)["files"]))
+    ours = everything(out, tmp_path)
+    assert same(ours, everything(trained, tmp_path) | dict(files=ours["files"]))
     names = sorted(p.name for p in (out / "resume").iterdir())
     assert names[2:] == ["step_000000002", "step_000000003", "step_000000004"]
     assert [n[:22] for n in names[:2]] == ["damaged_step_000000003", "damaged_step_000000004"]
@@ -1895,7 +1904,8 @@ def test_eval_knn_golden():
     assert (rank != better).nonzero().flatten().tolist() == [8]  # where two classes have no vote; topk took the other
     measured = eval_linear.accuracies(scores.topk(5).indices[:, None], answers)
     assert_close(measured["top1"], 100 * golden["knn/metrics/MEAN_ACCURACY/top-1"].double()[None], 1e-5)
-    assert_close(measured["mean_per_class"], 100 * golden["knn/metrics/MEAN_PER_CLASS_ACCURACY/top-1"].double()[None], 1e-5)
+    mean_per_class = golden["knn/metrics/MEAN_PER_CLASS_ACCURACY/top-1"].double()
+    assert_close(measured["mean_per_class"], 100 * mean_per_class[None], 1e-5)
     answers = [[a for a in row if a >= 0] for row in golden["knn/real/target"].tolist()]
     measured = eval_linear.real_accuracies(golden["knn/real/preds"].topk(5).indices[:, None], answers)
     for t in (1, 5):
@@ -1976,7 +1986,8 @@ def test_eval_features_are_cached_by_model_and_data(trained, tmp_path, monkeypat
     extract = eval_knn.extract_features
     monkeypatch.setattr(eval_knn, "extract_features", lambda *a: extracted.append(a[1].name) or extract(*a))
     assert eval_knn.main(flags) == first and not extracted
-    assert eval_knn.main([*flags, "--train", "digits:split=VAL", "--val", "digits"]) and not extracted  # the same images
+    assert eval_knn.main([*flags, "--train", "digits:split=VAL", "--val", "digits"])  # the same images
+    assert not extracted
     eval_knn.main([*flags, "--resize", "20"])
     assert len(extracted) == 2
     for file in (tmp_path / "cache").iterdir():
@@ -2012,7 +2023,8 @@ def test_eval_knn_errors(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_images(tmp_path / "plain", ["a.png", "b.png"])
     ckpt = str(trained / "ckpt.pth")
-    for flags, text in ((["--train", str(tmp_path / "plain")], "has no labels"), (["--crop", "15"], "no multiple"), (["--resize", "9"], "leaves no square"),
+    for flags, text in ((["--train", str(tmp_path / "plain")], "has no labels"), (["--crop", "15"], "no multiple"),
+                        (["--resize", "9"], "leaves no square"),
                         (["--tempreature", "1"], "unknown argument '--tempreature', did you mean --temperature?"),
                         (["--train", "digits", "--n-per-class", "0"], "must be positive"),
                         (["--val", "digits:split=TRAIN"], "--val is the same as --train")):
@@ -2022,7 +2034,7 @@ def test_eval_knn_errors(trained, tmp_path, monkeypatch):
     broken["teacher"]["backbone.norm.weight"].fill_(torch.nan)
     torch.save(broken, tmp_path / "broken.pth")
     for main in (eval_knn.main, eval_linear.main, eval_logreg.main):
-        with pytest.raises(ValueError, match="features of .* images of digits .* are not finite, such as that of digits"):
+        with pytest.raises(ValueError, match="features of .* images of digits .* not finite, such as that of digits"):
             main([str(tmp_path / "broken.pth"), *(["--cached"] if main is eval_linear.main else [])])
     with pytest.raises(ValueError, match="does not say which data to use"):
         torch.save(model.DinoVisionTransformer(**TINY_VIT | dict(num_heads=1), block_chunks=2).state_dict(),

@@ -145,8 +145,8 @@ FORKS.set_forkserver_preload(["tests.common", "sklearn.datasets", "torch._dynamo
 
 
 class Launched:
-    """main(*argv) of one of our programs in `world` new processes, as torchrun would start them; what they print goes to
-    the end of `log`. `before` is called in each first. A start takes a tenth of a second, not ten."""
+    """main(*argv) of one of our programs in `world` new processes, as torchrun would start them; what they print is
+    appended to `log`. `before` is called in each first. A start takes a tenth of a second, not ten."""
 
     def __init__(self, log: Path, main, *argv, world: int = 1, before=None):
         self.log, port = log, free_port()

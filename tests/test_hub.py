@@ -344,7 +344,7 @@ def test_hub_classifier_errors(tmp_path):
 
 
 def test_hub_entry_points(tmp_path, monkeypatch):
-    """All 25 official names and 9 of ours; the networks have the released keys and shapes, kwargs and layers are heard."""
+    """All 25 official names and 9 of ours; networks have the released keys and shapes, kwargs and layers are used."""
     points = hub.entry_points()
     assert len(points) == 34 and all(points[n].__name__ == n and points[n].__doc__ for n in points)
     for name in hub.RELEASED:
@@ -493,14 +493,16 @@ def test_hub_features(tmp_path, cache, capsys):
     for i, (path, name) in enumerate(((tmp_path / "own.png", "own.png"), (photos / "sub/c.png", "photos/sub/c.png"))):
         one = np.load(tmp_path / f"each/{name}.npz")
         image = data.read_image(str(path))
+        row = {k: stacked[k][3 - i] for k in one}
         for fit, given in ((data.plan_fit(*image.shape[1:], 14, "pad"), one),
-                           (data.plan_fit(*image.shape[1:], 14, "crop", (56, 56)), {k: stacked[k][3 - i] for k in one})):
+                           (data.plan_fit(*image.shape[1:], 14, "crop", (56, 56)), row)):
             out = vit.forward_features(data.normalize(data.to_float(data.fit_image(image, fit)[None])))
             for key, whole in (("cls", "clstoken"), ("registers", "regtokens"), ("patches", "patchtokens")):
                 expected = out[f"x_norm_{whole}"][0].detach()
                 assert_close(torch.from_numpy(given[key]).view(expected.shape), expected, 1e-5, key)
     for argv, text in (
-        ([str(photos), str(tmp_path / "own.png"), "--size", "0"], "own.png has 6x4 patches, .* give --size HEIGHT WIDTH"),
+        ([str(photos), str(tmp_path / "own.png"), "--size", "0"],
+         "own.png has 6x4 patches, .* give --size HEIGHT WIDTH"),
         ([str(photos / "bad.png")], "bad.png cannot be read as an image"),
         ([str(tmp_path / "none.png")], "no such image or folder: .*none.png"),
         ([str(tmp_path / "own.png"), "--size", "10", "--fit", "crop"], "10x10 pixels is less than one patch"),
@@ -565,7 +567,8 @@ def test_hub_command_errors(tmp_path):
         (["convert", vit, "/proc/b.pth", "--to", "official"], "/proc/b.pth could not be written"),
         (["export", "b.pt", "--model", vit], "must be a file that ends in .onnx or .pt2"),
         (["convert", vit, f"{vit}/b.pth", "--to", "official"], "vit.pth/b.pth could not be written"),
-        (["features", str(HERE / "pictures"), "--model", vit, "--device", "meta", "--out", "f.npz"], "'meta' is no dev"),
+        (["features", str(HERE / "pictures"), "--model", vit, "--device", "meta", "--out", "f.npz"],
+         "'meta' is no device"),
         (["export", "b.pt2", "--model", vit, "--size", "50"], "multiples of this model's patch size, 14"),
         (["features", "a.png", "--model", vit, "--out", vit], "is no file that ends in .npz, and no folder"),
         (["features", "a.png", "--model", vit, "--out", "f.txt"], "is no file that ends in .npz, and no folder"),

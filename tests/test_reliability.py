@@ -168,7 +168,7 @@ def test_saves_that_fail_are_retried(tmp_path, monkeypatch, capsys):
     (out / "resume").rename(out / "gone")
     (out / "resume").write_text("in the way")
     monkeypatch.setattr(train.TrainState, "load_newest", lambda *a: (dict(step=12), []))
-    with pytest.raises(train.Failed, match="saving has failed for 0.001 minutes .* last good save is that of step 12; "):
+    with pytest.raises(train.Failed, match="saving has failed for 0.001 minutes .* last good save is that of step 12;"):
         train_main(*flags, "--steps", 500, "--save-patience", 0.001, "--export-every", 4, "--out", out)
     assert not (out / "lock").exists()
 
@@ -328,7 +328,8 @@ def test_lock_lost_to_another_ends_the_run(tmp_path):
     lock_of(out)
     assert "another process has taken over" in job.wait(1)
     saves = sorted(p.name for p in (out / "resume").iterdir())
-    assert json.loads((out / "lock").read_text())["key"] == "another" and saves[0] == "step_000000005" and len(saves) < 9
+    assert json.loads((out / "lock").read_text())["key"] == "another"
+    assert saves[0] == "step_000000005" and len(saves) < 9
 
 
 def test_restart_by_torchrun_never_overwrites(tmp_path, monkeypatch):
@@ -350,7 +351,7 @@ def train_in_agent(killed: Path, argv: list[str]) -> None:
 
 
 def quick_agent(endpoint: str, killed: Path, argv: list[str]) -> None:
-    """What `torchrun --nnodes 4 --nproc-per-node 1 --max-restarts 3` does, its worker forked, not started from nothing."""
+    """What `torchrun --nnodes 4 --nproc-per-node 1 --max-restarts 3` does, with a forked worker: a fast start."""
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     config = launcher.LaunchConfig(min_nodes=4, max_nodes=4, nproc_per_node=1, run_id="four", rdzv_backend="c10d",
                                    rdzv_endpoint=endpoint, max_restarts=3, start_method="fork")
@@ -430,8 +431,9 @@ def four_agents(tmp_path: Path, machine_too: bool, endpoint: str = "", machines=
 
 
 SHIMS = dict(  # what the script calls of Slurm, for one machine with one GPU
-    scontrol='[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> "$FOLDER/requeued"', srun='shift; echo $$ > "$FOLDER/step"; exec "$@"',
-    torchrun='exec "$PYTHON" -m torch.distributed.run "$@"', scancel='all() { for c in $(cat "/proc/$1/task/$1/children"); do all "$c"; done; echo "$1"; }; '
+    scontrol='[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> "$FOLDER/requeued"',
+    srun='shift; echo $$ > "$FOLDER/step"; exec "$@"', torchrun='exec "$PYTHON" -m torch.distributed.run "$@"',
+    scancel='all() { for c in $(cat "/proc/$1/task/$1/children"); do all "$c"; done; echo "$1"; }; '
             'kill -USR1 $(all "$(cat "$FOLDER/step")")')
 
 
