@@ -1887,7 +1887,7 @@ def test_eval_knn_golden():
         "train_features", "train_labels", "test_features", "test_labels"))
     similarity, rows = eval_knn.neighbors(queries @ bank.T, 20)
     assert_close(similarity, golden["knn/sims"], 1e-6)
-    assert torch.equal(labels[rows], golden["knn/neighbor_labels"])
+    assert torch.equal(labels[rows], golden["knn/neighbour_labels"])
     votes = eval_knn.knn_scores(bank, labels, queries, ks=(1, 5, 10, 20))
     for k in votes:
         assert_close(votes[k], golden[f"knn/votes/{k}"], 1e-6, f"k = {k}")
