@@ -77,6 +77,11 @@ import losses
 import mask2former
 import model
 import train
+import support.cli
+import support.evaluation
+import support.parallel
+import support.run
+import support.sources
 
 
 def measure(functions: dict, repeats: int, least: float = 0.5) -> dict[str, list[float]]:
@@ -99,7 +104,7 @@ def versions(device: torch.device) -> dict[str, str]:
     model = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
              if line.startswith("model name")] if sys.platform == "linux" else []
     return dict(torch=torch.__version__, torchvision=torchvision.__version__, python=platform.python_version(),
-                cpu=(model or [platform.machine()])[0], cores=str(data.usable_cores())) | gpu
+                cpu=(model or [platform.machine()])[0], cores=str(support.parallel.usable_cores())) | gpu
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -133,8 +138,8 @@ def bench_data(args, device: torch.device) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         if not args.data:
             write_photos(Path(folder))
-        source = data.open_source(args.data or folder)
-        if isinstance(source, data.InMemory):
+        source = support.sources.open_source(args.data or folder)
+        if isinstance(source, support.sources.InMemory):
             raise ValueError(f"--data {args.data}: there are no image files to decode; name a folder")
         batches = train.training_batches(cfg, source, 0, 1)
         steps, numbers, rng = itertools.count(), itertools.count(), random.Random(0)
@@ -203,12 +208,12 @@ def bench_save(args, device: torch.device) -> list[dict]:
         if preset not in ("digits", "fashion"):  # the batch of one device
             cfg = replace(cfg, batch_size=n, group_size=n, data=folder)
             write_photos(Path(folder))
-        source = data.open_source(args.data or cfg.data, cfg.in_chans)
-        mesh, lock = train.start_processes(device), train.OutputLock(Path(cfg.out))
+        source = support.sources.open_source(args.data or cfg.data, cfg.in_chans)
+        mesh, lock = support.parallel.start_processes(device), support.run.OutputLock(Path(cfg.out))
         state, batches = train.TrainState(cfg, mesh, device), train.training_batches(cfg, source, 0, 1)
-        log = train.Log(Path(cfg.out) / "metrics.jsonl", 0, 0, {})
-        saver = train.Saver(cfg, preset, state, lock, 0, [], lambda text: None)
-        guard, agreement = train.NonFinite(cfg, log, batches, saver), train.Agreement()
+        log = support.run.Log(Path(cfg.out) / "metrics.jsonl", 0, 0, {})
+        saver = support.run.Saver(cfg, preset, state, lock, 0, [], lambda text: None)
+        guard, agreement = support.run.NonFinite(cfg, log, batches, saver), support.parallel.Agreement()
         batch, now = [data.prepare(batches[0], device, cfg.mean, cfg.std)], dict(
             lr=0.0, last_layer_lr=0.0, weight_decay=0.0, momentum=1.0, teacher_temp=cfg.teacher_temp)
 
@@ -340,13 +345,13 @@ def block_bytes(cfg: train.Config, images: int, dtype: torch.dtype) -> dict[str,
     on the meta device."""
     kept, sides = {}, [(2, cfg.global_crops_size), (cfg.local_crops_number, cfg.local_crops_size)]
     shapes = [(n * images, 1 + cfg.num_register_tokens + (side // cfg.patch_size) ** 2) for n, side in sides]
-    for way in train.CHECKPOINTING:
+    for way in support.parallel.CHECKPOINTING:
         with torch.device("meta"):
             network = train.build_network(cfg, cfg.drop_path_rate).to(dtype).train()
             x = torch.empty(1, sum(b * n for b, n in shapes), network["backbone"].embed_dim, dtype=dtype)
         block = network["backbone"].block_list()[-1]
         if way != "none":
-            block.forward = train.checkpointed(block.forward, way)
+            block.forward = support.parallel.checkpointed(block.forward, way)
         with mock.patch.object(F, "scaled_dot_product_attention", attention_on_meta):
             kept[way] = kept_bytes(partial(block, x.requires_grad_(), shapes))
     return kept
@@ -424,7 +429,7 @@ def memory(cfg: train.Config, mode: str, gpus: int, images: int, way: str, half:
     are not (--gradient-accumulation-steps adds 4 bytes per parameter and sharer). `half`: bfloat16, else float32."""
     parts, n_shards = pieces(cfg), dict(ddp=1, hsdp=min(gpus, MACHINE)).get(mode, gpus)
     blocks, rest, heads = (sum(counts) for counts in parts.values())
-    gathered = (blocks if mode != "zero3" else (1 + train.AHEAD) * max(parts["blocks"])) + rest
+    gathered = (blocks if mode != "zero3" else (1 + support.parallel.AHEAD) * max(parts["blocks"])) + rest
     alone = gpus == 1 and not half  # then nothing is gathered
     return dict(
         state=16 * (blocks + rest + heads) / n_shards,  # student, two moments, teacher: float32
@@ -442,7 +447,7 @@ def check_memory(preset: str) -> list[dict]:
         if preset not in ("digits", "fashion"):
             cfg = replace(cfg, batch_size=8, group_size=8, data=folder)
             write_photos(Path(folder))
-        for way in train.CHECKPOINTING:
+        for way in support.parallel.CHECKPOINTING:
             results = context.SimpleQueue()
             process = context.Process(target=measure_steps, args=(replace(cfg, activation_checkpointing=way), results))
             process.start()
@@ -462,8 +467,8 @@ def measure_steps(cfg: train.Config, results) -> None:
     those of a program that has done nothing."""
     data.keep_memory(train.spare_memory(cfg))
     cpu = torch.device("cpu")
-    before, state = peak_memory(cpu), train.TrainState(cfg, train.start_processes(cpu), cpu)
-    batch = train.training_batches(cfg, data.open_source(cfg.data, cfg.in_chans), 0, 1)[0]
+    before, state = peak_memory(cpu), train.TrainState(cfg, support.parallel.start_processes(cpu), cpu)
+    batch = train.training_batches(cfg, support.sources.open_source(cfg.data, cfg.in_chans), 0, 1)[0]
     batch = data.prepare(batch, cpu, cfg.mean, cfg.std)
     orders = None if batch.global_orders is None else [batch.global_orders, batch.local_orders]
     kept = kept_bytes(lambda: state.student["backbone"]([batch.global_crops, batch.local_crops], [batch.masks, None],
@@ -493,8 +498,8 @@ def bench_scale(args, device: torch.device) -> list[dict]:
                          "compute ms": 1e3 * compute.sum()}
                         | {f"{name}, M": size / 1e6 for name, size in sizes.items()}
                         | {f"GB, checkpointing {way}": activations(cfg, images, torch.bfloat16, way) / 1e9
-                           for way in train.CHECKPOINTING})
-        for mode in train.SHARDINGS:
+                           for way in support.parallel.CHECKPOINTING})
+        for mode in support.parallel.SHARDINGS:
             row = dict(preset=preset, sharding=mode)
             for gpus in (8, 32, 256):
                 passes = traffic(cfg, mode, gpus)
@@ -541,17 +546,17 @@ def bench_knn(args, device: torch.device) -> list[dict]:
     --images of --dim, in 1000 classes. times_product: against the bare matrix product, in the same chunks."""
     n, n_queries, chunk = args.images, args.queries, max(1, min(256, args.queries, 2**26 // args.images))
     generator = torch.Generator().manual_seed(0)
-    bank, queries = (eval_knn.normalize_rows_(torch.empty(m, args.dim).normal_(generator=generator)).to(device)
+    bank, queries = (support.evaluation.normalize_rows_(torch.empty(m, args.dim).normal_(generator=generator)).to(device)
                      for m in (n, n_queries))
     labels, answers = (torch.randint(1000, (m,), generator=generator).to(device) for m in (n, n_queries))
 
-    @eval_knn.full_float32()
+    @support.evaluation.full_float32()
     def product():
         buffer = torch.empty(chunk, n, device=device)
         for part in queries.split(chunk):
             torch.mm(part, bank.T, out=buffer[: len(part)])
 
-    @eval_knn.full_float32()
+    @support.evaluation.full_float32()
     def officially():
         hits = 0
         for part, right in zip(queries.split(chunk), answers.split(chunk)):
@@ -783,8 +788,8 @@ class Training:
 
     def __init__(self, cfg: train.Config, source, device: torch.device):
         self.cfg, self.device, self.clock = cfg, device, Clock(device)
-        kernel = train.load_kernel(cfg, device) if cfg.kernels else None
-        self.state = train.TrainState(cfg, train.start_processes(device, cfg.sharding), device, kernel)
+        kernel = support.parallel.load_kernel(model.ARCHS[cfg.arch], train.compute_dtype(cfg, device), device) if cfg.kernels else None
+        self.state = train.TrainState(cfg, support.parallel.start_processes(device, cfg.sharding), device, kernel)
         self.batches = train.training_batches(cfg, source, train.dist.get_rank(), train.dist.get_world_size())
         self.schedule = {name: float(values[cfg.steps // 2]) for name, values in train.schedules(cfg).items()}
         on_gpu = cfg.compile and device.type == "cuda"
@@ -858,10 +863,10 @@ def bench_train(args, device: torch.device) -> list[dict]:
         if not args.data and cfg.data != "digits":  # photographs, whatever the preset is for
             write_photos(Path(folder))
             cfg = replace(cfg, data=folder)
-        training = Training(cfg, data.open_source(cfg.data, cfg.in_chans), device)
+        training = Training(cfg, support.sources.open_source(cfg.data, cfg.in_chans), device)
         took = [training.timed() for _ in range(3)][-1]  # for the caches and the compiler
         compiled, dtype = n_graphs(counters), train.compute_dtype(cfg, device)
-        calls = max(train.together(lambda: max(1, min(4, math.ceil(0.5 / took)))))
+        calls = max(support.parallel.together(lambda: max(1, min(4, math.ceil(0.5 / took)))))
         seconds, rates, parts = [], [], []
         for _ in tqdm(range(args.repeats), disable=None, desc="measuring", leave=False):
             rates.append(matrix_rate(dtype, device))
@@ -1096,7 +1101,8 @@ def attention_alone(args, batches, lengths, n_heads: int, dim: int, dtype, devic
     refused = ""
     if device.type == "cuda":
         try:
-            calls["kernels/attention.py"] = both_ways(run(train.load_kernel(args.cfg, device)), qkv, device)
+            kernel = support.parallel.load_kernel(model.ARCHS[args.cfg.arch], dtype, device)
+            calls["kernels/attention.py"] = both_ways(run(kernel), qkv, device)
             calls["kernels/attention.py"]()
         except ValueError as error:
             calls.pop("kernels/attention.py", None)
@@ -1185,7 +1191,7 @@ FLAGS = {"data": ("data", "save", "train"), "preset": ("save", "scale", *TRAINED
 
 
 def parse(argv: list[str] | None):
-    parser = data.Parser(__doc__)
+    parser = support.cli.Parser(__doc__)
     parser.add_argument("what", choices=tuple(BENCHES), help="what to measure")
     parser.add_argument("--data", default="", help="images, named as train.py's --data")
     parser.add_argument("--preset", default="", help="of train.py, for `save`, `train`, `heads`, `attention` "
@@ -1216,9 +1222,9 @@ def parse(argv: list[str] | None):
     if min(args.repeats, args.images, args.queries, args.dim, args.every) < 1:
         raise ValueError("--repeats, --images, --queries, --dim and --every must be 1 or more")
     if args.preset not in ("", *train.PRESETS):
-        raise ValueError(f"unknown preset {args.preset!r}{data.nearest(args.preset, train.PRESETS)}")
+        raise ValueError(f"unknown preset {args.preset!r}{support.cli.nearest(args.preset, train.PRESETS)}")
     if args.name not in hub.RELEASED:
-        raise ValueError(f"unknown model {args.name!r}{data.nearest(args.name, hub.RELEASED)}")
+        raise ValueError(f"unknown model {args.name!r}{support.cli.nearest(args.name, hub.RELEASED)}")
     if args.what in TRAINED:
         args.cfg = training_config(args, flags)
     return args
@@ -1232,7 +1238,7 @@ def training_config(args, flags: list[str]) -> train.Config:
     if cfg.gradient_accumulation_steps < 1:
         raise ValueError(f"--gradient-accumulation-steps must be 1 or more, got {cfg.gradient_accumulation_steps}")
     if "--batch-size" not in given and args.preset not in ("digits", "fashion"):
-        images = 64 if train.pick_device(cfg.device).type == "cuda" else 8
+        images = 64 if support.parallel.pick_device(cfg.device).type == "cuda" else 8
         cfg = replace(cfg, batch_size=images * cfg.gradient_accumulation_steps * n_ranks)
     if "--group-size" not in given:
         cfg = replace(cfg, group_size=math.gcd(cfg.group_size, cfg.batch_size // (n_ranks * cfg.gradient_accumulation_steps) or 1))
@@ -1242,7 +1248,7 @@ def training_config(args, flags: list[str]) -> train.Config:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    device = train.pick_device(args.cfg.device if args.what in TRAINED else "auto")
+    device = support.parallel.pick_device(args.cfg.device if args.what in TRAINED else "auto")
     data.keep_memory(train.spare_memory(args.cfg) if args.what in TRAINED else None)  # as in workers and in training
     rows = BENCHES[args.what](args, device)
     if int(os.environ.get("RANK", 0)) or args.what == "gpu" and args.list:
@@ -1256,7 +1262,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    support.cli.run(main)

@@ -38,24 +38,26 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import hub
-from data import (
-    FORMATS, SPLIT_FOLDERS, Parser, Source, check_size, hue, image_paths, make_loader, normalize, read_image,
-    worker_count)
-from eval_knn import add_record, check_out, join_processes, leave_processes, results_stem, world
+from data import hue, make_loader, normalize
 from heads import (
-    CLASSES, RANGES, RECIPES, Dense, DPTHead, LinearDepthHead, Recipe, SegmentationHead, colors, gradient_loss,
-    resize, resize_bytes, scaled_size, segment, segmentation_loss, sig_loss)
-from hub import DTYPES, pick_device, read_pth, write_file
-from visualize import (
-    Cell, depth_bar, depth_colors, depth_of, file_names, label_colors, legend, rows_of, save, save_depth, save_labels,
-    sheet, spread, to_rgb, under, zoom)
+    CLASSES, RANGES, RECIPES, DPTHead, Dense, LinearDepthHead, Recipe, SegmentationHead, colors, gradient_loss, resize,
+    resize_bytes, scaled_size, segment, segmentation_loss, sig_loss)
+from hub import read_pth
+from support.cli import Parser, run
+from support.draw import Cell, depth_bar, depth_colors, label_colors, legend, rows_of, save, sheet, spread, to_rgb, zoom
+from support.evaluation import DTYPES, add_record, check_out, results_stem
+from support.images import FORMATS, check_size, read_image
+from support.parallel import join_processes, leave_processes, pick_device, worker_count, world
+from support.run import write_file
+from support.sources import SPLIT_FOLDERS, Source, image_paths
+from visualize import depth_of, file_names, save_depth, save_labels, under
 
 IGNORE = 255  # the label of pixels that do not count
 GROUP = 2  # images in a loss
@@ -1048,9 +1050,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(print("stopped; a training goes on from its last save by the same command", file=sys.stderr) or 130)
-    except ValueError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    run(main, interrupted="stopped; a training goes on from its last save by the same command")

@@ -31,10 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Prefetcher, Unreadable, cut_crop, normalize, read_sample, to_float, train_loader, widen
-from eval_knn import Evaluation, Flags, data_hash, extract_features, full_float32, kept, world
-from hub import read_head, write_file
+from data import Prefetcher, cut_crop, normalize, read_sample, to_float, train_loader, widen
+from hub import read_head
 from model import read_checkpoint
+from support.evaluation import Evaluation, Flags, data_hash, extract_features, full_float32, kept
+from support.parallel import world
+from support.run import write_file
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)  # of a batch of 256
 
@@ -481,9 +483,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(print("stopped; the same command goes on from the last epoch", file=sys.stderr) or 130)
-    except (ValueError, Unreadable) as error:
-        sys.exit(print(f"error: {str(error).splitlines()[-1]}", file=sys.stderr) or 2)
+    run(main, interrupted="stopped; the same command goes on from the last epoch")

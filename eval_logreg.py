@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from eval_knn import Evaluation, Flags, common_labels, full_float32, ranks, world
+from support.evaluation import Evaluation, Flags, common_labels, full_float32, ranks
+from support.parallel import world
 
 CS = tuple((10 ** torch.linspace(-6, 5, 45)).tolist())  # inverse strengths of the penalty, as scikit-learn counts them
 
@@ -362,9 +363,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except ValueError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    run(main)

@@ -33,8 +33,6 @@ official code samples at (i + 0.1) / size, the others at i / size, timm with ant
 weights differ. load(file, interpolate_offset=0.1, interpolate_antialias=False) has the official rule for any file.
 Apache License 2.0.
 """
-import contextlib
-import difflib
 import enum
 import functools
 import hashlib
@@ -42,9 +40,6 @@ import http.client
 import json
 import os
 import re
-import shutil
-import sys
-import tempfile
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -52,11 +47,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from heads import CLASSES, RANGES, RECIPES, Dense, DPTHead, LinearDepthHead, Recipe, SegmentationHead, colors
+from heads import CLASSES, RANGES, RECIPES, DPTHead, Dense, LinearDepthHead, Recipe, SegmentationHead, colors
 from mask2former import Mask2Former
 from model import ARCHS, FORMAT, DinoVisionTransformer, load_backbone, load_strictly, read_checkpoint
+from support.cli import Parser, nearest, run, run_subcommand
 
 # data.py, which reads images, brings torchvision along, and that takes a second. So only the commands below import it,
 # and when they run; what torch.hub calls does without.
@@ -100,11 +95,6 @@ def read_pth(path: str) -> dict:
     allowed = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     with torch.serialization.safe_globals([*allowed, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}]):
         return read_checkpoint(path)
-
-
-def nearest(name: str, names) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f", did you mean {close[0]}?" if close else ""
 
 
 def released_file(name: str, part: str) -> Path:
@@ -609,108 +599,6 @@ def entry_points() -> dict[str, Callable]:
     return points
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Other layouts, written
-
-
-def renamed(weights: dict[str, Tensor], *pairs: tuple[str, str]) -> dict[str, Tensor]:
-    for pattern, name in pairs:
-        weights = {re.sub(pattern, name, key): value for key, value in weights.items()}
-    return weights
-
-
-def as_timm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Official names -> timm's. It has no mask_token, and with registers the position of CLS is added to CLS itself."""
-    weights = renamed(weights, (r"\.mlp\.w12\.", ".mlp.fc1."), (r"\.mlp\.w3\.", ".mlp.fc2."),
-                      (r"^register_tokens$", "reg_token"))
-    del weights["mask_token"]
-    if "reg_token" in weights:
-        positions = weights["pos_embed"]  # (1, 1+h*w, D)
-        weights |= dict(cls_token=weights["cls_token"] + positions[:, :1], pos_embed=positions[:, 1:].clone())
-    return weights
-
-
-def as_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Official names -> those in the files of transformers, which all its versions read."""
-    split = {}
-    for key, value in weights.items():
-        for part, third in zip(("query", "key", "value"), value.chunk(3)) if ".attn.qkv." in key else [("", value)]:
-            split[key.replace("attn.qkv", f"attention.attention.{part}")] = third.clone() if part else third
-    for i in {key.split(".")[1] for key in weights if key.startswith("blocks.")}:  # its blocks always have LayerScale
-        for n in "12":
-            split.setdefault(f"blocks.{i}.ls{n}.gamma", torch.ones(weights["cls_token"].shape[-1]))
-    return renamed(
-        split, (r"^blocks\.", "encoder.layer."), (r"^norm\.", "layernorm."), (r"\.mlp\.w12\.", ".mlp.weights_in."),
-        (r"\.mlp\.w3\.", ".mlp.weights_out."), (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
-        (r"\.attn\.proj\.", ".attention.output.dense."),
-        (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
-        (r"^pos_embed$", "embeddings.position_embeddings"),
-        (r"^(cls_token|mask_token|register_tokens)$", r"embeddings.\1"))
-
-
-def transformers_config(model: DinoVisionTransformer) -> dict:
-    """config.json of Dinov2Model or Dinov2WithRegistersModel."""
-    weights, registers = model.state_dict(), model.num_register_tokens
-    gated = "blocks.0.mlp.w3.weight" in weights
-    if not {"blocks.0.attn.proj.bias", f"blocks.0.mlp.{'w3' if gated else 'fc2'}.bias"} <= weights.keys():
-        raise ValueError("transformers has no DINOv2 without feed-forward layers, or without the biases of these and "
-                         "of attn.proj; convert it to another layout")
-    return dict(
-        architectures=[f"Dinov2{'WithRegisters' * bool(registers)}Model"],
-        model_type=f"dinov2{'_with_registers' * bool(registers)}", hidden_size=model.embed_dim,
-        num_hidden_layers=model.n_blocks, num_attention_heads=model.num_heads, mlp_ratio=4, hidden_act="gelu",
-        layer_norm_eps=1e-6, image_size=model.patch_embed.img_size[0], patch_size=model.patch_size,
-        num_channels=model.patch_embed.in_chans, qkv_bias="blocks.0.attn.qkv.bias" in weights, layerscale_value=1.0,
-        use_swiglu_ffn=gated,
-        **dict(num_register_tokens=registers) if registers else {})
-
-
-def image_config(in_chans: int, mean, std, eval_resize: int, eval_crop: int, **others) -> dict:
-    """preprocessor_config.json of transformers, for evaluation: short side resized, central square cut out."""
-    return dict(image_processor_type="BitImageProcessor", do_convert_rgb=in_chans == 3, do_resize=True, resample=3,
-                size=dict(shortest_edge=eval_resize), do_center_crop=True,
-                crop_size=dict(height=eval_crop, width=eval_crop), do_rescale=True, rescale_factor=1 / 255,
-                do_normalize=True, image_mean=list(mean), image_std=list(std))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What the commands share with the evaluations
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def pick_device(name: str) -> torch.device:
-    """"auto" is CUDA if there is a GPU, else the CPU; under torchrun each process gets the GPU of its local rank.
-    Raises ValueError if the device asked for is absent."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device {name!r} is no device; use auto, cpu, cuda or mps")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"--device {name}: PyTorch finds no CUDA GPU here; use --device cpu")
-        if device.index is not None and "LOCAL_RANK" in os.environ:
-            raise ValueError(f"--device {name}: torchrun gives each process a GPU of its own; use --device cuda")
-        device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
-        if device.index >= torch.cuda.device_count():
-            raise ValueError(f"{device} does not exist, PyTorch finds {torch.cuda.device_count()} GPU(s) here")
-        torch.set_float32_matmul_precision("high")  # TF32
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"--device {name}: PyTorch finds no Apple GPU here; use --device cpu")
-    return device
-
-
-def check_finite(features: Tensor, spec: str) -> None:
-    if not features.isfinite().all():
-        raise ValueError(f"the features of {spec} are not finite: the checkpoint has diverged, or half precision is "
-                         "too coarse for it")
-
-
 def image_rules(model: DinoVisionTransformer | Mask2Former, ckpt: dict) -> dict:
     """What images the network expects: in_chans, mean and std, eval_resize and eval_crop in pixels, flip_prob; as a
     checkpoint of train.py says, else as the released models want them."""
@@ -730,41 +618,13 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def write_file(path: Path, write) -> None:
-    """Has write(file) fill a file that appears under its name only when it is whole. Raises ValueError, naming why not.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            write(file)
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{path} could not be written ({getattr(error, 'strerror', None) or error})") from None
-    finally:
-        with contextlib.suppress(OSError):  # the folder may be none
-            partial.unlink()
-
-
-def save_weights(weights: dict[str, Tensor], path: Path) -> None:
-    """A .safetensors file, or else one of PyTorch, by the suffix. Raises ValueError if that package is missing."""
-    if path.suffix != ".safetensors":
-        return write_file(path, functools.partial(torch.save, weights))
-    try:
-        from safetensors.torch import save
-    except ImportError:
-        raise ValueError(f"{path} needs the package safetensors: pip install safetensors") from None
-    content = save({key: value.contiguous() for key, value in weights.items()}, dict(format="pt"))
-    write_file(path, lambda file: file.write(content))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Commands
 
 
 def info(argv: list[str]) -> None:
     """What a file holds: who wrote it, network, image size, number of weights; of a head what it fits."""
-    parser = command("info", info)
+    parser = Parser(info.__doc__, usage="python hub.py info FILE")
     parser.add_argument("file", help="whatever hub.load takes, or a head")
     args = parser.parse_args(argv)
     path, ckpt = read(args.file)
@@ -834,272 +694,12 @@ def same_network(name: str, weights: dict[str, Tensor]) -> bool:
     return {k: v.shape for k, v in released.items()} == {k: v.shape for k, v in weights.items()}
 
 
-def convert(argv: list[str]) -> None:
-    """Writes a backbone in another layout: official (a .pth or .safetensors file), timm (likewise), safetensors (the
-    official names), hf (a folder that AutoModel.from_pretrained reads). Weights are float32."""
-    parser = command("convert", convert)
-    parser.add_argument("source", metavar="IN", help="whatever hub.load takes")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the file to write; with --to hf a folder")
-    parser.add_argument("--to", required=True, choices=("official", "hf", "timm", "safetensors"))
-    args = parser.parse_args(argv)
-    path, ckpt = read(args.source)
-    model = load(path, ckpt)
-    if args.out.exists() and args.out.samefile(path):
-        raise ValueError(f"{args.out} is the file to convert; name another one to write")
-    if args.to == "hf":
-        write_transformers(model, args.out, image_rules(model, ckpt))
-    else:
-        if args.to == "safetensors" and args.out.suffix != ".safetensors":
-            raise ValueError(f"{args.out} must end in .safetensors")
-        if args.out.suffix not in (".pth", ".pt", ".bin", ".safetensors"):
-            raise ValueError(f"{args.out} must end in .pth or .safetensors")
-        weights = as_timm(model.state_dict()) if args.to == "timm" else model.state_dict()
-        check_heads(model, args.to)
-        save_weights(weights, args.out)
-    again = load(args.out)
-    rules = [(m.interpolate_offset, m.interpolate_antialias) for m in (model, again)]
-    if rules[0] != rules[1]:
-        side = model.patch_embed.img_size[0]
-        print(f"note: the features are the same at {side}x{side} pixels; at others, those who read this layout "
-              "interpolate positions otherwise", file=sys.stderr)
-    print(f"{args.out}: {sum(v.numel() for v in again.state_dict().values()):,} weights, layout {args.to}")
-
-
-def check_heads(model: DinoVisionTransformer, layout: str) -> None:
-    if model.num_heads != max(model.embed_dim // 64, 1):
-        raise ValueError(f"this network has {model.num_heads} heads for a width of {model.embed_dim}, and files of "
-                         f"layout {layout} cannot say so: all who read them take heads to be 64 wide; use --to hf")
-
-
-def write_transformers(model: DinoVisionTransformer, folder: Path, rules: dict) -> None:
-    """config.json, preprocessor_config.json and model.safetensors, in a folder that appears when all are whole."""
-    if folder.exists():
-        raise ValueError(f"{folder} exists; name a new folder")
-    configs = {"config.json": transformers_config(model),
-               "preprocessor_config.json": image_config(**rules)}
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        save_weights(as_transformers(model.state_dict()), partial / "model.safetensors")
-        for name, config in configs.items():
-            write_file(partial / name, lambda file, text=json.dumps(config, indent=1): file.write(text.encode()))
-        partial.rename(folder)
-    except OSError as error:
-        raise ValueError(f"{folder} could not be written ({error.strerror})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@torch.inference_mode()
-def features(argv: list[str]) -> None:
-    """Features of images and of folders of them. --out FILE.npz: files (n,), cls (n, D), registers (n, R, D), patches
-    (n, h, w, D), of images that all have h x w patches. --out FOLDER: a file for each, cls (D,), registers (R, D),
-    patches (h, w, D); those that were made before an error stay. All after the final norm, stored in float32. Images in
-    folders that cannot be read are left out."""
-    from data import FITS, FittedImages, image_paths, make_loader, normalize, to_float, worker_count
-    parser = command("features", features)
-    parser.add_argument("images", nargs="+", help="image files, folders")
-    parser.add_argument("--model", required=True, help="whatever hub.load takes")
-    parser.add_argument("--out", required=True, type=Path, help="a file .npz, or a folder")
-    parser.add_argument("--size", type=int, nargs="+", default=None, help="height and width in pixels; or one number, "
-                        "for the short side; 0: as the images are; default: the square that the weights are best at")
-    parser.add_argument("--fit", choices=FITS, default="crop", help="how images come to that size and to multiples of "
-                        "the patch: cut, padded (both in the middle) or stretched")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the backbone's arithmetic")
-    parser.add_argument("--batch-size", type=int, default=32, help="images of one size that are computed at a time")
-    parser.add_argument("--num-workers", type=int, default=-1, help="reading processes; -1: by the number of cores")
-    args = parser.parse_args(argv)
-    if args.batch_size < 1 or args.num_workers < -1:
-        raise ValueError("--batch-size must be 1 or more, --num-workers -1 or more")
-    if args.out.suffix != ".npz" and (args.out.suffix and not args.out.is_dir() or args.out.is_file()):
-        raise ValueError(f"--out {args.out} is no file that ends in .npz, and no folder")
-    device, dtype = pick_device(args.device), DTYPES[args.dtype]
-    path, ckpt = read(args.model)
-    model = load(path, ckpt).to(device)
-    rules, paths = image_rules(model, ckpt), image_paths(args.images)
-    dataset = FittedImages(paths, rules["in_chans"], model.patch_size, args.fit, image_size(args.size, model),
-                           rules["mean"])
-    workers = 0 if len(paths) < 64 and args.num_workers < 0 else worker_count(args.num_workers)  # they take seconds
-
-    def results():
-        loader = make_loader(dataset, workers, batch_size=None)
-        for names, images in batches_of_a_size(loader, paths, args.images, args.batch_size):
-            images = normalize(to_float(images.to(device)), rules["mean"], rules["std"])
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                out = model.forward_features(images)
-            grid = [side // model.patch_size for side in images.shape[-2:]]
-            check_finite(out["x_norm_clstoken"], args.model)
-            parts = (out["x_norm_clstoken"], out["x_norm_regtokens"], out["x_norm_patchtokens"].unflatten(1, grid))
-            yield from zip(names, *(part.float().cpu().numpy() for part in parts))
-
-    if args.out.suffix == ".npz":
-        n = write_stacked(args.out, results())
-    else:
-        n = write_each(args.out, results(), os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in paths]))
-    print(f"{args.out}: {n:,} image{'s' * (n != 1)}")
-
-
-def image_size(given: list[int] | None, model: DinoVisionTransformer) -> tuple[int, ...]:
-    """--size, see above, as data.plan_fit takes it."""
-    if given is None:
-        return tuple(model.patch_embed.img_size)
-    if len(given) > 2 or min(given) < 0 or (len(given) == 2 and min(given) == 0):
-        raise ValueError("--size takes height and width in pixels, or one number for the short side, or 0")
-    return tuple(given) if given != [0] else ()
-
-
-def batches_of_a_size(loader, paths: list[str], named: list[str], batch_size: int):
-    """([paths], images (b, C, H, W)) of consecutive images of one size. What cannot be read is left out and told; it is
-    an error if it was named itself. Raises ValueError."""
-    names, images, left_out = [], [], 0
-    for path, (image, why) in zip(tqdm(paths, desc="features", unit=" images", disable=None), loader):
-        if image is None and path in named:
-            raise ValueError(why)
-        if image is None:
-            left_out += 1
-            print(f"left out: {why}", file=sys.stderr)
-            continue
-        if images and (len(images) == batch_size or (image.shape, image.dtype) != (images[0].shape, images[0].dtype)):
-            yield names, torch.stack(images)
-            names, images = [], []
-        names.append(path)
-        images.append(image)
-    if left_out == len(paths):
-        raise ValueError(f"none of the {left_out:,} images can be used")
-    if images:
-        yield names, torch.stack(images)
-
-
-def write_stacked(out: Path, results) -> int:
-    """All in one .npz; the patches, which may not fit the memory, wait in a file beside it. Returns how many images."""
-    waiting, paths, cls, registers, shape = out.with_name(f".{out.name}.{os.getpid()}.patches"), [], [], [], None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(waiting, "wb") as file:
-            for path, c, r, patches in results:  # (D,), (R, D), (h, w, D)
-                shape = shape or patches.shape
-                if patches.shape != shape:
-                    raise ValueError(f"{path} has {patches.shape[0]}x{patches.shape[1]} patches, {paths[0]} has "
-                                     f"{shape[0]}x{shape[1]}: they make no common array; give --size HEIGHT WIDTH, or "
-                                     "a folder as --out, for a file each")
-                file.write(patches.tobytes())
-                paths.append(path), cls.append(c), registers.append(r)
-        stacked = np.memmap(waiting, np.float32, "r", shape=(len(paths), *shape))
-        write_file(out, lambda file: np.savez(file, files=np.array(paths), cls=np.stack(cls),
-                                              registers=np.stack(registers), patches=stacked))
-    except OSError as error:
-        raise ValueError(f"--out {out} could not be written ({error.strerror})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            waiting.unlink()
-    return len(paths)
-
-
-def write_each(folder: Path, results, root: str) -> int:
-    """FOLDER/sub/photo.jpg.npz for root/sub/photo.jpg. Returns how many images."""
-    n = 0
-    for path, cls, registers, patches in results:
-        file = folder / f"{os.path.relpath(path, root)}.npz"
-        write_file(file, lambda f, c=cls, r=registers, p=patches: np.savez(f, cls=c, registers=r, patches=p))
-        n += 1
-    return n
-
-
-class FixedSize(nn.Module):
-    """A backbone for images (B, C, height, width) of one size, its position table made once: what is exported. Returns
-    cls (B, D), registers (B, R, D) if there are any, patches (B, h*w, D), after the final norm."""
-
-    def __init__(self, model: DinoVisionTransformer, height: int, width: int):
-        super().__init__()
-        tokens = model.pos_embed.new_empty(1, 1 + height * width // model.patch_size**2, model.embed_dim)
-        self.model = model
-        self.register_buffer("positions", model.interpolate_pos_encoding(tokens, height, width).detach().clone())
-        model.interpolate_pos_encoding = lambda x, height, width: self.positions
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        out = self.model.forward_features(images)
-        parts = dict(cls=out["x_norm_clstoken"], patches=out["x_norm_patchtokens"])
-        return parts | (dict(registers=out["x_norm_regtokens"]) if self.model.num_register_tokens else {})
-
-
-@torch.inference_mode()
-def export(argv: list[str]) -> None:
-    """A backbone as a program of its own, for batches of any number of normalized images (B, C, height, width) of one
-    size: OUT.pt2, for torch.export.load, or OUT.onnx (pip install onnx onnxscript onnxruntime). Outputs: cls (B, D),
-    patches (B, h*w, D) row by row, registers (B, R, D) if there are any. It is run and compared before it is kept."""
-    parser = command("export", export)
-    parser.add_argument("out", metavar="OUT", type=Path, help="a file that ends in .onnx or .pt2")
-    parser.add_argument("--model", required=True, help="whatever hub.load takes")
-    parser.add_argument("--size", type=int, nargs="+", default=None, help="side, or height and width, in pixels; "
-                        "default: what the weights are best at")
-    args = parser.parse_args(argv)
-    if args.out.suffix not in (".onnx", ".pt2") or args.out.is_dir():
-        raise ValueError(f"{args.out} must be a file that ends in .onnx or .pt2")
-    model = load(args.model)
-    size = args.size or list(model.patch_embed.img_size)
-    if len(size) > 2 or any(side < 1 or side % model.patch_size for side in size):
-        raise ValueError(f"--size takes one or two multiples of this model's patch size, {model.patch_size}")
-    module = FixedSize(model, size[0], size[-1]).eval()
-    images = [torch.randn(b, model.patch_embed.in_chans, size[0], size[-1]) for b in (2, 1, 3)]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".") as folder:
-        make = export_onnx if args.out.suffix == ".onnx" else export_torch
-        run, worst = make(module, images[0], Path(folder, args.out.name)), 0.0
-        for batch in images:
-            expected, found = module(batch), run(batch)
-            check_finite(expected["cls"], args.model)
-            for name, value in expected.items():
-                difference = float((found[name] - value).abs().max() / value.abs().max())
-                if not difference < 1e-3:  # or it is not finite
-                    raise ValueError(f"{name} of the exported program differs by {difference:.1e} of the largest "
-                                     "value: nothing was kept")
-                worst = max(worst, difference)
-        for file in sorted(Path(folder).iterdir(), reverse=True):  # beside large .onnx files lie .onnx.data ones
-            os.replace(file, args.out.with_name(file.name))
-    print(f"{args.out}: within {worst:.1e} of the largest value, on batches of 1, 2 and 3 images {size[0]}x{size[-1]}")
-
-
-def export_torch(module: FixedSize, images: Tensor, path: Path):
-    batch = torch.export.Dim("batch", min=1)
-    torch.export.save(torch.export.export(module, (images,), dynamic_shapes=dict(images={0: batch})), path)
-    return torch.export.load(path).module()
-
-
-def export_onnx(module: FixedSize, images: Tensor, path: Path):
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401, torch.onnx needs it
-    except ImportError:
-        raise ValueError(f"{path.name} needs more packages: pip install onnx onnxscript onnxruntime") from None
-    names = list(module(images))
-    large = sum(p.numel() * p.element_size() for p in module.parameters()) > 2**30  # a protobuf holds two gigabytes
-    torch.onnx.export(module, (images,), path, dynamo=True, external_data=large, verbose=False, input_names=["images"],
-                      output_names=names, dynamic_shapes=dict(images={0: torch.export.Dim("batch", min=1)}))
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda batch: dict(zip(names, map(torch.from_numpy, session.run(names, {"images": batch.numpy()}))))
-
-
-COMMANDS = dict(info=info, convert=convert, features=features, export=export)
-
-
-def command(name: str, function: Callable):
-    from data import Parser
-    return Parser(function.__doc__, usage=f"python hub.py {name} ...")
+COMMANDS = dict(info=info)
 
 
 def main(argv: list[str] | None = None) -> None:
-    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if name in ("-h", "--help"):
-        return print(__doc__)
-    if name not in COMMANDS:
-        raise ValueError(f"unknown command {name!r}{nearest(name, COMMANDS)}; commands: {', '.join(COMMANDS)}")
-    COMMANDS[name](rest)
+    run_subcommand(COMMANDS, __doc__, argv)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+    run(main)

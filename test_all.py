@@ -48,6 +48,11 @@ import losses
 import model
 import train
 import visualize
+import support.draw
+import support.evaluation
+import support.parallel
+import support.run
+import support.sources
 from tests.common import (CPU, FORKS, HERE, RELEASED, TINY, Launched, Numbers, Payload, assert_close, everything,
                           fill, golden, golden_grid, metrics, photographs, randn, results, run, same, saved_tensors,
                           saving, set_grid, set_up_and_release, stop_at, train_main, wait_for, write_images)
@@ -131,7 +136,7 @@ def test_readme_commands_parse():
             bench.parse(argv)
         if script == "data.py" and "/data/" not in command:
             argv += ["--num-workers", "0", "--images", "9"]
-            data.main(argv) if argv[0] == "stats" else pytest.raises(SystemExit, data.main, argv)
+            support.sources.main(argv) if argv[0] == "stats" else pytest.raises(SystemExit, support.sources.main, argv)
 
 
 def test_readme_hub_and_picture_commands_run(trained, tmp_path, monkeypatch, cache):
@@ -604,7 +609,7 @@ def test_data_batch_masks_golden(case):
 def digit_batches(**changes) -> data.TrainBatches:
     cfg = dataclasses.replace(train.Config(**train.PRESETS["digits"]), batch_size=16, group_size=4, flip_prob=0.5)
     arguments = {k: changes.pop(k) for k in ("rank", "n_ranks") if k in changes}
-    return train.training_batches(dataclasses.replace(cfg, **changes), data.open_source("digits"),
+    return train.training_batches(dataclasses.replace(cfg, **changes), support.sources.open_source("digits"),
                                   arguments.get("rank", 0), arguments.get("n_ranks", 1))
 
 
@@ -671,10 +676,10 @@ def test_data_order_is_a_permutation(n):
 def test_data_order_is_well_mixed():
     """Neighbors in the keyed order are no nearer to each other than in a random one; and it scales to huge sets."""
     n = 10_000
-    order = np.array([data.shuffled(i, n, key=1) for i in range(n)])
+    order = np.array([support.sources.shuffled(i, n, key=1) for i in range(n)])
     assert abs(np.abs(np.diff(order)).mean() / (n / 3) - 1) < 0.03
     assert abs(np.corrcoef(np.arange(n), order)[0, 1]) < 0.03
-    assert len({data.shuffled(i, 142_000_000, key=9) for i in range(2000)}) == 2000
+    assert len({support.sources.shuffled(i, 142_000_000, key=9) for i in range(2000)}) == 2000
 
 
 def test_data_crop_boxes_follow_scale_and_ratio():
@@ -759,7 +764,8 @@ def test_data_unreadable_files_are_replaced(tmp_path, monkeypatch):
     write_images(tmp_path / "p", [f"{i}.png" for i in range(6)])
     (tmp_path / "p" / "3.png").write_bytes(b"")
     (tmp_path / "p" / "4.png").write_bytes((tmp_path / "p" / "4.png").read_bytes()[:100])
-    batches = data.TrainBatches(data.open_source(str(tmp_path / "p")), batch_size=12, group_size=4, global_size=16,
+    source = support.sources.open_source(str(tmp_path / "p"))
+    batches = data.TrainBatches(source, batch_size=12, group_size=4, global_size=16,
                                 local_size=8, patch_size=8)
     batch = batches[0]
     assert {Path(name).name for name, why in batch.bad} == {"3.png", "4.png"} and len(batch.bad) >= 4
@@ -887,10 +893,10 @@ def test_data_whole_pipeline_distribution_equals_torchvision():
 
 
 def test_data_worker_count(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "usable_cores", lambda: 64)
-    assert [data.worker_count(*a) for a in ((-1,), (-1, 8), (-1, 64), (3, 8), (0,))] == [16, 7, 1, 3, 0]
+    monkeypatch.setattr(support.parallel, "usable_cores", lambda: 64)
+    assert [support.parallel.worker_count(*a) for a in ((-1,), (-1, 8), (-1, 64), (3, 8), (0,))] == [16, 7, 1, 3, 0]
     monkeypatch.undo()
-    cores = data.usable_cores(proc="/nowhere")
+    cores = support.parallel.usable_cores(proc="/nowhere")
     monkeypatch.setattr(data.os, "sched_getaffinity", lambda pid: range(64), raising=False)
     monkeypatch.setattr(data.os, "cpu_count", lambda: 64)
     mounts, proc = tmp_path / "mounts", tmp_path / "cgroup"
@@ -903,7 +909,7 @@ def test_data_worker_count(monkeypatch, tmp_path):
         (mounts / file).write_text(content)
         (mounts / file).with_name("cpu.cfs_period_us").write_text("100000\n")
         proc.write_text(text)
-        assert data.usable_cores(str(proc), str(mounts)) == expected, text
+        assert support.parallel.usable_cores(str(proc), str(mounts)) == expected, text
     assert 1 <= cores <= 64
 
 
@@ -950,9 +956,9 @@ def test_data_prefetcher_on_a_gpu_is_one_batch_ahead(monkeypatch):
 
 def test_data_picture_of_a_batch():
     batch = data.prepare(digit_batches()[0], CPU)
-    picture = data.draw_batch(batch)
+    picture = support.draw.draw_batch(batch)
     assert picture.width > 300 and picture.height > 300 and len(picture.getcolors(10**6)) > 50
-    unmasked = data.draw_batch(batch._replace(masks=torch.zeros_like(batch.masks)))
+    unmasked = support.draw.draw_batch(batch._replace(masks=torch.zeros_like(batch.masks)))
     assert np.asarray(picture).mean() < np.asarray(unmasked).mean()
 
 
@@ -1144,8 +1150,8 @@ def test_train_steps_golden(case, switches, tiny_arch, monkeypatch):
         monkeypatch.setattr(losses, "PART", dict(cpu=80))
         train.compiled.cache_clear()
         alone = types.SimpleNamespace(size=lambda: 1)
-        train.shard(student, alone, torch.float32, cfg.activation_checkpointing, cfg.compile)
-        train.shard(teacher, alone, torch.float32, compile_blocks=True, with_backward=False)
+        support.parallel.shard(student, alone, torch.float32, cfg.activation_checkpointing, cfg.compile)
+        support.parallel.shard(teacher, alone, torch.float32, compile_blocks=True, with_backward=False)
     optimizer = torch.optim.AdamW(train.param_groups(student, cfg), lr=0.0, betas=cfg.betas, fused=True)
     centers, generator, clip = train.build_centers(cfg, CPU), torch.Generator().manual_seed(61), train.clip_gradients
     for step, now in enumerate(golden.json("train/sched")):
@@ -1194,8 +1200,8 @@ def two_process_checks(rank: int, folder: str) -> None:
     for case in ("centering_shared", "sinkhorn_separate"):
         cfg = golden_config(case, 3)
         student, teacher = golden_networks(cfg)
-        train.shard(student, mesh, torch.float32)
-        train.shard(teacher, mesh, torch.float32, with_backward=False)
+        support.parallel.shard(student, mesh, torch.float32)
+        support.parallel.shard(teacher, mesh, torch.float32, with_backward=False)
         optimizer = torch.optim.AdamW(train.param_groups(student, cfg), lr=0.0, betas=cfg.betas, fused=True)
         centers, generator = train.build_centers(cfg, CPU), torch.Generator().manual_seed(71)
         for step, now in enumerate(golden.json("train2/sched")):
@@ -1307,7 +1313,7 @@ def test_train_counts_and_lists_bad_images(tmp_path, cache, capsys):
     for i in range(12):
         (tmp_path / "p" / f"{i:02}.png").write_bytes(b"")
     os.rename(tmp_path / "p" / "11.png", os.fsencode(tmp_path) + b"/p/\xff\n\t.png")  # no UTF-8, no single line
-    with pytest.raises(train.TooManyBad, match=r"\d+% of the images .* --max-bad-share"):
+    with pytest.raises(support.run.TooManyBad, match=r"\d+% of the images .* --max-bad-share"):
         train_main(*flags[:-1], tmp_path / "bad")
     assert (tmp_path / "bad/resume/step_000000013").exists()  # 104 samples; fewer prove nothing
     assert len((tmp_path / "bad/bad_samples.txt").read_bytes().splitlines()) == 12
@@ -1330,7 +1336,7 @@ def test_train_other_channels(channels, tmp_path, cache, capsys):
         Image.fromarray(deep if channels == 1 else rng.integers(0, 256, (20, 24, 4), dtype=np.uint8)).save(path)
     with pytest.raises(ValueError, match=r"--mean has 2 values, --in-chans is .* python data.py stats"):
         train_main(*TINY, "--data", tmp_path / "p", "--in-chans", channels, "--mean", 0.1, 0.2, "--out", tmp_path / "o")
-    data.main(["stats", str(tmp_path / "p"), "--in-chans", str(channels), "--num-workers", "0"])
+    support.sources.main(["stats", str(tmp_path / "p"), "--in-chans", str(channels), "--num-workers", "0"])
     measured = capsys.readouterr().out.split()
     assert channels == 4 or 0.025 < float(measured[1]) < 0.037  # 12 bits of 16
     train_main(*TINY, "--data", tmp_path / "p", "--in-chans", channels, *measured, "--steps", 2, "--eval-every", 2,
@@ -1374,7 +1380,7 @@ def small_step(**changes):
     student = train.build_network(cfg, cfg.drop_path_rate).train()
     teacher = train.build_network(cfg).eval().requires_grad_(False)
     optimizer, centers = torch.optim.AdamW(train.param_groups(student, cfg), fused=True), train.build_centers(cfg, CPU)
-    batches = train.training_batches(cfg, data.open_source(cfg.data), 0, 1)
+    batches = train.training_batches(cfg, support.sources.open_source(cfg.data), 0, 1)
     parts = [data.prepare(batches[i], CPU) for i in range(cfg.gradient_accumulation_steps)]
     now = {k: float(v[100]) for k, v in train.schedules(cfg).items()}
     return partial(train.train_step, student, teacher, optimizer, parts, cfg, now, centers)
@@ -1570,7 +1576,7 @@ def test_accumulation_gives_what_one_part_gives(centering, separate):
         teacher.load_state_dict(student.state_dict())
         optimizer = torch.optim.AdamW(train.param_groups(student, cfg), lr=0.0, fused=True)
         centers, schedule = train.build_centers(cfg, CPU), train.schedules(cfg)
-        batches, results = train.training_batches(cfg, data.open_source("digits"), 0, 1), []
+        batches, results = train.training_batches(cfg, support.sources.open_source("digits"), 0, 1), []
         for step in range(2):
             parts = [data.prepare(batches[step * accum + i], CPU) for i in range(accum)]
             now = {k: float(v[step]) for k, v in schedule.items()}
@@ -1666,7 +1672,7 @@ def test_nonfinite_step_changes_nothing_but_the_teacher():
     student, teacher = train.build_network(cfg).train(), train.build_network(cfg).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(train.param_groups(student, cfg), lr=0.0, fused=True)
     centers, now = train.build_centers(cfg, CPU), {k: float(v[100]) for k, v in train.schedules(cfg).items()}
-    batches = train.training_batches(cfg, data.open_source("digits"), 0, 1)
+    batches = train.training_batches(cfg, support.sources.open_source("digits"), 0, 1)
     good = data.prepare(batches[0], CPU)
 
     def step(batch):
@@ -1869,7 +1875,7 @@ def test_errors_of_saves(trained, tmp_path):
         if name == "complete":
             continue
         complete = json.loads((save / "complete").read_text())
-        complete["files"][name] = train.sha256(save / name)  # whoever can write the one can write the other
+        complete["files"][name] = support.run.sha256(save / name)  # whoever can write the one can write the other
         (save / "complete").write_text(json.dumps(complete))
         with pytest.raises(ValueError, match=text):
             set_up_and_release(*flags, "--out", out)
@@ -1898,7 +1904,7 @@ def test_eval_knn_golden():
         for k in votes:
             assert_close(votes[k], golden[f"knn/few{attempt}/votes/{k}"], 1e-6)
     scores = golden["knn/votes/10"]
-    rank, better = eval_knn.ranks(scores, answers), (scores > scores.gather(1, answers[:, None])).sum(1)
+    rank, better = support.evaluation.ranks(scores, answers), (scores > scores.gather(1, answers[:, None])).sum(1)
     assert_close((rank < 1).float().mean(), golden["knn/metrics/MEAN_ACCURACY/top-1"], 1e-6)
     assert_close((better < 5).float().mean(), golden["knn/metrics/MEAN_ACCURACY/top-5"], 1e-6)
     assert (rank != better).nonzero().flatten().tolist() == [8]  # where two classes have no vote; topk took the other
@@ -1921,7 +1927,7 @@ def test_eval_knn_neighbors_are_exact_and_ties_go_by_row(n, values):
         expected = x.sort(dim=1, descending=True, stable=True)
         found, columns = eval_knn.neighbors(x, k)
         assert torch.equal(found, expected.values[:, :k]) and torch.equal(columns, expected.indices[:, :k])
-    assert torch.equal(eval_knn.ranks(x, torch.full((9,), n - 1)),
+    assert torch.equal(support.evaluation.ranks(x, torch.full((9,), n - 1)),
                        (expected.indices == n - 1).int().argmax(1))  # of equal classes the first comes first
 
 
@@ -1972,10 +1978,10 @@ def test_eval_knn_leave_one_out_and_small_sets():
     with pytest.raises(ValueError, match="single image has no neighbor"):
         eval_knn.knn_accuracy(bank[:1], labels[:1], None)
     table, ok = torch.arange(40.0)[:, None].repeat(1, 2), torch.arange(40) % 3 > 0
-    rows, left = eval_knn.kept(table, np.where(np.arange(40) % 5 > 0, np.arange(40), -1), ok)
+    rows, left = support.evaluation.kept(table, np.where(np.arange(40) % 5 > 0, np.arange(40), -1), ok)
     assert rows[:, 0].tolist() == left.tolist() == [i for i in range(40) if i % 3 and i % 5]
     with pytest.raises(ValueError, match="no image that can be read has a label"):
-        eval_knn.kept(table, np.full(40, -1), ok)
+        support.evaluation.kept(table, np.full(40, -1), ok)
     whole = eval_knn.knn_accuracy(bank, labels, bank, labels)
     assert eval_knn.knn_accuracy(bank, labels, bank, labels, chunk=7) == whole
 
@@ -1983,8 +1989,8 @@ def test_eval_knn_leave_one_out_and_small_sets():
 def test_eval_features_are_cached_by_model_and_data(trained, tmp_path, monkeypatch, capsys):
     flags = [str(trained / "ckpt.pth"), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "results")]
     first, extracted = eval_knn.main(flags), []
-    extract = eval_knn.extract_features
-    monkeypatch.setattr(eval_knn, "extract_features", lambda *a: extracted.append(a[1].name) or extract(*a))
+    extract = support.evaluation.extract_features
+    monkeypatch.setattr(support.evaluation, "extract_features", lambda *a: extracted.append(a[1].name) or extract(*a))
     assert eval_knn.main(flags) == first and not extracted
     assert eval_knn.main([*flags, "--train", "digits:split=VAL", "--val", "digits"])  # the same images
     assert not extracted
@@ -2056,8 +2062,8 @@ def test_eval_knn_mixed_depths_and_bad_files(tmp_path, cache):
         pixels = np.full((8, 8), value * 257, np.uint16) if i > 3 else np.full((8, 8), value, np.uint8)
         Image.fromarray(pixels).save(path)
     (tmp_path / "d/a/0.png").write_bytes(b"damaged")
-    source = data.open_source(str(tmp_path / "d"), channels=1)
-    table, ok = eval_knn.extract_features(FirstPixel(), source, 8, 8, CPU, mean=(0.5,), std=(0.5,))
+    source = support.sources.open_source(str(tmp_path / "d"), channels=1)
+    table, ok = support.evaluation.extract_features(FirstPixel(), source, 8, 8, CPU, mean=(0.5,), std=(0.5,))
     assert ok.tolist() == [False] + [True] * 7
     assert len({tuple(row) for row in table[ok].tolist()}) == 2
 
@@ -2072,11 +2078,11 @@ def test_eval_knn_classes_are_matched_by_name(tmp_path, monkeypatch):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.new("RGB", (8, 8), (100 * "abc".index(name),) * 3).save(path)
     (tmp_path / "d/val/b/3.png").write_bytes(b"damaged")
-    sources = [data.open_source(s) for s in data.eval_specs(str(tmp_path / "d"))]
+    sources = [support.sources.open_source(s) for s in support.sources.eval_specs(str(tmp_path / "d"))]
     assert eval_knn.evaluate(FirstPixel(), *sources, 8, 8, CPU, ks=(3,))["top1_k3"] == 100
     (tmp_path / "d/val/c").rename(tmp_path / "d/val/z")
     with pytest.raises(ValueError, match="class 'z' that .* does not have"):
-        eval_knn.evaluate(FirstPixel(), sources[0], data.open_source(f"{tmp_path}/d:split=VAL"), 8, 8, CPU)
+        eval_knn.evaluate(FirstPixel(), sources[0], support.sources.open_source(f"{tmp_path}/d:split=VAL"), 8, 8, CPU)
 
 
 def test_eval_linear_golden():

@@ -18,28 +18,17 @@ DINOv2: Oquab et al. 2023, arXiv 2304.07193. Apache License 2.0.
 import argparse
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
-import importlib.util
 import inspect
 import itertools
-import json
 import math
 import os
-import pickle
 import re
-import shlex
 import shutil
-import signal
-import socket
 import sys
-import threading
 import time
-import uuid
-import warnings
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -50,24 +39,30 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from tqdm import tqdm
 
 from data import (
-    MEAN, STD, Batch, InMemory, Parser, Prefetcher, TrainBatches, Unreadable, augment, augment_at_once, check_groups,
-    draw_batch, eval_specs, keep_memory, nearest, open_source, prepare, reason, train_loader, worker_count)
+    MEAN, STD, Batch, Prefetcher, TrainBatches, Unreadable, augment, augment_at_once, check_groups, keep_memory,
+    prepare, train_loader)
 from eval_knn import evaluate, knn_accuracy
-from hub import pick_device
 from losses import (
     Rows, center_total, koleo_loss, logits_of, part_loss, prototype_loss, sinkhorn_targets, softmax_center,
     update_center)
 from model import ARCHS, FORMAT, DINOHead, build, init_linear, load_backbone, load_strictly
+from support.cli import Parser, nearest
+from support.draw import draw_batch
+from support.images import reason
+from support.parallel import (
+    CHECKPOINTING, SHARDINGS, Agreement, Failed, be_deterministic, load_kernel, local_shards, mean_over_processes,
+    n_replicas, pick_device, reduce_across_replicas, shard, start_processes, together, why, worker_count)
+from support.run import (
+    Log, NonFinite, OutputLock, Saver, StopSignals, TooManyBad, check_metadata, check_output, claim_output, restarted,
+    same_command, summary, take_output, verify)
+from support.sources import InMemory, eval_specs, open_source
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Recipe. The defaults are the official defaults (ssl_default_config, which is vitl16_short); presets are differences.
@@ -492,17 +487,6 @@ def compiled(function):
 # Optimization, on the shards each process holds
 
 
-def local_shards(params) -> list[Tensor]:
-    """The part of each parameter (or gradient) that lies on this process, sharing its memory."""
-    return [p.to_local() if isinstance(p, DTensor) else p for p in params]
-
-
-def n_replicas(module: nn.Module) -> int:
-    """How many copies of a module's weights the processes hold together."""
-    p = next(module.parameters())
-    return p.device_mesh.size(0) if isinstance(p, DTensor) and p.device_mesh.ndim == 2 else 1
-
-
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher = momentum * teacher + (1 - momentum) * student."""
@@ -531,14 +515,6 @@ def apply_schedule(optimizer: torch.optim.Optimizer, now: dict[str, float]) -> N
     for group in optimizer.param_groups:
         group["lr"] = now["last_layer_lr" if group["is_last_layer"] else "lr"] * group["lr_mult"]
         group["weight_decay"] = now["weight_decay"] * group["wd_mult"]
-
-
-def reduce_across_replicas(student: nn.ModuleDict, wanted: bool) -> None:
-    """Whether the next backward pass adds up the gradients of several copies of the weights: that of the last part of a
-    step does, for all parts."""
-    for module in student.values():
-        if isinstance(module, FSDPModule):
-            module.set_requires_all_reduce(wanted)
 
 
 def train_step(student, teacher, optimizer, batches: list[Batch], cfg: Config, now: dict[str, float],
@@ -581,369 +557,8 @@ def train_step(student, teacher, optimizer, batches: list[Batch], cfg: Config, n
 # Processes and sharding
 
 
-LONG = timedelta(hours=2)  # that processes wait for each other, as when one lists a folder or writes a large file
-
-
-def start_processes(device: torch.device, mode: str = "zero2") -> DeviceMesh:
-    """The process group of torchrun, or a group of one: both are the same code from here on. Returns who shares weights
-    with whom, see share_mesh()."""
-    # Features leave the backbone as views of one tensor; nothing here changes them in place.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    alone = {} if "WORLD_SIZE" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONG,
-                            device_id=device if device.type == "cuda" else None, **alone)
-    return share_mesh(device.type, mode)
-
-
-SHARDINGS = ("ddp", "zero2", "zero3", "hsdp")
-
-
-def share_mesh(device_type: str, mode: str) -> DeviceMesh:
-    """The mesh for --sharding `mode`: (processes,), or (replicas, shards of one) where there are several:
-    for "hsdp" one copy on each machine, for "ddp" one on each process. Raises ValueError on all processes if the
-    machines differ in their number of processes."""
-    n, rank, here = dist.get_world_size(), dist.get_rank(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if mode == "hsdp":
-        places = together(lambda: (here, rank - int(os.environ.get("LOCAL_RANK", 0))))  # and where a machine begins
-        if any(size != here or first % here for size, first in places):
-            raise ValueError("--sharding hsdp wants as many processes on each machine, numbered machine by machine, but "
-                             f"there are {' '.join(str(size) for size, _ in places)} beside the {n} processes; give "
-                             "torchrun one --nproc-per-node, or take --sharding zero2")
-    n_shards = dict(ddp=1, hsdp=here).get(mode, n)
-    if n_shards == n:
-        return init_device_mesh(device_type, (n,))
-    return init_device_mesh(device_type, (n // n_shards, n_shards), mesh_dim_names=("replicate", "shard"))
-
-
-def together(work, group=None) -> list:
-    """The results of work() on all processes. If it raises on any, raises Failed on all."""
-    try:
-        mine = work(), ""
-    except Exception as error:
-        mine = None, why(error)
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine, group=group)
-    if reasons := [text for _, text in gathered if text]:
-        raise Failed(reasons[0])
-    return [result for result, _ in gathered]
-
-
-class Failed(RuntimeError):
-    """Something went wrong on one of the processes, which all know now."""
-
-
-def why(error: BaseException) -> str:
-    """In a few words, what the system said: PyTorch hides "No space left on device" behind errors of its own."""
-    while isinstance(error, CheckpointException) and error.failures:  # of one process each
-        error = next(iter(error.failures.values()))[0]
-    cause = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror + (f": {cause.filename}" if cause.filename else "")
-        cause = cause.__cause__ or cause.__context__
-    return reason(error)
-
-
-class Agreement:
-    """What one process noticed during a step, all know at the end of the next one; so nobody waits for an answer."""
-
-    def __init__(self):
-        self.group, self.work, self.flags = dist.new_group(backend="gloo", timeout=LONG), None, torch.zeros(0)
-
-    def tell(self, *noticed: bool) -> list[bool]:
-        """Tells the others. Returns what at least one process told at the call before."""
-        heard = self.heard() or [False] * len(noticed)
-        self.flags = torch.tensor(noticed, dtype=torch.uint8)
-        self.work = dist.all_reduce(self.flags, dist.ReduceOp.MAX, group=self.group, async_op=True)
-        return heard
-
-    def heard(self) -> list[bool]:
-        if self.work is not None:
-            self.work.wait()
-        return self.flags.bool().tolist()
-
-
-AHEAD = 2  # blocks whose weights are gathered while one computes; one hides all but a hitch in the network
-
-
-def shard(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype, checkpointing: str = "none",
-          compile_blocks: bool = False, with_backward: bool = True, mode: str = "zero2") -> None:
-    """Applies, from outside and in this order, recomputation, torch.compile and FSDP2, to each block and each head.
-
-    Master weights and gradient reduction stay float32; the backbone computes in `dtype`. Heads compute in float32
-    (TF32 on a GPU): bfloat16 logits divided by a temperature of 0.04 would be off by 0.1. The student keeps its
-    gathered weights until the backward pass, with `mode` "zero3" only those of the heads, with which that begins; the
-    teacher, which has none, must give them up after each forward: FSDP2 would keep those of the root, and
-    update_teacher() would change copies. What computes in float32 on a process alone has nothing to share or to cast:
-    it needs no FSDP2, which would copy its weights and gradients.
-    """
-    backbone, blocks = network["backbone"], network["backbone"].block_list()
-    if compile_blocks:  # with rates of stochastic depth that rise from block to block, each has a graph of its own
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 + 2 * len(blocks))
-    for block in blocks:
-        if checkpointing != "none":
-            block.forward = checkpointed(block.forward, checkpointing)
-        if compile_blocks:
-            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)  # one for all blocks
-    alone = mesh.size() == 1
-    if alone and dtype == torch.float32:
-        return
-    policy = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
-    for module in [*blocks, backbone]:
-        fully_shard(module, **policy, reshard_after_forward=mode == "zero3" or not with_backward)
-    heads = [module for name, module in network.items() if name != "backbone" and not alone]
-    policy["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
-    for head in heads:
-        fully_shard(head, **policy, reshard_after_forward=not with_backward)
-    prefetch(backbone, blocks, heads)
-
-
-def prefetch(backbone: nn.Module, blocks: list[nn.Module], heads: list[nn.Module]) -> None:
-    """Has the weights of the next blocks gathered while one computes, in both directions, and those of the heads, the
-    largest, while the backbone does: FSDP2 sees roots of their own in them, which would wait for its end."""
-    def gather_heads(*_):
-        for head in heads:
-            head.unshard(async_op=True)  # every head is called after the backbone, and waits for this
-
-    backbone.set_modules_to_forward_prefetch(blocks[:AHEAD])
-    for i, block in enumerate(blocks):
-        block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + AHEAD])
-        block.set_modules_to_backward_prefetch(blocks[max(i - AHEAD, 0) : i][::-1])
-    backbone.register_forward_pre_hook(gather_heads)
-
-
-CHECKPOINTING = ("none", "selective", "full")
-PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
-ATTENTION = ("aten::_scaled_dot_product_", "dinov2::attention")  # has a name per device; and ours
-
-
-def checkpointed(forward, way: str):
-    """`forward`, which keeps for its backward pass only its input, or with "selective" also the results of matrix
-    products and attention, which take nearly all of the time. A function, since torch.compile passes over a partial."""
-    contexts = dict(context_fn=partial(create_selective_checkpoint_contexts, keep_products))
-
-    def forward_and_forget(*arguments):
-        return checkpoint(forward, *arguments, use_reentrant=False, **contexts if way == "selective" else {})
-
-    return forward_and_forget
-
-
-def keep_products(context, op, *args, **kwargs) -> CheckpointPolicy:
-    kept = op in PRODUCTS or op.name().startswith(ATTENTION)
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Output folder: who may write here, what is kept
-
-
-OUTPUTS = (  # and config.json, which marks a run
-    "ckpt.pth", "metrics.jsonl", "resume", "eval", "bad_samples.txt", "first_batch.png", "nonfinite")
-
-
-def check_output(cfg: Config, resume: bool, overwrite: bool) -> None:
-    """Raises ValueError if --out holds another run and neither flag allows to touch it. Writes nothing."""
-    out = Path(cfg.out)
-    if resume and overwrite:
-        raise ValueError("--resume continues the run in --out, --overwrite deletes it; give one of the two")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; name a folder")
-    if not (out / "config.json").exists():
-        if resume:
-            raise ValueError(f"--resume: {out} holds no run; leave the flag out to start one")
-        if foreign := [name for name in OUTPUTS if (out / name).exists()]:
-            raise ValueError(f"--out {out} holds {foreign[0]} but no config.json, so it is no run of this program; "
-                             "choose another --out")
-    elif not (resume or overwrite):
-        try:
-            theirs = json.loads((out / "config.json").read_text())
-        except ValueError:
-            raise ValueError(f"{out}/config.json is damaged; --resume continues the run with these settings") from None
-        mine, defaults = (json.loads(json.dumps(dataclasses.asdict(c))) for c in (cfg, Config()))
-        theirs = defaults | theirs  # a run of an older version did not know all fields
-        changed = [f"{k} {theirs[k]} -> {v}" for k, v in mine.items() if theirs[k] != v and k not in CHANGEABLE]
-        if changed:
-            some = ", ".join(changed[:12]) + " …" * (len(changed) > 12)
-            raise ValueError(f"--out {out} holds a different run ({some}); choose another --out, or --overwrite it, or "
-                             "--resume it with the new values")
-
-
-def restarted() -> bool:
-    """Whether torchrun has started this command anew because a process of this machine failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
-def claim_output(cfg: Config, overwrite: bool) -> None:
-    """Makes --out this run's folder, emptied of the run before if `overwrite`."""
-    out = Path(cfg.out)
-    for path in [out / name for name in OUTPUTS if (out / name).exists()] if overwrite else []:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    text = json.dumps(dataclasses.asdict(cfg), indent=1) + "\n"
-    write_atomically(out / "config.json", lambda file: file.write(text.encode()))
-
-
-def write_atomically(path: Path, write) -> None:
-    """write(file) under a neighboring name, then rename: `path` is never half-written, not even by a power cut."""
-    partial_path = path.with_name(path.name + ".partial")
-    try:
-        with open(partial_path, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial_path, path)
-    except BaseException:
-        partial_path.unlink(missing_ok=True)  # on a full disk, every byte counts
-        raise
-    make_durable(path.parent)
-
-
-def make_durable(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-class OutputLock:
-    """The file `lock` in --out: while it is there, and its owner lives, no other run may write there.
-
-    It names machine, process and moment of start, and is touched every few seconds. An owner on this machine is looked
-    up; of one elsewhere is waited for a sign of life. A dead owner's lock is taken over. Raises ValueError if the owner
-    lives, OSError if the folder cannot be written. To be used by one process of a run.
-    """
-
-    BEAT, DEATH = 10.0, 60.0  # seconds between signs of life; without one until it counts as dead
-
-    def __init__(self, out: Path):
-        self.new = not out.exists()
-        out.mkdir(parents=True, exist_ok=True)
-        self.path, self.device, self.above = out / "lock", os.stat(out).st_dev, os.stat(out.parent).st_dev
-        self.key = uuid.uuid4().hex
-        self.mine = json.dumps(dict(zip(("host", "boot", "space"), machine()), pid=os.getpid(), start=born(os.getpid()),
-                                    key=self.key))
-        self.lost, self.stop = False, threading.Event()
-        while not self.create():
-            self.take_over_from_dead()
-        self.thread = threading.Thread(target=self.beat, daemon=True)
-        self.thread.start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.release()
-
-    def create(self) -> bool:
-        try:
-            descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            return False
-        try:
-            os.write(descriptor, self.mine.encode())
-        except OSError:
-            self.path.unlink()
-            raise
-        finally:
-            os.close(descriptor)
-        return True
-
-    def take_over_from_dead(self) -> None:
-        """Removes the lock of a dead owner; raises ValueError if the owner lives."""
-        try:
-            text = self.path.read_text()
-        except FileNotFoundError:
-            return  # released just now
-        try:
-            owner = json.loads(text)
-            named = f"process {owner['pid']} on {owner['host']}"
-        except (ValueError, TypeError, KeyError):
-            owner, named = {}, "an unknown process"
-        if machine() == tuple(owner.get(key) for key in ("host", "boot", "space")):
-            alive = born(owner["pid"]) in (owner["start"], "unknown")
-        else:
-            alive = self.moves(named)
-        if alive:
-            raise ValueError(f"--out {self.path.parent} is in use by {named}; wait for it, or choose another --out")
-        aside = self.path.with_name(f"lock.{self.key}")
-        with contextlib.suppress(FileNotFoundError):  # somebody else may be as quick
-            os.rename(self.path, aside)
-            if aside.read_text() == text:
-                aside.unlink()
-            else:  # somebody has taken over in between: put it back
-                with contextlib.suppress(FileExistsError):
-                    os.link(aside, self.path)
-                aside.unlink()
-
-    def moves(self, named: str) -> bool:
-        """Whether the lock is touched, or removed by its owner, while we watch. Opened each time: a network file system
-        then asks its server. Clocks of different machines are not compared."""
-        def touched() -> float:
-            with open(self.path, "rb") as file:
-                return os.fstat(file.fileno()).st_mtime
-
-        with contextlib.suppress(FileNotFoundError):
-            before = touched()
-            for _ in tqdm(range(int(self.DEATH)), desc=f"is {named} alive", unit="s", disable=None, leave=False):
-                time.sleep(1)
-                if touched() != before:
-                    return True
-        return False
-
-    def beat(self) -> None:
-        while not self.stop.wait(self.BEAT):
-            with contextlib.suppress(OSError):  # check() will say
-                self.check()
-                os.utime(self.path)
-
-    def check(self) -> None:
-        """Raises OSError if the folder is gone or another process has taken over, as it may after this one was frozen.
-        Makes the lock again where it vanished together with the folder."""
-        out = self.path.parent
-        if self.path.exists():
-            self.lost = self.path.read_text() != self.mine
-        elif os.stat(out.parent).st_dev != self.above or out.exists() and os.stat(out).st_dev != self.device:
-            raise OSError(errno.ENODEV, "its file system is gone", str(out))  # and what is mounted may come back
-        elif (out / "config.json").exists():
-            self.lost = True  # the other one has already ended
-        else:
-            out.mkdir(exist_ok=True)
-            self.create()
-        if self.lost:
-            raise OSError(errno.EBUSY, "another process has taken over", str(out))
-
-    def release(self) -> None:
-        self.stop.set()
-        with contextlib.suppress(OSError):
-            if self.path.read_text() == self.mine:
-                self.path.unlink()
-            if self.new:
-                self.path.parent.rmdir()  # if nothing was written
-
-
-def machine() -> tuple[str, str, str]:
-    """Name, number of the current boot and process name space: where these are the same, process numbers compare."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return socket.gethostname(), boot, os.readlink("/proc/self/ns/pid")
-    except OSError:  # no Linux
-        return socket.gethostname(), "", ""
-
-
-def born(pid: int) -> str:
-    """When a process of this machine started, as the system counts, "" if there is none: numbers are used again."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "" if fields[0] in "ZX" else fields[19]  # Z: dead, but its parent has not asked
-    except OSError:
-        try:
-            os.kill(pid, 0)
-        except PermissionError:
-            return "unknown"  # another user's, which the system may hide
-        except OSError:
-            return ""
-        return "unknown"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1024,303 +639,8 @@ class TrainState:
         return {}, []
 
 
-def verify(save: Path) -> dict | str:
-    """What the file `complete` of a save says, if the other files are as it says, else what is wrong with them. All
-    processes must call, each reads a share of the files. Raises Failed on all if one cannot read them now."""
-    def contents() -> dict | str:
-        try:
-            complete = json.loads((save / "complete").read_text())
-            files, _ = dict(complete["files"]), (int(complete["step"]), dict(complete["counters"]))
-        except FileNotFoundError:
-            return "complete: missing"
-        except (ValueError, TypeError, KeyError):
-            return "complete: not readable"
-        missing = files.keys() - {path.name for path in save.iterdir()}
-        return f"{min(missing)}: missing" if missing else complete
-
-    def check_share() -> str:
-        for name in sorted(complete["files"])[dist.get_rank() :: dist.get_world_size()]:
-            for _ in range(60):  # seconds for which other machines may not yet see what one has renamed
-                if (save / name).exists():
-                    break
-                time.sleep(1)
-            if sha256(save / name) != complete["files"][name]:
-                return f"{name}: its SHA-256 differs"
-        return ""
-
-    complete = together(lambda: contents() if dist.get_rank() == 0 else None)[0]
-    return complete if isinstance(complete, str) else next(filter(None, together(check_share)), complete)
-
-
-def sha256(path: Path) -> str:
-    digest, size = hashlib.sha256(), path.stat().st_size
-    with open(path, "rb") as file, tqdm(total=size, unit="B", unit_scale=True, desc=f"verifying {path.name}", delay=1,
-                                        disable=None, leave=False) as bar:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-            bar.update(len(piece))
-    return digest.hexdigest()
-
-
-class MetadataOnly(pickle.Unpickler):
-    """Reads the table of contents of a save, which PyTorch writes as a pickle, and refuses whatever else it holds."""
-
-    def find_class(self, module: str, name: str):
-        known = {"torch.distributed.checkpoint.metadata": (
-            "Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex",
-            "StorageMeta", "_MEM_FORMAT_ENCODING"), "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-            "torch": ("Size", "float32"), "torch.serialization": ("_get_layout",),
-            "pathlib": ("PosixPath", "WindowsPath"), "pathlib._local": ("PosixPath", "WindowsPath")}
-        if name in known.get(module, ()):  # exact names: a dotted one would reach through the module to others
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it holds code, {module}.{name}; nothing in it was run")
-
-
-def check_metadata(path: Path) -> None:
-    """To be called before PyTorch's own reader, which would execute what a pickle says, there or in any entry that is
-    no tensor. Raises UnpicklingError."""
-    with open(path, "rb") as file:
-        metadata = MetadataOnly(file).load()
-    for name, entry in metadata.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            raise pickle.UnpicklingError(f"its entry {name} is no tensor; nothing in it was run")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Saving, while training goes on
-
-
-class Saver:
-    """Saves a run to resume/step_N, and the teacher to ckpt.pth, by a thread of each process.
-
-    The trainer waits only while tensors are copied to the host. A save is written under another name: the shards by
-    PyTorch's distributed checkpoint, and last the file `complete`, with the step and the SHA-256 of all others; then
-    all is made durable, and renamed. A save that fails is tried again later, from the step reached by then. All methods
-    are called by all processes; rank 0 decides.
-    """
-
-    RETRY = 30.0  # seconds after which a failed save is tried again
-
-    def __init__(self, cfg: Config, preset: str, state: TrainState, lock: OutputLock | None, start: int,
-                 damaged: list[str], say):
-        self.cfg, self.preset, self.state, self.lock, self.damaged, self.say = cfg, preset, state, lock, damaged, say
-        self.folder, self.main = Path(cfg.out) / "resume", dist.get_rank() == 0
-        self.group = dist.new_group(backend="gloo", timeout=LONG)  # of the threads' own: the trainers talk meanwhile
-        holds = dist.get_rank() < state.n_shards  # a share of the copy that is saved; they need not talk to each other
-        self.mesh = DeviceMesh("cpu", range(state.n_shards), _init_backend=False) if holds else None
-        self.key, self.attempt = together(lambda: lock.key if lock else "", self.group)[0], 0
-        self.copies: dict[str, dict[str, Tensor]] = {}  # on the host
-        self.owed: dict[Path, dict] = {}  # checkpoints of the teacher that are not written yet
-        self.thread, self.step, self.good = None, start, start  # of the last attempt, and of the last success
-        self.error, self.trouble = "", ""  # of the last attempt, and of the last failure
-        self.last, self.failing_since, self.stall, self.seconds = time.monotonic(), None, 0.0, 0.0
-        self.asked = False  # for a save, which the others hear a step later
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *error) -> None:
-        """A save under way is completed whatever happens, unless processes it needs no longer answer."""
-        if self.thread is not None:
-            self.thread.join(None if kind in (None, Failed) else 60)
-
-    def due(self) -> bool:
-        """Whether the time has come for a save between the regular ones."""
-        if not self.main:
-            return False
-        self.collect(wait=False)
-        age = time.monotonic() - self.last
-        if self.thread is not None or self.asked:
-            return False
-        self.asked = age > self.RETRY if self.failing_since is not None else 0 < 60 * self.cfg.save_minutes < age
-        return self.asked
-
-    def hopeless(self) -> str:
-        """Why saving has no future, or nothing."""
-        since = self.failing_since
-        if not self.main:
-            return ""
-        if self.lock.lost:
-            return f"another process has taken over --out {self.cfg.out}; this one stops without touching it"
-        if since is not None and self.thread is None and time.monotonic() - since > 60 * self.cfg.save_patience:
-            return (f"saving has failed for {self.cfg.save_patience:g} minutes ({self.trouble}). The last good save is "
-                    f"that of step {self.good}; make room or mend the disk, and run the same command again")
-        return ""
-
-    def start(self, step: int, counters: dict, exports: list[Path]) -> None:
-        """Begins to save the state after `step` steps, after waiting for the save before."""
-        began = time.perf_counter()
-        self.collect()
-        self.error, self.step, self.last, self.asked = "", step, time.monotonic(), False
-        self.attempt += 1  # a name of its own: other machines may remember a name for a while, and what it once meant
-        self.partial = self.folder / f"partial_{self.key}_{self.attempt}"
-        ckpt = teacher_checkpoint(self.state.teacher, self.cfg, self.preset, step)
-        if self.main:
-            self.owed |= {path: ckpt for path in [Path(self.cfg.out) / "ckpt.pth", *exports]}
-        self.thread = threading.Thread(target=self.write, args=(step, dict(counters), self.copy()), daemon=True)
-        self.thread.start()
-        self.stall = time.perf_counter() - began
-
-    def copy(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of the run as they are now, on the host, in the same memory each time; those of one copy of the
-        weights, nothing on the processes that hold others."""
-        def empty_copy(tensor: Tensor) -> Tensor:
-            local = local_shards([tensor])[0]
-            copy = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
-            return DTensor.from_local(copy, self.mesh, tensor.placements[-1:], run_check=False, shape=tensor.shape,
-                                      stride=tensor.stride()) if isinstance(tensor, DTensor) else copy
-
-        if self.mesh is None:
-            return {}
-        state = self.state.tensors()
-        if not self.copies:
-            self.copies = {part: {k: empty_copy(t.detach()) for k, t in named.items()} for part, named in state.items()}
-        flat = [[t for named in tree.values() for t in local_shards(named.values())] for tree in (self.copies, state)]
-        with torch.no_grad():
-            torch._foreach_copy_(*flat, non_blocking=True)
-        if flat[1][0].is_cuda:
-            torch.cuda.synchronize()
-        return self.copies
-
-    def write(self, step: int, counters: dict, copies: dict) -> None:
-        """The thread. Leaves the reason in self.error, on all processes, if it fails on any."""
-        rank, began, device = dist.get_rank(), time.perf_counter(), next(self.state.student.parameters()).device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # which threads do not inherit
-        try:
-            together(lambda: self.make_folder() if self.main else None, self.group)
-            dcp.save(copies, checkpoint_id=str(self.partial), process_group=self.group)
-            files = together(lambda: {p.name: sha256(p) for p in self.partial.glob(f"__{rank}_*")}, self.group)
-            together(lambda: self.publish(step, counters, files) if self.main else None, self.group)
-        except (Exception, CheckpointException) as error:  # also what PyTorch makes of a full disk
-            self.error = why(error)
-            if self.main and self.partial.exists():
-                self.error = self.refusal(self.partial / "probe") or self.error
-                shutil.rmtree(self.partial, ignore_errors=True)  # it takes room
-        self.seconds = time.perf_counter() - began
-
-    def refusal(self, path: Path) -> str:
-        """What the system says to a small file, if it refuses that; where PyTorch says "unexpected pos"."""
-        try:
-            path.write_bytes(bytes(1 << 16))
-        except OSError as error:
-            return why(error)
-        return ""
-
-    def make_folder(self) -> None:
-        """An empty folder for the save, in an --out that may have to be made again."""
-        self.lock.check()
-        if not (Path(self.cfg.out) / "config.json").exists():
-            claim_output(self.cfg, overwrite=False)
-            self.say(f"note: {self.cfg.out} had vanished and is made again; the saves that were in it are lost")
-        for path in self.folder.glob("partial*"):  # what a killed run may have left
-            shutil.rmtree(path, ignore_errors=True)
-        self.partial.mkdir(parents=True)
-
-    def publish(self, step: int, counters: dict, digests: list[dict[str, str]]) -> None:
-        """Writes ckpt.pth, completes the save, gives it its name, and deletes those beyond the newest `keep`."""
-        files = {name: digest for part in digests for name, digest in part.items()}
-        for _ in range(60):  # seconds in which files of other machines become visible here
-            if not (unseen := files.keys() - {path.name for path in self.partial.iterdir()}):
-                break
-            time.sleep(1)
-        else:
-            raise OSError(errno.ENOENT, "written by another machine, not to be seen here; --out must be a folder that "
-                          "all machines share", str(self.partial / min(unseen)))
-        self.lock.check()
-        for path, ckpt in list(self.owed.items()):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, partial(torch.save, ckpt))
-            del self.owed[path]
-        files[".metadata"] = sha256(self.partial / ".metadata")
-        for path in (Path(self.cfg.out) / "metrics.jsonl", Path(self.cfg.out) / "bad_samples.txt"):
-            if path.exists():
-                make_durable(path)  # a save must not survive a power cut without them
-        complete = dict(step=step, counters=counters, files=files, processes=dist.get_world_size(),
-                        torch=str(torch.__version__), config=dataclasses.asdict(self.cfg))
-        write_atomically(self.partial / "complete", lambda file: file.write(json.dumps(complete, indent=1).encode()))
-        self.lock.check()
-        final = self.folder / f"step_{step:09d}"
-        for name in self.damaged:  # out of the way, for whoever may want to look
-            os.replace(self.folder / name, self.folder / f"damaged_{name}_{self.key[:8]}")
-        self.damaged = []
-        shutil.rmtree(final, ignore_errors=True)
-        self.partial.rename(final)
-        make_durable(self.folder)
-        for old in sorted(self.folder.glob("step_*"))[: -self.cfg.keep]:
-            shutil.rmtree(old, ignore_errors=True)
-
-    def collect(self, wait: bool = True) -> None:
-        """Takes note of how a save ended; waits for one under way unless told not to."""
-        if self.thread is None or self.thread.is_alive() and not wait:
-            return
-        self.thread.join()
-        self.thread, now = None, time.monotonic()
-        if not self.error:
-            self.good, self.failing_since = self.step, None
-            self.say(f"saved step {self.step}: training waited {self.stall:.2f} s, writing took {self.seconds:.1f} s")
-            return
-        self.last, self.failing_since, self.trouble = now, self.failing_since or now, self.error
-        self.say(f"note: step {self.step} could not be saved ({self.error}); the last good save is that of step "
-                 f"{self.good}. Trying again every {self.RETRY:g} s, for {self.cfg.save_patience:g} minutes")
-
-    def finish(self, step: int, counters: dict) -> None:
-        """Waits until the state after `step` steps is saved. Raises Failed when that has become hopeless."""
-        while True:
-            self.collect()
-            if self.good == step and not self.error:
-                return
-            hopeless = together(self.hopeless, self.group)[0]
-            if hopeless:
-                raise Failed(hopeless)
-            if self.error:
-                time.sleep(self.RETRY)
-            self.start(step, counters, [])
-
-
-class StopSignals:
-    """While in use, SIGTERM, SIGUSR1 and a first SIGINT (Ctrl-C) ask for an orderly stop: `name` tells. A second
-    SIGINT, which is not the echo of the first by torchrun, ends the program at once."""
-
-    ECHO = 0.5  # seconds
-
-    def __init__(self, lock: OutputLock | None):
-        self.name, self.interrupted, self.lock = "", math.inf, lock
-
-    def __enter__(self):
-        self.before = {n: signal.signal(n, self.receive) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *error) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def receive(self, number: int, frame) -> None:
-        if not self.name and self.lock:  # of rank 0; no print(), which the signal may have interrupted
-            os.write(2, b"\nfinishing the step, then saving; Ctrl-C (again) ends at once\n")
-        self.name = self.name or signal.Signals(number).name
-        if number != signal.SIGINT:
-            return
-        now = time.monotonic()
-        if now - self.interrupted > self.ECHO:
-            if self.lock:
-                self.lock.release()
-            os.write(2, b"\nstopped at once; the same command continues from the last save, if there is one\n")
-            os._exit(130)
-        self.interrupted = min(self.interrupted, now)
-
-
-def same_command() -> str:
-    """What to type to continue this run."""
-    words = [word for word in sys.argv[1:] if word != "--overwrite"]
-    nodes, here = int(os.environ.get("GROUP_WORLD_SIZE", 1)), os.environ.get("LOCAL_WORLD_SIZE", "1")
-    launcher = ["python"]
-    if nodes > 1:
-        launcher = ["torchrun", "--nnodes", str(nodes), "--nproc-per-node", here, "--rdzv-backend", "c10d",
-                    "--rdzv-endpoint", f"{os.environ.get('MASTER_ADDR', 'HOST')}:29500"]
-    elif "WORLD_SIZE" in os.environ:
-        launcher = ["torchrun", "--standalone", "--nproc-per-node", here]
-    return shlex.join([*launcher, sys.argv[0], *words])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1354,154 +674,7 @@ class Knn:
         return knn_accuracy(tables[0], self.sources[0].labels, tables[1], self.sources[1].labels)
 
 
-class Log:
-    """metrics.jsonl and the progress bar, both on rank 0 only. A resumed run drops the lines it is going to repeat."""
-
-    def __init__(self, path: Path, start: int, steps: int, counters: dict[str, int]):
-        self.main = dist.get_rank() == 0
-        self.path, self.records, self.behind = path, [], False
-        if self.main:
-            lines = path.read_text().splitlines() if path.exists() else []
-            records = []
-            for line in lines:
-                with contextlib.suppress(ValueError):  # a killed run may leave half a line
-                    records.append(json.loads(line))
-            self.records = [r for r in records if r["step"] < start + ("knn" in r and start > 0)]
-            self.rewrite()
-        self.bar = tqdm(total=steps, initial=start, unit="step", disable=None if self.main else True, smoothing=0.05)
-        self.steps, self.told = steps, time.monotonic()
-        self.bad_path, self.new_bad, self.unlisted = path.with_name("bad_samples.txt"), [], {}
-        self.counters = dict(bad_samples=0, skipped_steps=0, skipped_in_a_row=0) | counters
-        self.bad_before = self.counters["bad_samples"]
-        listed = self.bad_path.read_text("utf-8", "surrogateescape") if self.bad_path.exists() else ""
-        self.listed = {line.partition("\t")[0] for line in listed.split("\n")}
-
-    def rewrite(self) -> None:
-        write_atomically(self.path, lambda file: file.writelines(json.dumps(r).encode() + b"\n" for r in self.records))
-
-    def write(self, record: dict) -> None:
-        """Adds a line. On a disk that refuses, it is kept in memory and written with a later one."""
-        if not self.main:
-            return
-        self.records.append({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()})
-        try:
-            if self.behind or not self.path.exists():
-                self.rewrite()
-            else:
-                with open(self.path, "a") as file:
-                    file.write(json.dumps(self.records[-1]) + "\n")
-            self.behind = False
-        except OSError as error:
-            if not self.behind:
-                self.say(f"note: {self.path} cannot be written ({why(error)}); its lines wait in memory")
-            self.behind = True
-
-    def knn(self, step: int, key: str = "knn") -> dict | None:
-        return next((r[key] for r in self.records if r["step"] == step and key in r), None)
-
-    def step(self, step: int, now: dict[str, float], means: dict[str, float], images_per_s: float,
-             data_wait: float) -> None:
-        """One line for this step: `now` the schedules, `means` the losses over all processes and the gradient norms;
-        `images_per_s` and `data_wait`, the share of the time spent waiting for images, since the last line. A number
-        that is not finite becomes null."""
-        loss = sum(v for k, v in means.items() if not k.startswith("grad_norm"))
-        self.write(dict(step=step, loss=loss, **means, **now, images_per_s=images_per_s, data_wait=data_wait,
-                        bad_samples=self.counters["bad_samples"], skipped_steps=self.counters["skipped_steps"]))
-        text = f"loss {loss:.3f}, {images_per_s:.0f} images/s, data wait {data_wait:.0%}"
-        self.bar.set_postfix_str(text)
-        if self.main and self.bar.disable and time.monotonic() - self.told > 60:  # no terminal: a line a minute
-            print(f"step {step + 1} of {self.steps}: {text}", flush=True)
-            self.told = time.monotonic()
-
-    def count_bad(self, n_samples: int) -> float:
-        """Adds up what all processes could not read since the last line, and lists each file once, with the reason, in
-        bad_samples.txt. Returns the share of bad ones among all that this command read for its `n_samples` samples."""
-        gathered = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, self.new_bad)
-        new = [item for bad in gathered for item in bad]
-        self.new_bad = []
-        self.counters["bad_samples"] += len(new)
-        for name, text in new:
-            plain = re.sub(r"\s", " ", name)  # a line each, whatever is in a name
-            if plain not in self.listed:
-                self.unlisted[plain] = text
-        if self.main and self.unlisted:
-            with contextlib.suppress(OSError):  # then with the next ones
-                with open(self.bad_path, "a", encoding="utf-8", errors="surrogateescape") as file:
-                    file.writelines(f"{name}\t{self.unlisted[name]}\n" for name in sorted(self.unlisted))
-                self.listed.update(self.unlisted)
-                self.unlisted = {}
-        bad = self.counters["bad_samples"] - self.bad_before
-        return bad / (bad + n_samples)
-
-    def evaluation(self, knn: Knn, teacher: nn.ModuleDict, done: int) -> None:
-        self.write(dict(step=done, knn=knn.teacher(teacher)) | (
-            dict(knn_raw_pixels=knn.raw_pixels()) if done == 0 else {}))
-        if done:
-            self.say(f"step {done}: {summary(self, done)}")
-
-    def say(self, text: str) -> None:
-        if self.main:
-            self.bar.write(text, file=sys.stdout)
-
-
-class NonFinite:
-    """Counts the steps that were skipped because a loss or a gradient was not finite, and writes to out/nonfinite/ what
-    they were. It looks at a step one step later, when the GPU has long finished it."""
-
-    def __init__(self, cfg: Config, log: Log, batches: TrainBatches, saver: Saver):
-        self.cfg, self.log, self.batches, self.saver, self.pending = cfg, log, batches, saver, None
-
-    def watch(self, step: int, finite: Tensor, terms: dict[str, Tensor]) -> None:
-        self.settle()
-        seen = torch.empty((), dtype=torch.bool, pin_memory=finite.is_cuda).copy_(finite, non_blocking=True)
-        copied = torch.cuda.current_stream().record_event() if finite.is_cuda else None
-        self.pending = step, seen, copied, terms
-
-    def settle(self) -> None:
-        """Counts the step watched last. Raises Failed after --max-nonfinite in a row."""
-        if self.pending is None:
-            return
-        (step, seen, copied, terms), self.pending, counters = self.pending, None, self.log.counters
-        if copied:
-            copied.synchronize()
-        if seen:
-            counters["skipped_in_a_row"] = 0
-            return
-        counters["skipped_steps"] += 1
-        counters["skipped_in_a_row"] += 1
-        source, seed = self.batches.source, self.batches.seed
-        mine = dict(rank=dist.get_rank(), terms={k: str(v.item()) for k, v in terms.items()},
-                    samples={s: str(source.describe(source.pick(s, seed))) for s in self.batches.samples_of(step)})
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
-        folder = self.log.path.with_name("nonfinite")
-        if self.log.main:
-            self.log.say(f"note: loss or gradients of step {step} are not finite; the step is skipped, its samples are "
-                         f"listed in {folder}")
-            with contextlib.suppress(OSError):
-                folder.mkdir(exist_ok=True)
-                text = json.dumps(dict(step=step, processes=everyone), indent=1)
-                write_atomically(folder / f"step_{step:09d}.json", lambda file: file.write(text.encode()))
-        if counters["skipped_in_a_row"] >= self.cfg.max_nonfinite:
-            self.saver.collect()
-            raise Failed(f"loss or gradients were not finite in {counters['skipped_in_a_row']} steps in a row, the "
-                         f"last {step}; see {folder}. The last good save is that of step {self.saver.good}: lower --lr "
-                         "and continue from it with --resume")
-
-
-def summary(log: Log, steps: int) -> str:
-    """The last line of a run: where it ended, where it began, what the pixels alone are worth."""
-    named = (("trained teacher", log.knn(steps)), ("untrained network", log.knn(0)),
-             ("raw pixels", log.knn(0, "knn_raw_pixels")))
-    return "k-NN top-1 (k=20): " + " | ".join(f"{name} {knn['top1_k20']:.1f} %" for name, knn in named if knn)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-class TooManyBad(Exception):
-    """More images than allowed cannot be read; all processes know and have saved."""
 
 
 @dataclass
@@ -1558,12 +731,6 @@ def check_readable(source) -> None:
     raise ValueError(f"no readable image in {source.name}; the last of those tried says: {why}")
 
 
-def mean_over_processes(metrics: dict[str, Tensor], n_ranks: int) -> dict[str, float]:
-    values = torch.stack(list(metrics.values())) / n_ranks
-    dist.all_reduce(values)
-    return dict(zip(metrics, values.tolist()))
-
-
 def open_everywhere(specs: list[str | None], channels: int) -> list:
     """The sources, listed by rank 0 first so that the others find the listing. Raises ValueError, on all processes, if
     they do not see the same files."""
@@ -1593,10 +760,10 @@ def set_up(argv: list[str] | None) -> Run:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {cfg.device}: training runs on cpu and cuda, evaluation also on mps")
     keep_memory(spare_memory(cfg))
-    check_output(cfg, args.resume, args.overwrite)
+    check_output(cfg, args.resume, args.overwrite, CHANGEABLE)
     check_shared_memory(cfg, int(os.environ.get("WORLD_SIZE", 1)))
     be_deterministic(cfg.deterministic)
-    kernel = load_kernel(cfg, device) if cfg.kernels else None
+    kernel = load_kernel(ARCHS[cfg.arch], compute_dtype(cfg, device), device) if cfg.kernels else None
     mesh = start_processes(device, cfg.sharding)
     evals = eval_specs(cfg.data, cfg.eval_train, cfg.eval_val) if cfg.eval_every else ()
     source, *eval_sources = open_everywhere([cfg.data, *evals], cfg.in_chans)
@@ -1606,7 +773,7 @@ def set_up(argv: list[str] | None) -> Run:
     lock = take_output(cfg)
     try:
         overwrite = args.overwrite and not any(together(restarted))  # else what is there, this command has written
-        check_output(cfg, args.resume, overwrite)  # once more: another run may have just ended
+        check_output(cfg, args.resume, overwrite, CHANGEABLE)  # once more: another run may have just ended
         newest, damaged = ({}, []) if overwrite else state.load_newest(Path(cfg.out) / "resume")
         start = newest.get("step", 0)
         if start > cfg.steps:
@@ -1627,47 +794,6 @@ def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if bf16 else torch.float32
 
 
-def load_kernel(cfg: Config, device: torch.device):
-    """The attention of kernels/attention.py, see model.Attention. Raises ValueError with the reason if it can't be."""
-    if device.type != "cuda":
-        raise ValueError(f"--kernels needs an NVIDIA GPU, and this runs on {device.type}; leave it out")
-    if compute_dtype(cfg, device) != torch.bfloat16:
-        raise ValueError("--kernels computes in bf16; leave --dtype fp32 out, or --kernels")
-    torch.cuda.set_device(device)
-    name, arch = "_dinov2_attention", ARCHS[cfg.arch]
-    if (module := sys.modules.get(name)) is None:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "kernels/attention.py")
-        sys.modules[name] = module = importlib.util.module_from_spec(spec)  # where torch.compile looks for it
-        spec.loader.exec_module(module)
-    try:
-        return module.load(arch["embed_dim"] // arch["num_heads"])
-    except ValueError as error:
-        raise ValueError(f"--kernels: {error}; leave it out") from None
-
-
-def take_output(cfg: Config) -> OutputLock | None:
-    """The lock on --out, for rank 0. Raises ValueError on all processes if it is another's or cannot be written."""
-    def take():
-        try:
-            return "", OutputLock(Path(cfg.out)) if dist.get_rank() == 0 else None
-        except ValueError as error:
-            return str(error), None
-        except OSError as error:
-            return f"--out {cfg.out} cannot be written ({why(error)}); choose another folder", None
-
-    error, lock = take()
-    if error := next(filter(None, together(lambda: error)), ""):
-        raise ValueError(error)
-    return lock
-
-
-def be_deterministic(wanted: bool) -> None:
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
-    torch.use_deterministic_algorithms(wanted)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
-
-
 def train(run: Run) -> None:
     """The loop: from run.start to the last step, or to the step at which a signal asks to stop; all is saved then.
     Raises Failed and TooManyBad on all processes, Unreadable on the one concerned."""
@@ -1685,7 +811,7 @@ def train(run: Run) -> None:
     color = torch.compile(augment_at_once, dynamic=False) if on_gpu else augment
     loader = Prefetcher(loader, partial(prepare, device=run.device, mean=cfg.mean, std=cfg.std, augment=color),
                         run.device)
-    saver = Saver(cfg, run.preset, state, run.lock, run.start, run.damaged, log.say)
+    saver = Saver(cfg, state, partial(teacher_checkpoint, state.teacher, cfg, run.preset), run.lock, run.start, run.damaged, log.say)
     guard, agreement, schedule, parts = NonFinite(cfg, log, batches, saver), Agreement(), schedules(cfg), iter(loader)
     done, stop, too_bad, hopeless = run.start, False, False, ""
     with run.lock or contextlib.nullcontext(), StopSignals(run.lock) as signals, saver:

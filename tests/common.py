@@ -29,10 +29,10 @@ import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.format_utils
 from PIL import Image
 
-import data
 import eval_linear
 import model
 import train
+import support.sources
 
 HERE = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -233,7 +233,7 @@ RELEASED = {f"dinov2_vit{arch[4]}14{reg}": (arch, reg)
             for arch in ("vit_small", "vit_base", "vit_large", "vit_giant2") for reg in ("", "_reg")}
 
 
-class Numbers(data.Source):
+class Numbers(support.sources.Source):
     def __init__(self, n: int):
         self.n = n
 

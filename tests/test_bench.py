@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 
 import bench
-import data
 import model
 import train
+import support.parallel
+import support.sources
 from tests.common import CPU, assert_close, randn
 
 
@@ -37,7 +38,7 @@ def test_bench_scale(capsys):
     bench.main(["scale", "--preset", "vitl14", "--json"])
     network, *rows = json.loads(capsys.readouterr().out)["rows"]
     rows = {row["sharding"]: row for row in rows}
-    assert tuple(rows) == train.SHARDINGS and network["images per GPU"] == 32
+    assert tuple(rows) == support.parallel.SHARDINGS and network["images per GPU"] == 32
     backbone, heads = 1e6 * network["backbone, M"], 1e6 * network["heads, M"]
     gathered = 2 * backbone + 4 * heads
     by_hand = dict(ddp=8 * (backbone + heads), zero2=2 * gathered + 4 * (backbone + heads))
@@ -49,11 +50,11 @@ def test_bench_scale(capsys):
     ddp, hsdp, zero2, zero3 = (rows[mode]["8: memory"] for mode in ("ddp", "hsdp", "zero2", "zero3"))
     assert ddp > hsdp == zero2 > zero3
     assert rows["hsdp"]["256: memory"] == rows["hsdp"]["8: memory"] > rows["zero2"]["256: memory"]
-    kept = [network[f"GB, checkpointing {way}"] for way in train.CHECKPOINTING]
+    kept = [network[f"GB, checkpointing {way}"] for way in support.parallel.CHECKPOINTING]
     assert kept[0] > 1.5 * kept[1] > 4 * kept[2]
 
 
-@pytest.mark.parametrize("way", train.CHECKPOINTING)
+@pytest.mark.parametrize("way", support.parallel.CHECKPOINTING)
 def test_bench_estimates_activations(way):
     """What a block on the meta device keeps, times the number of blocks, is what a real backbone keeps, but for its
     embeddings and its last norm."""
@@ -105,7 +106,7 @@ def test_bench_train_counts_flops():
 
     cfg = train.Config(**train.PRESETS["digits"] | dict(batch_size=32, group_size=32, mask_ratio_min_max=(0.3, 0.3),
                                                         device="cpu", num_workers=0))
-    training = bench.Training(cfg, data.open_source("digits"), CPU)
+    training = bench.Training(cfg, support.sources.open_source("digits"), CPU)
     parts = list(map(training.prepare, training.next_batch()))
     with FlopCounterMode(display=False) as counter:
         training.step(parts)

@@ -14,6 +14,7 @@ import torch
 import data
 import hub
 import model
+import support.images
 from tests.common import HERE, HUB_VIT, RELEASED, Payload, assert_close, golden, hub_vit, randn, randomize, write_images
 
 
@@ -492,11 +493,11 @@ def test_hub_features(tmp_path, cache, capsys):
               "--size", "0", "--fit", "pad"])
     for i, (path, name) in enumerate(((tmp_path / "own.png", "own.png"), (photos / "sub/c.png", "photos/sub/c.png"))):
         one = np.load(tmp_path / f"each/{name}.npz")
-        image = data.read_image(str(path))
+        image = support.images.read_image(str(path))
         row = {k: stacked[k][3 - i] for k in one}
-        for fit, given in ((data.plan_fit(*image.shape[1:], 14, "pad"), one),
-                           (data.plan_fit(*image.shape[1:], 14, "crop", (56, 56)), row)):
-            out = vit.forward_features(data.normalize(data.to_float(data.fit_image(image, fit)[None])))
+        for fit, given in ((support.images.plan_fit(*image.shape[1:], 14, "pad"), one),
+                           (support.images.plan_fit(*image.shape[1:], 14, "crop", (56, 56)), row)):
+            out = vit.forward_features(data.normalize(data.to_float(support.images.fit_image(image, fit)[None])))
             for key, whole in (("cls", "clstoken"), ("registers", "regtokens"), ("patches", "patchtokens")):
                 expected = out[f"x_norm_{whole}"][0].detach()
                 assert_close(torch.from_numpy(given[key]).view(expected.shape), expected, 1e-5, key)

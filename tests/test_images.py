@@ -9,6 +9,9 @@ import torch
 from PIL import Image
 
 import data
+import support.evaluation
+import support.images
+import support.sources
 from tests.common import assert_close, png, write_images
 
 
@@ -31,7 +34,7 @@ def test_data_odd_image_files(tmp_path):
 
 
 def load(path: Path, channels: int = 3) -> torch.Tensor:
-    return data.decode(data.read_file(str(path)), channels)
+    return support.images.decode(support.images.read_file(str(path)), channels)
 
 
 def test_data_deep_and_many_channelled_images(tmp_path):
@@ -76,16 +79,16 @@ def test_data_decompression_bombs_are_refused(tmp_path, monkeypatch):
             load(tmp_path / name)
     monkeypatch.undo()
     with open(tmp_path / "sparse.jpg", "wb") as file:
-        file.truncate(data.MAX_BYTES + 1)
+        file.truncate(support.images.MAX_BYTES + 1)
     with pytest.raises(ValueError, match="MAX_BYTES"):
         load(tmp_path / "sparse.jpg")
     long = load(tmp_path / "long.jpg")
     assert data.cut_crop(random.Random(0), long, 32, (0.05, 0.3)).shape == (32, 32, 3)
     (tmp_path / "long.txt").write_text("long.jpg")
-    source = data.open_source(str(tmp_path / "long.txt"))
-    image, ok = data.EvalImages(source, 64, 48)[0]
+    source = support.sources.open_source(str(tmp_path / "long.txt"))
+    image, ok = support.evaluation.EvalImages(source, 64, 48)[0]
     assert ok and image.shape == (3, 48, 48)
-    monkeypatch.setattr(data, "MAX_BYTES", 10**6)
+    monkeypatch.setattr(support.images, "MAX_BYTES", 10**6)
     (tmp_path / "zip.jpg").write_bytes(gzip.compress(png(1) + bytes(10**7)))
     assert load(tmp_path / "zip.jpg").shape == (3, 8, 8)  # of which no more was unpacked than the bound
 
@@ -138,7 +141,7 @@ def test_data_fuzz_2000_damaged_files(tmp_path, cache):
     """No crash, no hang, no silent loss: one pass over all, with workers, reports exactly the unreadable ones."""
     (tmp_path / "p").mkdir()
     mutated_files(tmp_path / "p", 2000)
-    source = data.open_source(str(tmp_path / "p"))
+    source = support.sources.open_source(str(tmp_path / "p"))
     unreadable = set()
     for i in range(len(source)):
         try:
@@ -164,8 +167,8 @@ def test_data_fit_brings_images_to_multiples_of_the_patch():
     for how, size, canvas in (("crop", (), (28, 84)), ("pad", (), (42, 98)), ("resize", (), (42, 84)),
                               ("crop", (80,), (70, 168)), ("pad", (80,), (84, 182)), ("resize", (80,), (84, 182)),
                               *((how, (56, 70), (56, 70)) for how in ("crop", "pad", "resize"))):
-        fit = data.plan_fit(40, 90, 14, how, size)
-        out = data.fit_image(image, fit)
+        fit = support.images.plan_fit(40, 90, 14, how, size)
+        out = support.images.fit_image(image, fit)
         assert out.shape[1:] == fit.canvas == canvas and out.dtype == torch.uint8
         x, y = fit.left + 62 * fit.scaled[1] / 90, fit.top + 22 * fit.scaled[0] / 40
         if 0 <= x < canvas[1]:
@@ -174,11 +177,11 @@ def test_data_fit_brings_images_to_multiples_of_the_patch():
             assert abs((bright * xs).sum() / bright.sum() - x) < 1 and abs((bright * ys).sum() / bright.sum() - y) < 1
         if how == "pad":
             assert out[:, 0, 0].tolist() == [124, 116, 104]
-    deep = data.fit_image(image.to(torch.uint16) * 257, data.plan_fit(40, 90, 14, "pad"))
+    deep = support.images.fit_image(image.to(torch.uint16) * 257, support.images.plan_fit(40, 90, 14, "pad"))
     assert deep.dtype == torch.uint16 and deep[0, 0, 0] == round(0.485 * 65535)
     for hw, args, text in (((10, 90), (), "10x90 pixels is less than one patch of 14x14"),
                            ((40, 90), ("crop", (50, 70)),
                             "size 50 is no multiple of the patch size 14; the nearest is 56")):
         with pytest.raises(ValueError, match=text):
-            data.plan_fit(*hw, 14, *args)
-    assert data.plan_fit(10, 90, 14, "pad").canvas == (14, 98)
+            support.images.plan_fit(*hw, 14, *args)
+    assert support.images.plan_fit(10, 90, 14, "pad").canvas == (14, 98)

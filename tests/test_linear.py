@@ -9,6 +9,8 @@ import torch
 import data
 import eval_linear
 import hub
+import support.evaluation
+import support.sources
 from tests.common import Launched, Numbers, assert_close, golden_grid, randn, results, same, write_images
 
 
@@ -54,8 +56,9 @@ def test_eval_linear_head_is_one_of_the_hub(trained, tmp_path, cache):
     flags = [str(tmp_path / "a.pth"), "--num-workers", "0"]
     result = eval_linear.main([*flags, "--batch-size", "128", "--epochs", "1", "--epoch-length", "20", "--cached"])
     classifier = hub.load_classifier(tmp_path / "a.pth", tmp_path / "a.linear_head_cached.pth")
-    source = data.open_source("digits:split=VAL")
-    images = torch.stack([data.EvalImages(source, 12, 12)[i][0] for i in range(len(source))])  # the preset's size
+    source = support.sources.open_source("digits:split=VAL")
+    validation = support.evaluation.EvalImages(source, 12, 12)  # the preset's size
+    images = torch.stack([validation[i][0] for i in range(len(source))])
     with torch.no_grad():
         answers = classifier(data.normalize(data.to_float(images))).argmax(1)
     assert 100 * (answers == torch.from_numpy(source.labels)).double().mean().item() == pytest.approx(result["top1"])
@@ -159,7 +162,7 @@ def test_eval_linear_crops_are_shared_out_and_left_out_when_bad(tmp_path, cache)
     write_images(tmp_path, [f"{i}.png" for i in range(6)], size=(20, 24))
     (tmp_path / "4.png").write_bytes(b"damaged")
     (tmp_path / "l.txt").write_text("".join(f"{i}.png" + (f"\t{i}" if i != 5 else "") + "\n" for i in range(6)))
-    source = data.open_source(str(tmp_path / "l.txt"))
+    source = support.sources.open_source(str(tmp_path / "l.txt"))
     def batches(rank=0, world=1, flip=0.5):
         return eval_linear.ProbeBatches(source, source.labels, 12, 8, (0.3, 1.0), flip, 0, rank, world)
 

@@ -3,8 +3,8 @@ import json
 import pytest
 import torch
 
-import eval_knn
 import eval_logreg
+import support.evaluation
 from tests.common import Launched, assert_close, randn, write_images
 
 
@@ -93,7 +93,7 @@ def test_eval_logreg_without_flags(trained, tmp_path):
     oracle = eval_logreg.main([str(f) for f in flags] + ["--sklearn"])
     assert oracle["top1"] == pytest.approx(alone["top1"], abs=0.3) and oracle["best_c"] == alone["best_c"]
 
-    with eval_knn.Evaluation("logreg", eval_logreg.parse([str(trained / "ckpt.pth")])) as e:
+    with support.evaluation.Evaluation("logreg", eval_logreg.parse([str(trained / "ckpt.pth")])) as e:
         x, labels = e.labeled(e.train, e.train_labels)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     held, rows = order[:143], order[143:]

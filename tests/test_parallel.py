@@ -14,6 +14,8 @@ import bench
 import data
 import model
 import train
+import support.parallel
+import support.sources
 from tests.common import (CPU, TINY, Launched, assert_close, metrics, saved_tensors, set_up_and_release, stop_at,
                           train_main)
 
@@ -111,18 +113,18 @@ def shards_checks() -> None:
     cfg = train.Config(**train.PRESETS["digits"] | dict(
         batch_size=16, group_size=4, ibot_separate_head=True, ibot_head_n_prototypes=48, ibot_head_hidden_dim=32,
         ibot_head_bottleneck_dim=16))
-    train.start_processes(CPU)
-    batch = data.prepare(train.training_batches(cfg, data.open_source("digits"), dist.get_rank(), 4)[0], CPU)
+    support.parallel.start_processes(CPU)
+    batch = data.prepare(train.training_batches(cfg, support.sources.open_source("digits"), dist.get_rank(), 4)[0], CPU)
     gradients = {}
     for mode, n_shards in dict(ddp=1, hsdp=2, zero2=4, zero3=4).items():
         torch.manual_seed(0)
         network, teacher = train.build_network(cfg), train.build_network(cfg).requires_grad_(False).eval()
         whole = {name: p.numel() for name, p in network.named_parameters()}
-        mesh = train.share_mesh("cpu", mode)
+        mesh = support.parallel.share_mesh("cpu", mode)
         assert mesh.shape == ((4,) if n_shards == 4 else (4 // n_shards, n_shards))
-        train.shard(network, mesh, torch.bfloat16, mode=mode)
-        train.shard(teacher, mesh, torch.bfloat16, with_backward=False, mode=mode)
-        assert train.n_replicas(network) * n_shards == 4
+        support.parallel.shard(network, mesh, torch.bfloat16, mode=mode)
+        support.parallel.shard(teacher, mesh, torch.bfloat16, with_backward=False, mode=mode)
+        assert support.parallel.n_replicas(network) * n_shards == 4
         held = {name: p.to_local() for name, p in network.named_parameters()}
         for name, p in held.items():  # rows are dealt out evenly; of single rows, the first process has them
             even = network.get_parameter(name).shape[0] % n_shards == 0
@@ -159,7 +161,7 @@ def test_recompute_gives_the_same_gradients_in_less_memory(ffn):
         torch.manual_seed(0)
         cfg = train.Config(**train.PRESETS["digits"] | dict(ffn_layer=ffn, init_std=0.1))
         network = train.build_network(cfg, 0.3)
-        train.shard(network, types.SimpleNamespace(size=lambda: 1), torch.float32, way)  # alone: nothing to share
+        support.parallel.shard(network, types.SimpleNamespace(size=lambda: 1), torch.float32, way)
         for block in network["backbone"].block_list() if compiled else ():
             block.compile(backend="aot_eager", fullgraph=True)
         images = [torch.randn(8, 3, 12, 12), torch.randn(16, 3, 8, 8)]
@@ -208,11 +210,11 @@ def test_shard_hsdp_wants_equal_machines(tmp_path):
 def test_train_compiles_blocks_of_rising_rates(monkeypatch):
     """Each block with a rate of stochastic depth of its own is a graph of its own, more of them than Dynamo allows."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     monkeypatch.setitem(model.ARCHS["vit_nano"], "depth", 12)
     torch._dynamo.reset()
     network = train.build_network(train.Config(**train.PRESETS["digits"] | dict(drop_path_uniform=False)), 0.3)
-    train.shard(network, types.SimpleNamespace(size=lambda: 1), torch.float32, compile_blocks=True)
     orders = torch.stack([torch.randperm(8)[None] for _ in range(24)])
-    out = network["backbone"](torch.randn(8, 3, 12, 12), is_training=True, drop_orders=orders)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        support.parallel.shard(network, types.SimpleNamespace(size=lambda: 1), torch.float32, compile_blocks=True)
+        out = network["backbone"](torch.randn(8, 3, 12, 12), is_training=True, drop_orders=orders)
     assert out["x_norm_clstoken"].shape == (8, 64)

@@ -21,6 +21,8 @@ import torch
 import torch.distributed.launcher.api as launcher
 
 import train
+import support.parallel
+import support.run
 from tests.common import (HERE, TINY, Launched, everything, free_port, metrics, same, saved_tensors, saving,
                           set_up_and_release, train_main, wait_for, write_images)
 
@@ -33,8 +35,8 @@ def test_train_images_that_vanish_end_the_run_with_one_line(tmp_path, cache):
 
 
 def take_away(folder: Path) -> None:
-    claim = train.claim_output
-    train.claim_output = lambda *a: (claim(*a), shutil.rmtree(folder))
+    claim = support.run.claim_output
+    support.run.claim_output = lambda *a: (claim(*a), shutil.rmtree(folder))
 
 
 def test_train_says_when_shared_memory_is_short(monkeypatch, tmp_path):
@@ -133,14 +135,14 @@ def slowly() -> None:
 
 def endless_saves() -> None:
     train.dcp.save = lambda *a, **k: (print("saving", flush=True), time.sleep(1000))
-    train.StopSignals.ECHO = 1.0  # so that a machine that stalls for half a second does no harm
+    support.run.StopSignals.ECHO = 1.0  # so that a machine that stalls for half a second does no harm
 
 
 def test_saves_that_fail_are_retried(tmp_path, monkeypatch, capsys):
     """Something in the way of resume/: the run goes on, says so, and saves once it is gone; with no patience it ends,
     naming the last good save."""
     out, step, calls = tmp_path / "out", train.train_step, []
-    monkeypatch.setattr(train.Saver, "RETRY", 0.0)
+    monkeypatch.setattr(support.run.Saver, "RETRY", 0.0)
 
     def blocked(*args):
         calls.append(1)
@@ -168,7 +170,7 @@ def test_saves_that_fail_are_retried(tmp_path, monkeypatch, capsys):
     (out / "resume").rename(out / "gone")
     (out / "resume").write_text("in the way")
     monkeypatch.setattr(train.TrainState, "load_newest", lambda *a: (dict(step=12), []))
-    with pytest.raises(train.Failed, match="saving has failed for 0.001 minutes .* last good save is that of step 12;"):
+    with pytest.raises(support.parallel.Failed, match="saving has failed for 0.001 minutes .* last good .* step 12;"):
         train_main(*flags, "--steps", 500, "--save-patience", 0.001, "--export-every", 4, "--out", out)
     assert not (out / "lock").exists()
 
@@ -185,7 +187,7 @@ def test_saves_survive_a_vanished_folder(tmp_path, monkeypatch):
 
     train_main(*TINY, "--steps", 8, "--save-every", 2, "--out", tmp_path / "undisturbed")
     monkeypatch.setattr(train, "train_step", vanish)
-    monkeypatch.setattr(train.Saver, "RETRY", 0.05)
+    monkeypatch.setattr(support.run.Saver, "RETRY", 0.05)
     train_main(*TINY, "--steps", 8, "--save-every", 2, "--out", out)
     assert metrics(out) == metrics(tmp_path / "undisturbed") and not (out / "lock").exists()
     weights = [torch.load(p / "ckpt.pth", weights_only=True)["teacher"] for p in (out, tmp_path / "undisturbed")]
@@ -236,7 +238,7 @@ def test_saves_on_a_full_and_on_a_read_only_disk(small_disk, tmp_path):
 
 def slowly_and_retrying(slow: Path) -> None:
     """Steps that take a while as long as the file `slow` is there."""
-    step, train.Saver.RETRY = train.train_step, 0.1
+    step, support.run.Saver.RETRY = train.train_step, 0.1
     train.train_step = lambda *a: (time.sleep(0.1 * slow.exists()), step(*a))[1]
 
 
@@ -275,8 +277,8 @@ def poison(steps: set[int]) -> None:
 
 
 def lock_of(out: Path, **changes) -> None:
-    host, boot, space = train.machine()
-    owner = dict(host=host, boot=boot, space=space, pid=os.getpid(), start=train.born(os.getpid()), key="another")
+    host, boot, space = support.run.machine()
+    owner = dict(host=host, boot=boot, space=space, pid=os.getpid(), start=support.run.born(os.getpid()), key="another")
     (out / "lock").write_text(json.dumps(owner | changes))
 
 
@@ -306,18 +308,18 @@ def test_lock_of_other_machines_and_times(tmp_path, monkeypatch):
     for changes in (dict(pid=2**22 + 1), dict(start="1"), dict(host="elsewhere"), dict(boot="before"), dict(space="x")):
         naps.clear()
         lock_of(tmp_path, **changes)
-        train.OutputLock(tmp_path).release()
+        support.run.OutputLock(tmp_path).release()
         assert sum(naps) == (0 if changes.keys() & {"pid", "start"} else 60), changes
     (tmp_path / "lock").write_text("")  # made by one that died at that moment
-    train.OutputLock(tmp_path).release()
+    support.run.OutputLock(tmp_path).release()
     lock_of(tmp_path)
     with pytest.raises(ValueError, match="is in use by process"):
-        train.OutputLock(tmp_path)
+        support.run.OutputLock(tmp_path)
     lock_of(tmp_path, host="elsewhere")
     naps.clear()
     sign_of_life[0] = 60  # at the last moment
     with pytest.raises(ValueError, match="is in use by process .* on elsewhere"):
-        train.OutputLock(tmp_path)
+        support.run.OutputLock(tmp_path)
 
 
 def test_lock_lost_to_another_ends_the_run(tmp_path):

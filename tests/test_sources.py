@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import data
+import support.sources
 from tests.common import golden, png, run, write_images
 
 
@@ -23,33 +24,34 @@ def test_data_folder(tmp_path, monkeypatch):
     photos = tmp_path / "photos"
     write_images(photos, ["b/2.png", "a/1.jpg", "a/deep/er/0.webp", "a/ä.png"])
     (photos / "notes.txt").write_text("no image")
-    source = data.open_source(str(photos))
+    source = support.sources.open_source(str(photos))
     assert [Path(source.describe(i)).name for i in range(4)] == ["1.jpg", "ä.png", "0.webp", "2.png"]
     assert source.labels.tolist() == [0, 0, 0, 1] and source.image(3).shape == (3, 40, 32)
     write_images(photos, ["a/deep/er/new.jpg"])  # the cached listing notices
-    assert len(data.open_source(str(photos))) == 5
+    assert len(support.sources.open_source(str(photos))) == 5
     write_images(photos, ["loose.jpg"])
-    assert data.open_source(str(photos)).labels is None
+    assert support.sources.open_source(str(photos)).labels is None
     (photos / "a/.hidden.jpg").write_bytes(b"")
     (photos / "a/dangling.jpg").symlink_to("nowhere")
-    assert data.eval_specs(str(photos)) == data.eval_specs("digits", str(photos)) == (str(photos), None)
+    assert support.sources.eval_specs(str(photos)) == (str(photos), None)
+    assert support.sources.eval_specs("digits", str(photos)) == (str(photos), None)
     (photos / "a/deep/back").symlink_to(photos)
     (photos / "twice").symlink_to(photos / "b")
-    assert len(data.open_source(str(photos))) == 6  # links are followed, each folder once
+    assert len(support.sources.open_source(str(photos))) == 6  # links are followed, each folder once
     write_images(tmp_path / "split", ["train/x/1.jpg", "train/y/2.jpg", "val/x/3.jpg", "val/y/4.jpg"])
-    train_spec, val_spec = data.eval_specs(str(tmp_path / "split"))
-    assert data.eval_specs("digits", str(tmp_path / "split")) == (train_spec, val_spec)
-    assert data.eval_specs("digits", "digits:split=VAL") == ("digits:split=VAL", None)
-    assert data.eval_specs("digits", "", "x") == ("digits:split=TRAIN", "x")
-    assert [len(data.open_source(s)) for s in (str(tmp_path / "split"), train_spec, val_spec)] == [2, 2, 2]
+    train_spec, val_spec = support.sources.eval_specs(str(tmp_path / "split"))
+    assert support.sources.eval_specs("digits", str(tmp_path / "split")) == (train_spec, val_spec)
+    assert support.sources.eval_specs("digits", "digits:split=VAL") == ("digits:split=VAL", None)
+    assert support.sources.eval_specs("digits", "", "x") == ("digits:split=TRAIN", "x")
+    assert [len(support.sources.open_source(s)) for s in (str(tmp_path / "split"), train_spec, val_spec)] == [2, 2, 2]
 
 
 def test_data_listing_is_cached(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_images(tmp_path / "p", ["1.png", "2.png"])
-    data.open_source(str(tmp_path / "p"))
-    monkeypatch.setattr(data, "list_folder", lambda root: pytest.fail("listed again"))
-    assert len(data.open_source(str(tmp_path / "p"))) == 2
+    support.sources.open_source(str(tmp_path / "p"))
+    monkeypatch.setattr(support.sources, "list_folder", lambda root: pytest.fail("listed again"))
+    assert len(support.sources.open_source(str(tmp_path / "p"))) == 2
 
 
 def test_data_imagenet(tmp_path, monkeypatch):
@@ -58,18 +60,19 @@ def test_data_imagenet(tmp_path, monkeypatch):
     write_images(root,
                  ["train/n01/n01_10.JPEG", "train/n01/n01_2.JPEG", "train/n02/n02_7.JPEG",
                   "val/n02/ILSVRC2012_val_00000003.JPEG"])
-    listed = data.open_source(f"ImageNet:split=TRAIN:root={root}")
+    listed = support.sources.open_source(f"ImageNet:split=TRAIN:root={root}")
     assert listed.labels.tolist() == [0, 0, 1]
     extra.mkdir()
     fields = [("actual_index", "<u4"), ("class_index", "<u4"), ("class_id", "U3"), ("class_name", "U3")]
     np.save(extra / "entries-TRAIN.npy",
             np.array([(10, 0, "n01", "x"), (2, 0, "n01", "x"), (7, 1, "n02", "y")], fields))
     np.save(extra / "entries-VAL.npy", np.array([(3, 1, "n02", "y")], fields))
-    entries = data.open_source(f"ImageNet:split=TRAIN:root={root}:extra={extra}")
+    entries = support.sources.open_source(f"ImageNet:split=TRAIN:root={root}:extra={extra}")
     assert entries.labels.tolist() == [0, 0, 1]
     assert [Path(entries.describe(i)) for i in range(3)] == [Path(listed.describe(i)) for i in range(3)]
-    train_spec, val_spec = data.eval_specs(f"ImageNet:split=TRAIN:root={root}:extra={extra}")
-    assert data.open_source(val_spec).image(0).shape == (3, 40, 32) and len(data.open_source(train_spec)) == 3
+    train_spec, val_spec = support.sources.eval_specs(f"ImageNet:split=TRAIN:root={root}:extra={extra}")
+    assert support.sources.open_source(val_spec).image(0).shape == (3, 40, 32)
+    assert len(support.sources.open_source(train_spec)) == 3
 
 
 def test_data_fashion_mnist_files(tmp_path):
@@ -79,7 +82,7 @@ def test_data_fashion_mnist_files(tmp_path):
     import gzip
     with gzip.open(tmp_path / "t10k-labels-idx1-ubyte.gz", "wb") as file:
         file.write(b"\0\0\x08\x01" + np.array([2], ">i4").tobytes() + bytes([9, 4]))
-    source = data.open_source(f"FashionMNIST:split=VAL:root={tmp_path}")
+    source = support.sources.open_source(f"FashionMNIST:split=VAL:root={tmp_path}")
     assert source.labels.tolist() == [9, 4] and torch.equal(source.image(1)[2], torch.from_numpy(images[1]))
 
 
@@ -95,21 +98,21 @@ def test_data_file_list(tmp_path, cache):
     write_images(tmp_path, ["a/1.png", "b/2 x.png"])
     listed = tmp_path / "list.txt"
     listed.write_text(f"a/1.png\tcat\n\n{tmp_path}/b/2 x.png\tant\r\n")
-    source = data.open_source(str(listed))
+    source = support.sources.open_source(str(listed))
     assert source.labels.tolist() == [1, 0] and source.classes == ["ant", "cat"]
     assert source.image(1).shape == (3, 40, 32)
     listed.write_text("b/2 x.png\n")
     os.utime(listed, ns=(1, 1))
-    source = data.open_source(str(listed))
+    source = support.sources.open_source(str(listed))
     assert len(source) == 1 and source.labels is None
     listed.write_text("a/1.png\tcat\nb/2 x.png\na/1.png\tant\n")
     os.utime(listed, ns=(2, 2))
-    source = data.open_source(str(listed))
+    source = support.sources.open_source(str(listed))
     assert source.labels.tolist() == [1, -1, 0] and source.classes == ["ant", "cat"]
     listed.write_text("a\0b")
     os.utime(listed, ns=(3, 3))
     with pytest.raises(ValueError, match="no readable text"):
-        data.open_source(str(listed))
+        support.sources.open_source(str(listed))
 
 
 def test_data_tar_shards(tmp_path, cache, capsys):
@@ -121,7 +124,7 @@ def test_data_tar_shards(tmp_path, cache, capsys):
             members |= {f"{j}/{k:05}.cls": b"%d" % (i % 10), f"{j}/{k:05}.png": png(i)}
             i += 1
         write_tar(tmp_path / f"s-{j:03}.tar", members | {"notes.txt": b"x"})
-    source = data.open_source(f"{tmp_path}/s-{{000..004}}.tar:interleave=2")
+    source = support.sources.open_source(f"{tmp_path}/s-{{000..004}}.tar:interleave=2")
     n = sum(lengths)
     assert len(source) == n and source.labels[:12].tolist() == [*range(10), 0, 1]
     assert [source.image(i)[0, 0, 0].item() for i in (0, 699, 701, n - 1)] == [i % 256 for i in (0, 699, 701, n - 1)]
@@ -140,26 +143,26 @@ def test_data_tar_shards(tmp_path, cache, capsys):
         if n_images > 512:
             read = np.array([i for i in sequence if source.shard[i] == j])
             assert np.corrcoef(np.arange(n_images), read)[0, 1] > 0.5, j
-    at_random = data.open_source(f"{tmp_path}/s-*.tar:interleave=0")
+    at_random = support.sources.open_source(f"{tmp_path}/s-*.tar:interleave=0")
     assert sorted(at_random.pick(s, 0) for s in range(n)) == list(range(n))
     assert "s-000.tar at byte" in source.describe(3)
     whole = (tmp_path / "s-000.tar").read_bytes()
     (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
-    cut = data.open_source(f"{tmp_path}/cut.tar")
+    cut = support.sources.open_source(f"{tmp_path}/cut.tar")
     assert 300 < len(cut) < 400 and "is damaged after" in capsys.readouterr().err
     (tmp_path / "zip.tar").write_bytes(b"\x1f\x8b no tar")
     for spec, text in ((f"{tmp_path}/zip.tar", "no plain tar"), (f"{tmp_path}/none.tar", "does not exist"),
                        (f"{tmp_path}/s-002.tar", "no image"), (f"{tmp_path}/cut.tar:interleave=x", "interleave is")):
         with pytest.raises(ValueError, match=text):
-            data.open_source(spec)
+            support.sources.open_source(spec)
     with pytest.raises(ValueError, match=r"named .*/\*\.tar"):
-        data.open_source(str(tmp_path))
+        support.sources.open_source(str(tmp_path))
 
 
 def test_data_mixtures(tmp_path, cache):
     """Exact shares in every round; within its share each source is gone through once per pass."""
     write_images(tmp_path, ["a/1.png", "a/2.png", "a/3.png", "b/4.png"])
-    mix = data.open_source(f"{tmp_path}/a*0.7,{tmp_path}/b*0.2,digits*.1")
+    mix = support.sources.open_source(f"{tmp_path}/a*0.7,{tmp_path}/b*0.2,digits*.1")
     picks = [mix.pick(s, seed=1) for s in range(300)]
     for start in range(0, 300, 10):
         whose = [0 if i < 3 else 1 if i == 3 else 2 for i in picks[start : start + 10]]
@@ -167,22 +170,23 @@ def test_data_mixtures(tmp_path, cache):
     assert [sorted(i for i in picks if i < 3).count(k) for k in range(3)] == [70] * 3
     assert len({i for i in picks if i > 3}) == 30  # digits: no repetition within a pass
     assert mix.image(3).shape == (3, 40, 32) and mix.image(4).shape == (3, 32, 32) and mix.labels is None
-    both = data.open_source(f"{tmp_path}/a,{tmp_path}/b")
+    both = support.sources.open_source(f"{tmp_path}/a,{tmp_path}/b")
     assert sorted(both.pick(s, 0) for s in range(4)) == [0, 1, 2, 3] and both.describe(3).endswith("4.png")
     write_images(tmp_path / "x,y*2", ["5.png"])  # a folder's name comes first
-    assert len(data.open_source(f"{tmp_path}/x,y*2")) == 1
+    assert len(support.sources.open_source(f"{tmp_path}/x,y*2")) == 1
     split = f"{tmp_path}/s"
     write_images(tmp_path / "s", ["train/1.png", "val/2.png"])
-    assert data.open_source(f"{split}:split=TRAIN*0.5, {split}:split=VAL*0.5").describe(1).endswith("val/2.png")
+    halves = support.sources.open_source(f"{split}:split=TRAIN*0.5, {split}:split=VAL*0.5")
+    assert halves.describe(1).endswith("val/2.png")
     for spec in ("ImageNet:root=/a,ImageNet22k:root=/b", "CIFAR10:root=/d*0.5,CIFAR100:root=/d*0.5", "CIFAR10*1"):
-        assert data.eval_specs(spec) == (spec, None)
+        assert support.sources.eval_specs(spec) == (spec, None)
     (tmp_path / "a/1.png").write_bytes(b"damaged")
-    lame = data.open_source(f"{tmp_path}/a*0.9,digits*0.1")
+    lame = support.sources.open_source(f"{tmp_path}/a*0.9,digits*0.1")
     assert {lame.replacement(0, random.Random(i)) for i in range(50)} == {0, 1, 2}  # the shares stay what they are
     for spec, text in (("digits*0.5,digits", "or none"), ("digits*0.5,digits*0", "0.001 or more"),
                        ("digits,", "nothing before or after")):
         with pytest.raises(ValueError, match=text):
-            data.open_source(spec)
+            support.sources.open_source(spec)
 
 
 def test_data_imagenet_extra_golden(tmp_path, cache, capsys):
@@ -190,16 +194,16 @@ def test_data_imagenet_extra_golden(tmp_path, cache, capsys):
     for split in ("train/", "val/"):
         write_images(tmp_path, [f for f in golden.json("extra/files") if f.startswith(split)])
     (tmp_path / "labels.txt").write_text(golden.json("extra/labels"))
-    data.main(["extra", f"ImageNet:root={tmp_path}:extra={tmp_path}/extra"])
+    support.sources.main(["extra", f"ImageNet:root={tmp_path}:extra={tmp_path}/extra"])
     for name, rows in golden.json("extra/imagenet").items():
         ours = np.load(tmp_path / "extra" / name)
         assert [str(ours.dtype), ours.tolist()] == [rows[0], [tuple(r) if isinstance(r, list) else r for r in rows[1]]]
-    source = data.open_source(f"ImageNet:split=TRAIN:root={tmp_path}:extra={tmp_path}/extra")
-    listed = data.open_source(f"ImageNet:split=TRAIN:root={tmp_path}")
+    source = support.sources.open_source(f"ImageNet:split=TRAIN:root={tmp_path}:extra={tmp_path}/extra")
+    listed = support.sources.open_source(f"ImageNet:split=TRAIN:root={tmp_path}")
     assert [source.describe(i) for i in range(9)] == [listed.describe(i) for i in range(9)]
     write_images(tmp_path, ["test/ILSVRC2012_test_00000002.JPEG", "test/ILSVRC2012_test_00000001.JPEG"])
-    data.main(["extra", f"ImageNet:split=TEST:root={tmp_path}:extra={tmp_path}/extra"])
-    test = data.open_source(f"ImageNet:split=TEST:root={tmp_path}:extra={tmp_path}/extra")
+    support.sources.main(["extra", f"ImageNet:split=TEST:root={tmp_path}:extra={tmp_path}/extra"])
+    test = support.sources.open_source(f"ImageNet:split=TEST:root={tmp_path}:extra={tmp_path}/extra")
     assert test.labels is None and test.describe(1).endswith("test_00000002.JPEG")
     assert test.image(1).shape == (3, 40, 32)
 
@@ -214,24 +218,24 @@ def test_data_imagenet22k_golden(logs, tmp_path, cache):
         if logs:
             (tmp_path / "blocks").mkdir(exist_ok=True)
             (tmp_path / "blocks" / f"{wnid}.log").write_text(log)
-    data.main(["extra", f"ImageNet22k:root={tmp_path}:extra={tmp_path}/extra"])
+    support.sources.main(["extra", f"ImageNet22k:root={tmp_path}:extra={tmp_path}/extra"])
     for name, (dtype, rows) in golden.json("extra/imagenet22k").items():
         ours = np.load(tmp_path / "extra" / name)
         assert str(ours.dtype) == dtype and ours.tolist() == [tuple(r) if isinstance(r, list) else r for r in rows]
     for spec in (f"ImageNet22k:root={tmp_path}:extra={tmp_path}/extra", f"ImageNet22k:root={tmp_path}"):
-        source = data.open_source(spec)
+        source = support.sources.open_source(spec)
         assert source.labels.tolist() == [0, 0, 0, 1, 1, 1]
         assert [source.image(i)[0, 0, 0].item() for i in range(6)] == [0, 7, 14] * 2
     packed = gzip.compress(png(9))  # as a few of its files are
     write_tar(tmp_path / "n00000003.tar", {"a.JPEG": packed})
-    assert data.open_source(f"ImageNet22k:root={tmp_path}").image(6)[0, 0, 0] == 9
+    assert support.sources.open_source(f"ImageNet22k:root={tmp_path}").image(6)[0, 0, 0] == 9
 
 
 def test_data_torchvision_sets(tmp_path, monkeypatch):
     import torchvision
 
     with pytest.raises(ValueError, match="download=yes"):
-        data.open_source(f"CIFAR10:root={tmp_path}")
+        support.sources.open_source(f"CIFAR10:root={tmp_path}")
     pixels = np.arange(3 * 32 * 32 * 3, dtype=np.uint32).astype(np.uint8).reshape(3, 32, 32, 3)
 
     class Fake:
@@ -241,23 +245,23 @@ def test_data_torchvision_sets(tmp_path, monkeypatch):
             assert Path(root) == tmp_path and not download
 
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", Fake)
-    source = data.open_source(f"CIFAR100:root={tmp_path}")
+    source = support.sources.open_source(f"CIFAR100:root={tmp_path}")
     assert source.labels.tolist() == [1, 0, 1] and source.classes == ["a", "b"]
     assert np.array_equal(source.image(2).permute(1, 2, 0).numpy(), pixels[2])
-    assert len(data.open_source(f"CIFAR100:split=VAL:root={tmp_path}", channels=1)) == 1
-    assert data.eval_specs("CIFAR100:root=x") == ("CIFAR100:root=x:split=TRAIN", "CIFAR100:root=x:split=VAL")
+    assert len(support.sources.open_source(f"CIFAR100:split=VAL:root={tmp_path}", channels=1)) == 1
+    assert support.sources.eval_specs("CIFAR100:root=x") == ("CIFAR100:root=x:split=TRAIN", "CIFAR100:root=x:split=VAL")
 
 
 def test_data_stats_and_check_commands(tmp_path, cache, capsys):
     for i, value in enumerate((0, 51, 102)):
         Image.new("RGB", (10, 10 + i), (value, 255, 0)).save(tmp_path / f"{i}.png")
     (tmp_path / "bad.jpg").write_bytes(b"\xff\xd8\xff no more")
-    data.main(["stats", str(tmp_path), "--num-workers", "0"])
+    support.sources.main(["stats", str(tmp_path), "--num-workers", "0"])
     out = capsys.readouterr().out
     pixels = np.repeat([0, 0.2, 0.4], [100, 110, 120])
     assert f"--mean {pixels.mean():.4g} 1 0 --std {pixels.std():.4g} 0 0" in out
     with pytest.raises(SystemExit) as stop:
-        data.main(["check", str(tmp_path), "--num-workers", "1"])
+        support.sources.main(["check", str(tmp_path), "--num-workers", "1"])
     out = capsys.readouterr().out
     assert "bad.jpg\tcannot identify" in out and "1 of 4 images" in out
     assert stop.value.code == 1
@@ -268,7 +272,7 @@ def test_data_stats_and_check_commands(tmp_path, cache, capsys):
 def test_data_listing_is_shared_and_small(tmp_path, cache):
     """What a worker gets is the spec alone; the listing is mapped from the file, not copied."""
     write_images(tmp_path / "p", [f"{c}/{i}.png" for c in "ab" for i in range(3)])
-    source = data.open_source(str(tmp_path / "p"))
+    source = support.sources.open_source(str(tmp_path / "p"))
     pickled = pickle.dumps(source)
     assert len(pickled) < 300 and [pickle.loads(pickled).describe(i) for i in range(6)] == [
         source.describe(i) for i in range(6)]
@@ -278,7 +282,7 @@ def test_data_listing_is_shared_and_small(tmp_path, cache):
 
 def test_data_unreadable_sources_end_the_run(tmp_path, cache):
     write_images(tmp_path / "p", ["1.png", "2.png"])
-    source = data.open_source(str(tmp_path / "p"))
+    source = support.sources.open_source(str(tmp_path / "p"))
     shutil.rmtree(tmp_path / "p")  # the disk is gone
     batches = data.TrainBatches(source, batch_size=2, group_size=2, global_size=16, local_size=8, patch_size=8)
     with pytest.raises(data.Unreadable, match="50 images in a row"):
@@ -295,10 +299,10 @@ def test_data_errors_name_the_fix(spec, text, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.txt").write_text("")
     with pytest.raises(ValueError, match=re.escape(text)):
-        data.open_source(spec.format(tmp=tmp_path))
+        support.sources.open_source(spec.format(tmp=tmp_path))
 
 
 def test_data_image_paths_come_once(tmp_path, cache):
     write_images(tmp_path / "a", ["0.png", "1.png"])
-    found = data.image_paths([str(tmp_path / "a/1.png"), str(tmp_path / "a")])
+    found = support.sources.image_paths([str(tmp_path / "a/1.png"), str(tmp_path / "a")])
     assert [Path(p).name for p in found] == ["1.png", "0.png"]

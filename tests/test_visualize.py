@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-import data
 import heads
 import hub
 import visualize
+import support.draw
+import support.images
 from tests.common import (CPU, HERE, as_released, assert_close, fill_by_names, hub_vit, metrics, pixels_of, randn,
                           size_of, write_images)
 
@@ -173,8 +174,8 @@ def test_visual_pixels_that_are_not_there(with_registers, desk):
 def test_visual_similarity_is_one_at_the_pixel(how, trained, desk, monkeypatch):
     """Cosines to the patch of the pixel: 1 there and less elsewhere, in the image itself and in others."""
     write_images(desk, ["a.png", "b.png"], (30, 50))
-    maps, real = [], visualize.heat
-    monkeypatch.setattr(visualize, "heat", lambda v, low, high: maps.append((v, low, high)) or real(v, low, high))
+    maps, real = [], support.draw.heat
+    monkeypatch.setattr(support.draw, "heat", lambda v, low, high: maps.append((v, low, high)) or real(v, low, high))
     draw("similarity", "a.png", "b.png", "--model", trained / "ckpt.pth", "--device", "cpu", "--at", "31,17",
          "--size", 0, "--fit", how, "--out", "s.png")
     grid, at = {"crop": ((7, 12), (4, 7)), "pad": ((8, 13), (4, 8)), "resize": ((8, 12), (4, 7))}[how]
@@ -215,10 +216,10 @@ def test_visual_ticks_are_round():
     for low, high, expected in (
             (0, 10, [0, 2, 4, 6, 8, 10]), (0.13, 0.42, [0.2, 0.3, 0.4]), (-1, 1, [-1, -0.5, 0, 0.5, 1]),
             (97.1, 97.9, [97.2, 97.4, 97.6, 97.8]), (0, 125000, [0, 50000, 100000])):
-        assert visualize.ticks(low, high) == expected
+        assert support.draw.ticks(low, high) == expected
     rng = np.random.default_rng(0)
     for low, width, n in zip(rng.normal(0, 50, 200), 10 ** rng.uniform(-3, 6, 200), rng.integers(3, 9, 200)):
-        found = visualize.ticks(low, low + width, int(n))
+        found = support.draw.ticks(low, low + width, int(n))
         assert 1 <= len(found) <= n + 1 and all(low - 1e-6 * width <= t <= low + width + 1e-6 * width for t in found)
 
 
@@ -253,7 +254,7 @@ def test_visual_read_run(trained, desk):
 
 def test_visual_curves_go_through_their_points():
     """Lines have their color where their values are, and the picture is white elsewhere; raw pixels are dashed."""
-    rgb = [tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in visualize.COLORS]
+    rgb = [tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in support.draw.COLORS]
     runs = {"a": dict(loss=[(0, 0.0), (50, 10.0), (100, 0.0)],
                       knn=[(0, 40.0), (100, 80.0)], knn_raw_pixels=[(0, 60.0)]),
             "b": dict(loss=[(0, 10.0), (100, 10.0)])}
@@ -309,14 +310,14 @@ def test_visual_attention_command(with_registers, desk):
     write_images(desk, ["a.png"], (56, 84))
     draw("attention", "a.png", "--model", with_registers, "--device", "cpu", "--block", 0, "--size", 0,
          "--out", "at.png")
-    left = 12 + math.ceil(visualize.font().getlength("register 4")) + 12
+    left = 12 + math.ceil(support.draw.font().getlength("register 4")) + 12
     assert size_of("at.png") == (left + 4 * (252 + 12), 12 + 5 * (12 + 23 + 168 + 23))  # 84x56, 3 times
     shown = pixels_of("at.png")[12 + 23 :, left : left + 252][:168]
     assert np.array_equal(shown[1::3, 1::3], pixels_of("a.png"))
     cell = pixels_of("at.png")[12 + 23 :, left + 264 :][:168, :252]  # the mean of the heads, 4x6 patches
     maps = visualize.attention_of(hub.load(with_registers), visualize.normalize(
         torch.tensor(pixels_of("a.png")).permute(2, 0, 1)[None] / 255), 0)[0].mean(0)[5:].unflatten(0, (4, 6)).numpy()
-    expected = visualize.heat(maps, 0, maps.max()).repeat(42, 0).repeat(42, 1)
+    expected = support.draw.heat(maps, 0, maps.max()).repeat(42, 0).repeat(42, 1)
     assert np.abs(cell - expected).max() <= 1
 
 
@@ -425,20 +426,20 @@ def test_visual_depth_colors_are_magma_from_its_light_end():
     magma = {0: (0, 0, 3), 36: (35, 17, 81), 64: (80, 18, 123), 127: (181, 54, 121), 128: (182, 54, 121),
              191: (251, 134, 96), 255: (251, 252, 191)}
     depth = np.array([[8 - 6 * i / 255 for i in magma]])
-    drawn = visualize.depth_colors(depth, 2, 8).astype(int)
+    drawn = support.draw.depth_colors(depth, 2, 8).astype(int)
     assert drawn.shape == (1, 7, 3) and np.abs(drawn[0] - [*magma.values()]).max() <= 2
-    ends = visualize.depth_colors(np.array([[0, 1e-3, 2, 8, 99]]), 2, 8)[0].tolist()
+    ends = support.draw.depth_colors(np.array([[0, 1e-3, 2, 8, 99]]), 2, 8)[0].tolist()
     assert ends[0] == [128] * 3 and ends[1] == ends[2] == [252, 253, 191] and ends[3] == ends[4] == [0, 0, 4]
-    bright = visualize.depth_colors(np.linspace(1, 9, 500)[None], 1, 9).astype(float)[0] @ [0.3, 0.59, 0.11]
+    bright = support.draw.depth_colors(np.linspace(1, 9, 500)[None], 1, 9).astype(float)[0] @ [0.3, 0.59, 0.11]
     assert (np.diff(bright[::10]) < 0).all() and bright[0] > 235 and bright[-1] < 2  # one after the other darker
-    bar = visualize.depth_bar(0.71, 10, 300)
+    bar = support.draw.depth_bar(0.71, 10, 300)
     row = np.asarray(bar)[10].astype(int)
-    start = math.ceil(visualize.font().getlength("0.71")) + 8
+    start = math.ceil(support.draw.font().getlength("0.71")) + 8
     assert bar.width == 300 and np.abs(row[start] - (252, 253, 191)).max() < 4
-    end = 300 - math.ceil(visualize.font().getlength("10.00 m")) - 8
+    end = 300 - math.ceil(support.draw.font().getlength("10.00 m")) - 8
     assert np.abs(row[end - 1] - (0, 0, 4)).max() < 4 and (row[end : end + 6] == 255).all()
-    assert visualize.depth_bar(1, 2, 10).width > 90  # never too short for the text
-    assert (np.asarray(visualize.depth_bar(0, 2, 300)) != 128).any(-1).all()  # 0 is an end here, not unknown
+    assert support.draw.depth_bar(1, 2, 10).width > 90  # never too short for the text
+    assert (np.asarray(support.draw.depth_bar(0, 2, 300)) != 128).any(-1).all()  # 0 is an end here, not unknown
 
 
 def test_visual_depth_files_are_millimeters(tmp_path):
@@ -509,12 +510,12 @@ def test_visual_depth_command(trained, dense_files, desk, capsys):
     flags = ["--model", trained / "ckpt.pth", "--device", "cpu", "--head", dense_files / "x_nyu_linear4_head.pth"]
     network, _ = hub.load_dense(trained / "ckpt.pth", dense_files / "x_nyu_linear4_head.pth")
     rules = visualize.load(trained / "ckpt.pth", CPU)[1]
-    images = [data.read_image(f"in/{name}.png") for name in ("a", "sub/b")]
+    images = [support.images.read_image(f"in/{name}.png") for name in ("a", "sub/b")]
     meters = [visualize.depth_of(network, image, rules) for image in images]
     with torch.inference_mode():
         own = network(visualize.normalize(images[0][None] / 255, rules["mean"], rules["std"]))[0, 0]
     assert_close(meters[0], own, 1e-5)
-    drawn = [visualize.depth_colors(m, m.min(), m.max()) for m in meters]
+    drawn = [support.draw.depth_colors(m, m.min(), m.max()) for m in meters]
 
     draw("depth", "in", *flags, "--out", "sheet.png")
     printed = capsys.readouterr()
@@ -534,7 +535,7 @@ def test_visual_depth_command(trained, dense_files, desk, capsys):
     draw("depth", "in/a.png", *flags, "--out", "fixed", "--near", near, "--far", far, "--flip", "--size", 16)
     other = visualize.depth_of(network, images[0], rules, 16, True)
     assert np.abs(other - meters[0]).max() > 0.01 * np.ptp(meters[0])
-    assert np.array_equal(pixels_of("fixed/a.png"), visualize.depth_colors(other, near, far))
+    assert np.array_equal(pixels_of("fixed/a.png"), support.draw.depth_colors(other, near, far))
 
     ckpt = hub.read_pth(str(trained / "ckpt.pth"))
     ckpt["config"] |= dict(mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5))  # a run on other images
@@ -542,7 +543,7 @@ def test_visual_depth_command(trained, dense_files, desk, capsys):
     draw("depth", "in/a.png", "--model", "other.pth", *flags[2:], "--out", "other")
     other = visualize.depth_of(network, images[0], {k: ckpt["config"][k] for k in ("mean", "std")})
     assert np.abs(other - meters[0]).max() > 0.01 * np.ptp(meters[0])
-    assert np.array_equal(pixels_of("other/a.png"), visualize.depth_colors(other, other.min(), other.max()))
+    assert np.array_equal(pixels_of("other/a.png"), support.draw.depth_colors(other, other.min(), other.max()))
     draw("depth", "in/a.png", *flags[:-1], dense_files / "unknown.pth", "--depth-range", 2, 3, "--out", "range")
     assert 2000 <= pixels_of("range/a_depth.png").min() <= pixels_of("range/a_depth.png").max() <= 3000
     draw("depth", "in/a.png", *flags[:-1], dense_files / "x_kitti_dpt_head.pth", "--far", 0.0001, "--out", "dpt")
@@ -556,7 +557,7 @@ def test_visual_segment_labels_and_legend(tmp_path):
     colors = heads.colors(21)
     labels = np.full((20, 50), 15)
     labels[:, :10], labels[:3, 10:20], labels[19, 49], labels[10:20, 20:30] = 0, 20, 7, 255
-    drawn = visualize.label_colors(labels, colors)
+    drawn = support.draw.label_colors(labels, colors)
     assert drawn.dtype == np.uint8 and drawn.shape == (20, 50, 3)
     assert {k: drawn[labels == k][0].tolist() for k in (0, 7, 15, 20, 255)} == {
         0: [0, 0, 0], 7: [128, 128, 128], 15: [192, 128, 128], 20: [0, 64, 128], 255: [255] * 3}
@@ -571,14 +572,14 @@ def test_visual_segment_labels_and_legend(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(visualize.ImageDraw.ImageDraw, "text", lambda self, place, text, *args, **kwargs: (
             texts.append((place, text)), real(self, place, text, *args, **kwargs)))
-        shown = visualize.legend(labels, heads.CLASSES["voc2012"], colors)
-        visualize.legend(labels, heads.CLASSES["voc2012"], colors, 2)
+        shown = support.draw.legend(labels, heads.CLASSES["voc2012"], colors)
+        support.draw.legend(labels, heads.CLASSES["voc2012"], colors, 2)
     assert [text for _, text in texts] == ["74.3 %", "person", "22.2 %", "background", "3.3 %", "tvmonitor", "0.1 %",
                                            "car", "74.3 %", "person", "22.2 %", "background", "3.4 %", "and 2 more"]
-    assert shown.size == (visualize.LEGEND, 4 * 23) and [shown.getpixel((9, 23 * row + 9)) for row in range(4)] == [
+    assert shown.size == (support.draw.LEGEND, 4 * 23) and [shown.getpixel((9, 23 * row + 9)) for row in range(4)] == [
         colors[k] for k in (15, 0, 20, 7)]
     assert {x for (x, y), _ in texts} == {76, 86} and [y for (x, y), _ in texts[:8:2]] == [16, 39, 62, 85]
-    nothing = visualize.legend(np.full((3, 3), 255), ["a"], [(1, 2, 3)])
+    nothing = support.draw.legend(np.full((3, 3), 255), ["a"], [(1, 2, 3)])
     assert nothing.getextrema() == ((255, 255),) * 3
 
 
@@ -594,20 +595,20 @@ def test_visual_segment_command(trained, dense_files, desk, monkeypatch):
     network, about = hub.load_dense(trained / "ckpt.pth", files)
     rules = visualize.load(trained / "ckpt.pth", CPU)[1]
     for name in "ab":
-        image = data.read_image(f"{name}.png")
+        image = support.images.read_image(f"{name}.png")
         labels = real(network, image, about.recipe._replace(short=32), rules["mean"], rules["std"]).argmax(0).numpy()
         assert np.array_equal(pixels_of(f"new/{name}_labels.png"), labels) and len(np.unique(labels)) > 1
-        colors = visualize.label_colors(labels, about.colors)
+        colors = support.draw.label_colors(labels, about.colors)
         mixed = 0.6 * colors + 0.4 * image.permute(1, 2, 0).numpy()
         assert np.abs(pixels_of(f"new/{name}.png") - mixed).max() <= 1
-    assert size_of("new/sheet.png") == (12 + 2 * 492 + visualize.LEGEND + 12, 12 + 2 * (12 + 23 + 288))
+    assert size_of("new/sheet.png") == (12 + 2 * 492 + support.draw.LEGEND + 12, 12 + 2 * (12 + 23 + 288))
     cell = pixels_of("new/sheet.png")[12 + 23 + 323 :, 12 + 492 :][:288, :480]  # of b
     assert np.array_equal(cell, pixels_of("new/b.png").repeat(12, 0).repeat(12, 1))
 
     seen.clear()
     draw("segment", "a.png", *flags, "--opacity", 1, "--out", "full.png")
     cell = pixels_of("full.png")[12 + 23 :, 12 + 492 :][:288, :480]
-    assert np.array_equal(cell[::12, ::12], visualize.label_colors(pixels_of("new/a_labels.png"), about.colors))
+    assert np.array_equal(cell[::12, ::12], support.draw.label_colors(pixels_of("new/a_labels.png"), about.colors))
     draw("segment", "a.png", *flags, "--flip", "--out", "x.png")
     ms = [*flags[:-3], dense_files / "x_ade20k_ms_head.pth"]
     monkeypatch.setattr(heads, "segment", lambda *args: seen.append(args) or torch.ones(150, 24, 40))
