@@ -8,12 +8,12 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import functools
 import io
 import importlib.util
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import random
@@ -25,7 +25,6 @@ import sys
 import time
 import types
 import weakref
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
@@ -53,7 +52,7 @@ import support.evaluation
 import support.parallel
 import support.run
 import support.sources
-from tests.common import (CPU, FORKS, HERE, RELEASED, TINY, Launched, Numbers, Payload, assert_close, everything,
+from tests.common import (CPU, HERE, RELEASED, TINY, Launched, Numbers, Payload, assert_close, everything,
                           fill, golden, golden_grid, metrics, photographs, randn, results, run, same, saved_tensors,
                           saving, set_grid, set_up_and_release, stop_at, train_main, wait_for, write_images)
 
@@ -1507,39 +1506,24 @@ def observe(cfg: train.Config, out: Path) -> tuple:
     return lines, files, {k: (tuple(v.shape), v.double().sum().item()) for k, v in weights.items()}
 
 
-def save_names_alone() -> None:
-    """For a process that calls observe(): only the names of saves are looked at, and writing them takes long. PyTorch's
-    thread pool, lost in the fork, must be recreated by one thread: by those of a backward pass at once, it would abort.
-    """
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of the workers of loaders
-    train.dcp.save = lambda *a, checkpoint_id, **k: Path(checkpoint_id, ".metadata").touch()
-
-
-def observe_all(configs: list, folder: Path) -> dict:
-    """{config: what observe() sees}, by two processes."""
-    with ProcessPoolExecutor(2, FORKS, save_names_alone) as pool:
-        futures = {pool.submit(observe, cfg, folder / str(i)): cfg for i, cfg in enumerate(configs)}
-        return {futures[future]: future.result() for future in as_completed(futures)}
-
-
-def test_train_every_field_has_an_effect(tmp_path):
+def test_train_every_field_has_an_effect(tmp_path, monkeypatch):
     assert FIELD_CHANGES.keys() == {f.name for f in dataclasses.fields(train.Config)}
     base = train.Config(**train.PRESETS["digits"] | dict(
-        batch_size=8, group_size=4, steps=3, warmup_steps=1, num_workers=0, log_every=1, drop_path_rate=0.3,
-        gray_prob=0.2, freeze_last_layer_steps=0,
-        jitter=(0.4, 0.4, 0.2, 0.1), warmup_teacher_temp_steps=2, patch_embed_lr_mult=0.5, save_every=2, keep=3))
+        batch_size=8, group_size=4, steps=3, warmup_steps=1, num_workers=0, log_every=1, eval_every=0,
+        drop_path_rate=0.3, gray_prob=0.2, freeze_last_layer_steps=0, jitter=(0.4, 0.4, 0.2, 0.1),
+        warmup_teacher_temp_steps=2, patch_embed_lr_mult=0.5, save_every=2, keep=3))
     need = {f: dict(ibot_separate_head=True) for f in FIELD_CHANGES if f.startswith("ibot_head")}
-    need |= {f: dict(eval_every=1) for f in FIELD_CHANGES if f.startswith("eval_")}
-    base, pairs = dataclasses.replace(base, eval_every=0), {}
+    need |= {f: dict(eval_every=3) for f in FIELD_CHANGES if f.startswith("eval_")}
+    pairs = {}
     for name, value in FIELD_CHANGES.items():
         if name not in ELSEWHERE:
             before = dataclasses.replace(base, **need.get(name, {}))
             assert getattr(before, name) != value or name in NO_EFFECT_BY_DESIGN, name
             pairs[name] = before, dataclasses.replace(before, **{name: value})
-    runs = observe_all(list(dict.fromkeys(itertools.chain.from_iterable(pairs.values()))), tmp_path)
+    monkeypatch.setattr(dcp, "save", lambda *a, checkpoint_id, **k: Path(checkpoint_id, ".metadata").touch())
+    seen = functools.cache(partial(observe, out=tmp_path / "out"))  # of saves only their names; to write them takes long
     for name, (before, after) in pairs.items():
-        assert (runs[before] != runs[after]) == (name not in NO_EFFECT_BY_DESIGN), name
+        assert (seen(before) != seen(after)) == (name not in NO_EFFECT_BY_DESIGN), name
 
 
 @pytest.mark.parametrize("centering", ["sinkhorn_knopp", "centering"])

@@ -6,6 +6,7 @@ seeds given here. Of large tensors it keeps the norm and some entries. test_gold
 depth, segmentation and Mask2Former heads, whose weights follow from their names, see fill_by_names.
 """
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -23,6 +24,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import sklearn.datasets
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -36,6 +38,7 @@ import support.sources
 
 HERE = Path(__file__).parents[1]
 CPU = torch.device("cpu")
+sklearn.datasets.load_digits = functools.cache(sklearn.datasets.load_digits)  # reading the file takes as long as a step
 
 
 class Golden:
@@ -141,7 +144,7 @@ def train_main(*argv) -> None:
 
 
 FORKS = multiprocessing.get_context("forkserver")  # of a process that has imported everything already
-FORKS.set_forkserver_preload(["tests.common", "sklearn.datasets", "torch._dynamo"])
+FORKS.set_forkserver_preload(["tests.common", "torch._dynamo"])
 
 
 class Launched:
