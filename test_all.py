@@ -1372,17 +1372,21 @@ def test_train_survives_half_a_line_of_metrics(trained, tmp_path):
     assert metrics(tmp_path / "out") == metrics(trained)
 
 
+def step_of(cfg: train.Config, step: int = 0):
+    """A function that does a step of training, on the batch of this step whenever it is called."""
+    torch.manual_seed(cfg.seed)
+    student, teacher = train.build_network(cfg, cfg.drop_path_rate).train(), train.build_network(cfg).eval()
+    teacher.requires_grad_(False).load_state_dict(student.state_dict())
+    optimizer = torch.optim.AdamW(train.param_groups(student, cfg), betas=cfg.betas, fused=True)
+    batches = train.training_batches(cfg, support.sources.open_source(cfg.data, cfg.in_chans), 0, 1)
+    n = cfg.gradient_accumulation_steps
+    parts = [data.prepare(batches[step * n + i], CPU, cfg.mean, cfg.std) for i in range(n)]
+    now = {k: float(v[step]) for k, v in train.schedules(cfg).items()}
+    return partial(train.train_step, student, teacher, optimizer, parts, cfg, now, train.build_centers(cfg, CPU))
+
+
 def small_step(**changes):
-    """A function that does training steps on the same small batch."""
-    cfg = train.Config(**train.PRESETS["digits"] | dict(batch_size=8, group_size=4, num_workers=0) | changes)
-    torch.manual_seed(0)
-    student = train.build_network(cfg, cfg.drop_path_rate).train()
-    teacher = train.build_network(cfg).eval().requires_grad_(False)
-    optimizer, centers = torch.optim.AdamW(train.param_groups(student, cfg), fused=True), train.build_centers(cfg, CPU)
-    batches = train.training_batches(cfg, support.sources.open_source(cfg.data), 0, 1)
-    parts = [data.prepare(batches[i], CPU) for i in range(cfg.gradient_accumulation_steps)]
-    now = {k: float(v[100]) for k, v in train.schedules(cfg).items()}
-    return partial(train.train_step, student, teacher, optimizer, parts, cfg, now, centers)
+    return step_of(train.Config(**train.PRESETS["digits"] | dict(batch_size=8, group_size=4, num_workers=0) | changes))
 
 
 @pytest.mark.parametrize("accum", [1, 2])
@@ -1485,12 +1489,32 @@ FIELD_CHANGES = dict(  # every field of Config, with a value that must change so
 NO_EFFECT_BY_DESIGN = {  # other tests use them: nothing may change
     "num_workers", "device", "activation_checkpointing", "sharding", "max_bad_share"}
 ELSEWHERE = {  # tests of their own
-    "init", "out", "compile", "kernels", "gradient_accumulation_steps", "deterministic", "save_minutes",
+    "in_chans", "init", "out", "compile", "kernels", "gradient_accumulation_steps", "deterministic", "save_minutes",
     "save_patience", "max_nonfinite"}
 
 
-def observe(cfg: train.Config, out: Path) -> tuple:
-    """All that a run leaves behind, but for timings and the config itself."""
+def content(x):
+    """Networks, optimizers, batches and the like as something that == compares."""
+    if isinstance(x, torch.Tensor):
+        return str(x.dtype), tuple(x.shape), x.double().sum().item(), x.double().square().sum().item()
+    if isinstance(x, torch.nn.Module):
+        return content(x.state_dict())
+    if isinstance(x, torch.optim.Optimizer):
+        return [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in x.param_groups]
+    if isinstance(x, dict):
+        return {k: content(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [content(v) for v in x]
+    return None if isinstance(x, train.Config) else x
+
+
+def stages(cfg: train.Config, out: Path):
+    """What the config makes of a run, the cheap things first: schedules; networks, optimizer and first batch; two steps
+    on it; and all that a run leaves behind, but for timings and the config itself."""
+    yield {k: list(v) for k, v in train.schedules(cfg).items()}
+    step = step_of(cfg)
+    yield content(step.args)
+    yield [content(step()) for _ in range(2)]
     argv = []
     for name, value in dataclasses.asdict(cfg).items():
         flag = name.replace("_", "-")
@@ -1503,10 +1527,16 @@ def observe(cfg: train.Config, out: Path) -> tuple:
     files = sorted(str(p.relative_to(out)) for p in [*out.rglob("*.pth"), *out.glob("resume/*")])
     lines = metrics(out)
     shutil.rmtree(out)
-    return lines, files, {k: (tuple(v.shape), v.double().sum().item()) for k, v in weights.items()}
+    yield lines, files, content(weights)
 
 
-def test_train_every_field_has_an_effect(tmp_path, monkeypatch):
+@pytest.fixture
+def saves_by_name(monkeypatch):
+    """For tests that look at the names of saves alone: to write them takes long."""
+    monkeypatch.setattr(dcp, "save", lambda *a, checkpoint_id, **k: Path(checkpoint_id, ".metadata").touch())
+
+
+def test_train_every_field_has_an_effect(tmp_path, saves_by_name):
     assert FIELD_CHANGES.keys() == {f.name for f in dataclasses.fields(train.Config)}
     base = train.Config(**train.PRESETS["digits"] | dict(
         batch_size=8, group_size=4, steps=3, warmup_steps=1, num_workers=0, log_every=1, eval_every=0,
@@ -1514,16 +1544,23 @@ def test_train_every_field_has_an_effect(tmp_path, monkeypatch):
         warmup_teacher_temp_steps=2, patch_embed_lr_mult=0.5, save_every=2, keep=3))
     need = {f: dict(ibot_separate_head=True) for f in FIELD_CHANGES if f.startswith("ibot_head")}
     need |= {f: dict(eval_every=3) for f in FIELD_CHANGES if f.startswith("eval_")}
-    pairs = {}
+    unchanged = functools.cache(lambda cfg: list(stages(cfg, tmp_path / "out")))
     for name, value in FIELD_CHANGES.items():
         if name not in ELSEWHERE:
             before = dataclasses.replace(base, **need.get(name, {}))
             assert getattr(before, name) != value or name in NO_EFFECT_BY_DESIGN, name
-            pairs[name] = before, dataclasses.replace(before, **{name: value})
-    monkeypatch.setattr(dcp, "save", lambda *a, checkpoint_id, **k: Path(checkpoint_id, ".metadata").touch())
-    seen = functools.cache(partial(observe, out=tmp_path / "out"))  # of saves only their names; to write them takes long
-    for name, (before, after) in pairs.items():
-        assert (seen(before) != seen(after)) == (name not in NO_EFFECT_BY_DESIGN), name
+            after = stages(dataclasses.replace(before, **{name: value}), tmp_path / "out")
+            same = all(a == b for a, b in zip(after, unchanged(before)))
+            assert same == (name in NO_EFFECT_BY_DESIGN), name
+
+
+def test_train_begins_as_the_fields_say(tmp_path, monkeypatch, saves_by_name):
+    """What the program gives to its first step, with every field changed at once, is what the test above looks at."""
+    changes = {k: v for k, v in FIELD_CHANGES.items() if k not in {*ELSEWHERE, "eval_every", "sharding"}}
+    cfg, steps, train_step = train.Config(**train.PRESETS["digits"] | changes), [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *a: steps.append(content(a)) or train_step(*a))
+    list(stages(dataclasses.replace(cfg, eval_every=0), tmp_path / "out"))
+    assert steps[2] == content(step_of(cfg).args)
 
 
 @pytest.mark.parametrize("centering", ["sinkhorn_knopp", "centering"])
