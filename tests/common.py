@@ -14,9 +14,9 @@ import math
 import multiprocessing
 import os
 import random
+import runpy
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -24,6 +24,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
 import sklearn.datasets
 import torch
 import torch.distributed as dist
@@ -127,11 +128,12 @@ def dense_close(key: str, value: torch.Tensor) -> None:
     assert_close(value, expected, 2e-4 * max(1.0, expected.abs().max().item()), key)
 
 
-def run(*command, ok: int = 0, **env) -> subprocess.CompletedProcess:
-    result = subprocess.run([str(c) for c in command], cwd=HERE, capture_output=True, text=True, timeout=300,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", **env})
-    assert result.returncode == ok, f"exit {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
-    return result
+def exit_code(script: str, *argv) -> int:
+    """That of `python script argv`, run in this process, where it ends by itself."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", [script, *map(str, argv)])
+        runpy.run_path(str(HERE / script), run_name="__main__")
+    return stop.value.code
 
 
 def train_main(*argv) -> None:
