@@ -114,7 +114,7 @@ def test_bench_train_counts_flops():
     assert counter.get_total_flops() == pytest.approx(32 * bench.train_flops(cfg), rel=0.1)
 
 
-@pytest.mark.parametrize("centering", ["centering", "sinkhorn_knopp"])
+@pytest.mark.parametrize("centering", ["sinkhorn_knopp", pytest.param("centering", marks=pytest.mark.slow)])
 def test_bench_heads(centering, capsys):
     rows = bench_rows(capsys, "heads", "--arch", "vit_nano", "--batch-size", 4, "--head-n-prototypes", 65536,
                       "--head-hidden-dim", 8, "--head-bottleneck-dim", 8, "--device", "cpu", "--centering", centering,
@@ -177,9 +177,10 @@ def test_bench_errors(argv, text):
         bench.main(argv)
 
 
-@pytest.mark.parametrize("what,flags,rows", [("knn", ["--images", 2000, "--queries", 20], 4), ("linear", [], 2),
-                                             ("hub", ["--name", "dinov2_vits14"], 4), ("dense", [], 2),
-                                             ("logreg", ["--images", 1000, "--every", 22], 3)])
+@pytest.mark.parametrize("what,flags,rows", [
+    ("knn", ["--images", 2000, "--queries", 20], 4), ("linear", [], 2), ("dense", [], 2),
+    pytest.param("hub", ["--name", "dinov2_vits14"], 4, marks=pytest.mark.slow),
+    pytest.param("logreg", ["--images", 1000, "--every", 22], 3, marks=pytest.mark.slow)])
 def test_bench_of_evaluations(what, flags, rows, capsys):
     bench.main([what, *["--dim", "8"] * (what != "hub"), "--repeats", "1", "--json", *map(str, flags)])
     found = json.loads(capsys.readouterr().out)["rows"]
@@ -188,6 +189,7 @@ def test_bench_of_evaluations(what, flags, rows, capsys):
         assert [row["fits"] for row in found] == ["45", "3", "3"] and found[1]["excess"] > -0.1
 
 
+@pytest.mark.slow
 def test_bench_data(capsys):
     bench.main(["data", "--repeats", "1", "--json"])
     result = json.loads(capsys.readouterr().out)

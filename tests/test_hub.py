@@ -146,7 +146,7 @@ def test_hub_equals_transformers_classifier(kind, tmp_path):
 
 
 @pytest.mark.parametrize("registers", [0, 4])
-@pytest.mark.parametrize("kind", ["registered", "mlp", "swiglu"])
+@pytest.mark.parametrize("kind", [pytest.param("registered", marks=pytest.mark.slow), "mlp", "swiglu"])
 def test_hub_equals_timm(kind, registers, tmp_path):
     timm = pytest.importorskip("timm")
     if kind == "registered":
@@ -398,7 +398,7 @@ def test_hub_entry_points_load(tmp_path, monkeypatch):
         points["dinov2_vits14"](img_size=224)
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("order", ["before", pytest.param("after", marks=pytest.mark.slow)])
 def test_hub_by_torch_hub_beside_modules_of_the_same_names(order, tmp_path):
     """From a foreign folder, whose own modules of our names are imported before or after."""
     for name in ("model", "data", "losses", "train", "hub"):

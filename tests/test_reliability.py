@@ -77,7 +77,7 @@ def kill_until_done(moments, tmp_path: Path, out: Path) -> list[int]:
     return [int(n) for n in re.findall(r"step (\d+) of 14, batch", (tmp_path / "log").read_text())]
 
 
-@pytest.mark.parametrize("seed", [pytest.param(s, marks=pytest.mark.slow if s > 2 else ()) for s in range(20)])
+@pytest.mark.parametrize("seed", [pytest.param(s, marks=pytest.mark.slow if s else ()) for s in range(20)])
 def test_resume_after_sigkill_at_random_moments_is_exact(seed, straight, tmp_path):
     """Three kills per run, one of them in the middle of a save: in the end every bit is there."""
     expected, seconds = straight
@@ -90,7 +90,8 @@ def test_resume_after_sigkill_at_random_moments_is_exact(seed, straight, tmp_pat
     assert not (out / "lock").exists() and not list(out.glob("resume/partial*"))
 
 
-@pytest.mark.parametrize("name,world", [("SIGTERM", 2), ("SIGUSR1", 1), ("SIGINT", 1)])
+@pytest.mark.parametrize("name,world", [("SIGTERM", 2), ("SIGUSR1", 1),
+                                        pytest.param("SIGINT", 1, marks=pytest.mark.slow)])
 def test_resume_after_signals(name, world, straight, tmp_path):
     """The step is finished, all is saved, the exit code is 0, and the command that continues is printed; to several
     processes it is enough to tell one. Scheduler's signals to the loader's workers do no harm."""
@@ -206,6 +207,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", disk], check=True)
 
 
+@pytest.mark.slow
 def test_saves_on_a_full_and_on_a_read_only_disk(small_disk, tmp_path):
     """50 steps while the disk is full, then read-only, then neither: as if nothing had been."""
     out, log = small_disk / "out", tmp_path / "log"
