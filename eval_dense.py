@@ -50,9 +50,9 @@ from heads import (
     CLASSES, RANGES, RECIPES, DPTHead, Dense, LinearDepthHead, Recipe, SegmentationHead, colors, gradient_loss, resize,
     resize_bytes, scaled_size, segment, segmentation_loss, sig_loss)
 from hub import read_pth
-from support.cli import Parser, run
+from support.cli import DTYPES, Parser, run
 from support.draw import Cell, depth_bar, depth_colors, label_colors, legend, rows_of, save, sheet, spread, to_rgb, zoom
-from support.evaluation import DTYPES, add_record, check_out, results_stem
+from support.evaluation import add_record, add_result_flags, check_writable, results_stem
 from support.images import FORMATS, check_size, read_image
 from support.parallel import join_processes, leave_processes, pick_device, worker_count, world
 from support.run import write_file
@@ -465,7 +465,7 @@ class Job:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.task, self.began = args, args.task, time.time()
-        check_out(args.out)
+        check_writable(args.out)
         self.device, self.dtype = pick_device(args.device), DTYPES[args.dtype]
         self.path, ckpt = hub.read(args.checkpoint)
         self.step = ckpt.get("step")
@@ -954,12 +954,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "PNG, depth as 16-bit PNG in millimeters (of heads for more than 65 m: in 256ths of a meter), and sheet.png")
     add("--seed", type=int, default=0, help="of the first weights, the order and the crops")
     add("--no-resume", action="store_true", help="start anew after an interruption")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--dtype", choices=tuple(DTYPES), default="fp32", help="of the backbone's arithmetic")
-    add("--num-workers", type=int, default=-1, help="reading processes; -1: by the number of cores")
-    add("--out", default="", help="results are added to this file, head and saves go beside it; empty: beside the "
-        "checkpoint")
-    add("--json", action="store_true", help="print the whole result as JSON, and nothing else")
+    flags.add_machine_flags("device", "dtype", "num-workers")
+    add_result_flags(flags)
     args = flags.parse_args(argv)
     check(args)
     return args
@@ -975,8 +971,8 @@ def check(args: argparse.Namespace) -> None:
         if wrong := [v for v in values if v is not None and not (v > 0 if name in positive else v >= 0)]:
             raise ValueError(f"--{name.replace('_', '-')} must be {'positive' if name in positive else '0 or more'}, "
                              f"not {wrong[0]}")
-    if args.channels < 2 or args.num_workers < -1:
-        raise ValueError("--channels must be 2 or more, --num-workers -1 or more")
+    if args.channels < 2:
+        raise ValueError("--channels must be 2 or more")
     if args.warmup is not None and not 0 <= args.warmup <= 1 or args.ratios and args.ratios[0] > args.ratios[1]:
         raise ValueError("--warmup is a share, 0 to 1; --ratios are two numbers, the smaller first")
     if args.task == "seg" and (args.depth_range or args.gradient_weight or args.eval_crop or args.depth_scale != 1000):

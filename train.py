@@ -47,7 +47,7 @@ from torch.profiler import record_function
 from data import (
     MEAN, STD, Batch, Prefetcher, TrainBatches, Unreadable, augment, augment_at_once, check_groups, keep_memory,
     prepare, train_loader)
-from eval_knn import evaluate, knn_accuracy
+from eval_knn import evaluate_knn, knn_accuracy
 from losses import (
     Rows, center_total, koleo_loss, logits_of, part_loss, prototype_loss, sinkhorn_targets, softmax_center,
     update_center)
@@ -663,8 +663,8 @@ class Knn:
         with torch.device("meta"):
             backbone = build(**backbone_arguments(cfg))
         backbone.load_state_dict(weights, assign=True)
-        return evaluate(backbone.eval(), *self.sources, cfg.eval_resize, cfg.eval_crop, self.device,
-                        local_workers(cfg), mean=cfg.mean, std=cfg.std)
+        return evaluate_knn(backbone.eval(), *self.sources, cfg.eval_resize, cfg.eval_crop, self.device,
+                            local_workers(cfg), mean=cfg.mean, std=cfg.std)
 
     def raw_pixels(self) -> dict[str, float] | None:
         """The same vote on the pixels themselves; None for sources that are not in memory."""
