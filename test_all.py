@@ -33,6 +33,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torchvision.transforms.v2.functional as TF
 import torch.distributed.checkpoint as dcp
 from PIL import Image
 
@@ -2020,6 +2021,9 @@ def test_eval_knn_errors(trained, tmp_path, monkeypatch):
     for flags, text in ((["--train", str(tmp_path / "plain")], "has no labels"), (["--crop", "15"], "no multiple"), (["--resize", "9"], "leaves no square"),
                         (["--tempreature", "1"], "unknown argument '--tempreature', did you mean --temperature?"),
                         (["--train", "digits", "--n-per-class", "0"], "must be 1 or more, not 0"),
+                        (["--num-workers", "-2"], "--num-workers: must be -1 or more, not -2"),
+                        (["--temperature", "0"], "--temperature: must be positive, not 0"),
+                        (["--ks", "many"], "--ks: invalid integer value: 'many'"),
                         (["--val", "digits:split=TRAIN"], "--val is the same as --train")):
         with pytest.raises(ValueError, match=text):
             eval_knn.main([ckpt, *flags])
@@ -2053,6 +2057,19 @@ def test_eval_knn_mixed_depths_and_bad_files(tmp_path, cache):
     table, ok = support.evaluation.extract_features(FirstPixel(), source, 8, 8, CPU, mean=(0.5,), std=(0.5,))
     assert ok.tolist() == [False] + [True] * 7
     assert len({tuple(row) for row in table[ok].tolist()}) == 2
+
+
+@pytest.mark.parametrize("channels, height, width", [
+    (3, 300, 401), (3, 41, 299), (1, 100, 100), (4, 57, 33), (3, 256, 700), (2, 9, 1000)])
+def test_eval_images_are_resized_and_cropped_as_by_torchvision(channels, height, width):
+    """Official evaluations use torchvision's Resize and CenterCrop; these give the same bits without the import."""
+    generator = torch.Generator().manual_seed(height)
+    image = torch.randint(256, (height, width, channels), generator=generator, dtype=torch.uint8).permute(2, 0, 1)
+    for pixels, short in itertools.product((image, image.contiguous(), image.float() * 257), (8, 37, 256)):
+        ours = support.evaluation.resize_short_side(pixels, short)
+        assert torch.equal(ours, TF.resize(pixels, [short], TF.InterpolationMode.BICUBIC, antialias=True))
+        for crop in (short, short - 1, 5):
+            assert torch.equal(support.evaluation.center_crop(ours, crop, crop), TF.center_crop(ours, [crop, crop]))
 
 
 def test_eval_knn_classes_are_matched_by_name(tmp_path, monkeypatch):

@@ -49,6 +49,28 @@ def test_eval_linear_two_processes_and_resuming_equal_one(cached, trained, tmp_p
     assert not list(tmp_path.glob("*.resume"))
 
 
+def test_eval_linear_resumes_only_its_own_undamaged_state(trained, tmp_path, monkeypatch, capsys):
+    """Other settings start from scratch; a damaged state is named; --no-resume does without it."""
+    shutil.copy(trained / "ckpt.pth", tmp_path / "a.pth")
+    flags = [str(tmp_path / "a.pth"), "--batch-size", "32", "--epochs", "2", "--epoch-length", "2", "--cached"]
+    save = support.evaluation.ResumeFile.save
+    def save_and_stop(*args):
+        save(*args)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(support.evaluation.ResumeFile, "save", save_and_stop)
+    for n, more in enumerate(([], ["--seed", "1"], ["--learning-rates", "0.1"]), 1):
+        with pytest.raises(KeyboardInterrupt):
+            eval_linear.main([*flags, *more])
+        assert len(list(tmp_path.glob("*.resume"))) == n and "resuming" not in capsys.readouterr().err
+    monkeypatch.setattr(support.evaluation.ResumeFile, "save", save)
+    for path in tmp_path.glob("*.resume"):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"\.resume is damaged; remove it to start from scratch"):
+        eval_linear.main(flags)
+    eval_linear.main([*flags, "--no-resume"])
+    assert len(list(tmp_path.glob("*.resume"))) == 2  # its own is gone
+
+
 def test_eval_linear_head_is_one_of_the_hub(trained, tmp_path, cache):
     """The winner's file gives in hub.load_classifier the answers that the evaluation counted, and can be evaluated by
     --head, also on further sets."""
