@@ -18,7 +18,7 @@ import os
 import platform
 import sys
 import time
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -52,15 +52,12 @@ def no_bar() -> bool | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Features
+# Images
 
 
 class EvalImages(torch.utils.data.Dataset):
-    """Images of a source for evaluation: the short side resized to `resize`, then the center square of `crop` pixels.
-
-    Items are (image, readable): uint8 or uint16 (C, crop, crop), black if the file cannot be read. Batch them with
-    collate_images().
-    """
+    """Images of a source, the short side resized to `resize` and the center square of `crop` pixels cut out. Items are
+    (image, readable): uint8 or uint16 (C, crop, crop), black if the file cannot be read. For collate_images()."""
 
     def __init__(self, source, resize: int = 256, crop: int = 224, indices=None):
         self.source, self.resize, self.crop = source, resize, crop
@@ -100,6 +97,10 @@ def collate_images(items: list[tuple[Tensor, bool]]) -> tuple[Tensor, Tensor]:
     any_16_bit = any(image.dtype == torch.uint16 for image, _ in items)
     images = [widen(image) if any_16_bit and image.dtype == torch.uint8 else image for image, _ in items]
     return torch.stack(images), torch.tensor([ok for _, ok in items])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Features
 
 
 @torch.no_grad()
@@ -229,9 +230,8 @@ def place_of_answer(scores: Tensor, answers: Tensor) -> Tensor:
 
 
 def accuracies(places: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-    """Percent right of J classifiers, from the places (n, J) they give the right classes of n images: top1 and top5
-    (J,), and with labels (n,) mean_per_class (J,), the top-1 averaged over the classes that occur. Float64, on the
-    CPU."""
+    """Percent right of J classifiers, float64 on the CPU, from the places (n, J) they give the right classes: top1 and
+    top5 (J,), and with labels (n,) mean_per_class (J,), top-1 averaged over the classes that occur."""
     places = places.cpu()
     result = {f"top{t}": 100 * (places < t).sum(0).double() / len(places) for t in (1, 5)}
     if labels is not None:
@@ -279,8 +279,9 @@ class Evaluation:
         if args.cache and Path(args.cache).expanduser().is_file():
             raise ValueError(f"--cache {args.cache} is a file; name a folder")
         self.device, self.dtype = pick_device(args.device), DTYPES[args.dtype]
-        self.path, ckpt = hub.read(args.checkpoint)
-        self.model, self.step = hub.load(self.path, ckpt).to(self.device), ckpt.get("step")
+        path, ckpt = hub.read(args.checkpoint)
+        self.stem, self.step = results_stem(args, path), ckpt.get("step")
+        self.model = hub.load(path, ckpt).to(self.device)
         self.config = hub.image_rules(self.model, ckpt) | (ckpt["config"] if ckpt.get("format") == FORMAT else {})
         self.specs = self.choose_data()
         if needs_val and not self.specs[1]:
@@ -296,6 +297,7 @@ class Evaluation:
         self.workers = worker_count(args.num_workers, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.train, self.val = [self.open(spec) if spec else None for spec in self.specs]
         self.train_labels, self.val_labels = common_labels(self.train, self.val)
+        self.model_hash = hub.weights_hash(self.model)
 
     def choose_data(self) -> tuple[str, str | None]:
         """The names of the training images and of those to classify, the latter None for leave-one-out."""
@@ -319,14 +321,6 @@ class Evaluation:
 
     def __exit__(self, kind, *error) -> None:
         leave_processes(kind is None)
-
-    @cached_property
-    def model_hash(self) -> str:
-        return hub.weights_hash(self.model)
-
-    @property
-    def stem(self) -> Path:
-        return results_stem(self.args, self.path)
 
     def extract(self, source, model=None) -> tuple[Tensor, Tensor]:
         """extract_features() of a source with this evaluation's settings; by default the CLS features."""
@@ -418,7 +412,7 @@ def save_on_rank_0(path: Path, content) -> None:
 
 
 def load_table(path: Path) -> tuple[Tensor, Tensor] | None:
-    """Features and which are valid, as features() saved them; None if there is no such file, or it is damaged."""
+    """Features and which are valid; None if there is no such file, or it is damaged."""
     try:
         table, ok = torch.load(path, map_location="cpu", weights_only=True)
         return table, ok
@@ -455,8 +449,8 @@ def check_writable(out: str) -> None:
 
 
 def results_stem(args: argparse.Namespace, path: str) -> Path:
-    """The path of result files without their suffixes: that of --out, else of the checkpoint; for a released model
-    given by name, that name in the current folder."""
+    """The path of result files, without suffix: that of --out, else of the checkpoint; for a released model given by
+    name, that name in the current folder."""
     if args.out:
         return Path(args.out).with_suffix("")
     return Path(path).with_suffix("") if Path(args.checkpoint).exists() else Path(args.checkpoint)
