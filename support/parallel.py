@@ -275,7 +275,7 @@ def n_replicas(module: nn.Module) -> int:
     return p.device_mesh.size(0) if isinstance(p, DTensor) and p.device_mesh.ndim == 2 else 1
 
 
-def reduce_across_replicas(student: nn.ModuleDict, wanted: bool) -> None:
+def all_reduce_in_backward(student: nn.ModuleDict, wanted: bool) -> None:
     """Whether the next backward pass sums the gradients over the replicas of the weights. With gradient accumulation
     only the last one of a step does, for all."""
     from torch.distributed.fsdp import FSDPModule  # slow to import

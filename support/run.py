@@ -303,7 +303,7 @@ class MetadataOnly(pickle.Unpickler):
         known = {"torch.distributed.checkpoint.metadata": (
             "Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex",
             "StorageMeta", "_MEM_FORMAT_ENCODING"), "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-            "torch": ("Size", "float32"), "torch.serialization": ("_get_layout",),
+            "torch": ("Size", "float32", "float64"), "torch.serialization": ("_get_layout",),
             "pathlib": ("PosixPath", "WindowsPath"), "pathlib._local": ("PosixPath", "WindowsPath")}
         if name in known.get(module, ()):  # exact names: a dotted one would reach through the module to others
             return super().find_class(module, name)
@@ -409,7 +409,8 @@ class Saver:
         if self.mesh is None:
             return {}
         state = self.state.tensors()
-        if not self.copies:
+        if [[*named] for named in self.copies.values()] != [[*named] for named in state.values()]:
+            # the first save; or an optimizer has created its state since the last one
             self.copies = {part: {k: empty_copy(t.detach()) for k, t in named.items()} for part, named in state.items()}
         to, source = ([t for named in tree.values() for t in local_shards(named.values())]
                       for tree in (self.copies, state))

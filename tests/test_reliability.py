@@ -79,7 +79,7 @@ def kill_until_done(moments, tmp_path: Path, out: Path) -> list[int]:
     return [int(n) for n in re.findall(r"step (\d+) of 14, batch", (tmp_path / "log").read_text())]
 
 
-@pytest.mark.parametrize("seed", [pytest.param(s, marks=pytest.mark.slow if s > 2 else ()) for s in range(20)])
+@pytest.mark.parametrize("seed", [pytest.param(s, marks=pytest.mark.slow if s else ()) for s in range(20)])
 def test_resume_after_sigkill_at_random_moments_is_exact(seed, straight, tmp_path):
     """Three kills per run, one of them in the middle of a save: in the end every bit is there."""
     expected, seconds = straight
@@ -92,7 +92,8 @@ def test_resume_after_sigkill_at_random_moments_is_exact(seed, straight, tmp_pat
     assert not (out / "lock").exists() and not list(out.glob("resume/partial*"))
 
 
-@pytest.mark.parametrize("name,world", [("SIGTERM", 2), ("SIGUSR1", 1), ("SIGINT", 1)])
+@pytest.mark.parametrize("name,world", [("SIGTERM", 2), ("SIGUSR1", 1),
+                                        pytest.param("SIGINT", 1, marks=pytest.mark.slow)])
 def test_resume_after_signals(name, world, straight, tmp_path):
     """The step is finished, all is saved, the exit code is 0, and the command that continues is printed; to several
     processes it is enough to tell one. Scheduler's signals to the loader's workers do no harm."""
@@ -172,7 +173,7 @@ def test_saves_that_fail_are_retried(tmp_path, monkeypatch, capsys):
     (out / "resume").rename(out / "gone")
     (out / "resume").write_text("in the way")
     monkeypatch.setattr(train.TrainState, "load_newest", lambda *a: (dict(step=12), []))
-    with pytest.raises(support.parallel.Failed, match="saving has failed for 0.001 minutes .* last good save is that of step 12; "):
+    with pytest.raises(support.parallel.Failed, match="saving has failed for 0.001 minutes .* last good .* step 12;"):
         train_main(*flags, "--steps", 500, "--save-patience", 0.001, "--export-every", 4, "--out", out)
     assert not (out / "lock").exists()
 
@@ -208,6 +209,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", disk], check=True)
 
 
+@pytest.mark.slow
 def test_saves_on_a_full_and_on_a_read_only_disk(small_disk, tmp_path):
     """50 steps while the disk is full, then read-only, then neither: as if nothing had been."""
     out, log = small_disk / "out", tmp_path / "log"
@@ -263,6 +265,23 @@ def test_nonfinite_steps_are_skipped_on_all_processes(tmp_path):
     assert "error: loss or gradients were not finite in 3 steps in a row, the last 12" in text
     assert "The last good save is that of step 7" in text
     assert (tmp_path / "end/resume/step_000000007/complete").exists()
+
+
+def test_saves_follow_an_optimizer_that_starts_late(tmp_path, monkeypatch):
+    """If the first step is skipped, the save after it has no optimizer state, and the next one has; either continues."""
+    monkeypatch.setattr(train, "step_losses", train.step_losses)  # for poison()
+    flags = [*TINY, "--steps", 3, "--save-every", 1, "--keep", 9]
+    poison({0})
+    train_main(*flags, "--out", tmp_path / "out")
+    saves = sorted((tmp_path / "out/resume").iterdir())
+    names = [saved_tensors(save, tmp_path).keys() for save in saves]
+    assert not any("exp_avg" in name for name in names[0]) and any("exp_avg" in name for name in names[1])
+    expected = saved_tensors(saves[2], tmp_path)
+    for save in saves[1:]:
+        shutil.rmtree(save)
+    monkeypatch.undo()
+    train_main(*flags, "--out", tmp_path / "out")
+    assert same(saved_tensors(saves[2], tmp_path), expected)
 
 
 def poison(steps: set[int]) -> None:
@@ -423,7 +442,7 @@ def train_in_agent(killed: Path, argv: list[str]) -> None:
 
 
 def quick_agent(endpoint: str, killed: Path, argv: list[str]) -> None:
-    """What `torchrun --nnodes 4 --nproc-per-node 1 --max-restarts 3` does, its worker forked, not started from nothing."""
+    """What `torchrun --nnodes 4 --nproc-per-node 1 --max-restarts 3` does, with a forked worker: a fast start."""
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     config = launcher.LaunchConfig(min_nodes=4, max_nodes=4, nproc_per_node=1, run_id="four", rdzv_backend="c10d",
                                    rdzv_endpoint=endpoint, max_restarts=3, start_method="fork")
@@ -503,8 +522,9 @@ def four_agents(tmp_path: Path, machine_too: bool, endpoint: str = "", machines=
 
 
 SHIMS = dict(  # what the script calls of Slurm, for one machine with one GPU
-    scontrol='[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> "$FOLDER/requeued"', srun='shift; echo $$ > "$FOLDER/step"; exec "$@"',
-    torchrun='exec "$PYTHON" -m torch.distributed.run "$@"', scancel='all() { for c in $(cat "/proc/$1/task/$1/children"); do all "$c"; done; echo "$1"; }; '
+    scontrol='[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> "$FOLDER/requeued"',
+    srun='shift; echo $$ > "$FOLDER/step"; exec "$@"', torchrun='exec "$PYTHON" -m torch.distributed.run "$@"',
+    scancel='all() { for c in $(cat "/proc/$1/task/$1/children"); do all "$c"; done; echo "$1"; }; '
             'kill -USR1 $(all "$(cat "$FOLDER/step")")')
 
 
