@@ -54,7 +54,7 @@ from losses import (
 from model import ARCHS, FORMAT, DINOHead, build, init_linear, load_backbone, load_strictly
 from support.cli import Parser, nearest
 from support.draw import draw_batch
-from support.images import reason
+from support.images import short_reason
 from support.parallel import (
     CHECKPOINTING, SHARDINGS, Agreement, Failed, be_deterministic, load_kernel, local_shards, mean_over_processes,
     n_replicas, pick_device, reduce_across_replicas, shard, start_processes, together, why, worker_count)
@@ -727,7 +727,7 @@ def check_readable(source) -> None:
         try:
             return source.image(i)
         except Exception as error:  # decoders raise all sorts on damaged files
-            why = reason(error)
+            why = short_reason(error)
     raise ValueError(f"no readable image in {source.name}; the last of those tried says: {why}")
 
 

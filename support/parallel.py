@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from support.images import reason
+from support.images import short_reason
 
 
 def pick_device(name: str) -> torch.device:
@@ -138,7 +138,7 @@ def why(error: BaseException) -> str:
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror + (f": {cause.filename}" if cause.filename else "")
         cause = cause.__cause__ or cause.__context__
-    return reason(error)
+    return short_reason(error)
 
 
 class Agreement:
