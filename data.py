@@ -6,15 +6,13 @@
         batch = prepare(batch, device)                                  # crops augmented and normalized, on the device
 
 Nothing here keeps random state. The number s of a sample (0, 1, 2, … over the whole run) determines its image, its
-crops and their colors; the step and the group determine the masks. So any process or worker can recreate any step, and
-a run resumes anywhere at no cost. Workers decode each image once and cut uint8 crops; everything photometric is done
-in batches on the device.
+crops and their colors; the step and the group determine the masks. So any process can recreate any step, and a run
+resumes anywhere at no cost. Workers decode each image once and cut uint8 crops; colors change in batches on the device.
 
 To add a color operation, write it as a function of a batch and one value per image, enter it in OPERATIONS, and draw
 the value at the end of draw_ops(). No model and no config in this file. Apache License 2.0.
 """
 import ctypes
-import functools
 import itertools
 import math
 import multiprocessing.util
@@ -39,15 +37,10 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which al
 class Source(Protocol):
     """What training reads images from. An object that only has len() and image(i) becomes one by Shuffled."""
     channels: int
-
     def __len__(self) -> int: ...
-
     def image(self, i: int) -> Tensor: ...  # uint8 or uint16 (channels, H, W); raises if it cannot be read
-
     def describe(self, i: int) -> str: ...  # for messages
-
     def pick(self, s: int, seed: int) -> int: ...  # the index of the image of sample s
-
     def replacement(self, i: int, rng: random.Random) -> int: ...  # the index of an image to use instead of image i
 
 
@@ -55,7 +48,7 @@ class Shuffled:
     """Any object with len() and image(i) as a Source: each pass visits every image once, in a new order."""
 
     def __init__(self, images):
-        self.images, self.channels = images, len(images.image(0))
+        self.images, self.channels, self.epoch, self.order = images, len(images.image(0)), None, None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -68,15 +61,12 @@ class Shuffled:
 
     def pick(self, s: int, seed: int) -> int:
         epoch, position = divmod(s, len(self))
-        return int(epoch_order(len(self), seed, epoch)[position])
+        if self.epoch != (seed, epoch):
+            self.epoch, self.order = (seed, epoch), random_orders(f"{seed}/epoch/{epoch}", len(self))
+        return int(self.order[position])
 
     def replacement(self, i: int, rng: random.Random) -> int:
         return rng.randrange(len(self))
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    return random_orders(f"{seed}/epoch/{epoch}", n)
 
 
 def random_orders(key: str, *shape: int) -> np.ndarray:
@@ -87,13 +77,12 @@ def random_orders(key: str, *shape: int) -> np.ndarray:
 
 
 class Unreadable(ValueError):
-    """Image after image could not be read: the images are gone."""
+    """Image after image cannot be read: the images are gone."""
 
 
 def read_sample(source: Source, s: int, seed: int, bad: list, labels=None) -> tuple[int, Tensor]:
     """The index and the pixels of the image of sample s. If its file cannot be read, or its label is -1, another image
-    is drawn, determined by s. Appends (file, reason) to `bad` for what could not be read; raises Unreadable after 50.
-    """
+    is drawn, determined by s. Appends (file, reason) to `bad` if it could not be read; raises Unreadable after 50."""
     i, failures = source.pick(s, seed), 0
     for attempt in itertools.count():
         if labels is None or labels[i] >= 0:
@@ -291,17 +280,14 @@ def widen(x: Tensor) -> Tensor:
 
 
 def check_groups(batch_size: int, group_size: int, world: int, accumulation_steps: int = 1) -> None:
-    """Raises ValueError unless `batch_size` images make whole groups for each micro-batch of each of `world` processes.
-    """
+    """Raises ValueError unless `batch_size` images make whole groups for every micro-batch of `world` processes."""
     if batch_size < world:
         raise ValueError(f"--batch-size {batch_size} is smaller than the number of processes, {world}")
     unit = max(group_size, 1) * world * accumulation_steps
     if group_size < 1 or batch_size % unit:
-        micro = accumulation_steps > 1
-        raise ValueError(
-            f"--batch-size {batch_size} does not divide into groups of {group_size} for {world} process(es)"
-            + f" with {accumulation_steps} gradient accumulation steps" * micro
-            + f"; make it a multiple of {unit}, or change --group-size" + " or --gradient-accumulation-steps" * micro)
+        raise ValueError(f"--batch-size {batch_size} gives no whole groups of {group_size} for {world} process(es) and "
+                         f"{accumulation_steps} gradient accumulation step(s): make it a multiple of {unit}, or change "
+                         "--group-size")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -309,7 +295,6 @@ def check_groups(batch_size: int, group_size: int, world: int, accumulation_step
 
 
 def flip(x: Tensor, on: Tensor) -> Tensor:
-    """Left to right. No color, but as cheap on the device."""
     return x.flip(-1)
 
 
@@ -397,6 +382,7 @@ OPERATIONS = {  # in the order of application. Each is a column of Batch.global_
     "solarize": Operation(solarize)}
 RANDOM_ORDER = ("brightness", "contrast", "saturation", "hue")
 PLACES = ("first", "second", "third", "fourth")  # four more columns: which of RANDOM_ORDER comes first, second, …
+ORDERS = tuple(itertools.permutations(range(4)))
 JITTER = (0.4, 0.4, 0.2, 0.1)  # largest change of brightness, contrast, saturation, hue
 
 
@@ -408,7 +394,7 @@ def draw_ops(rng: random.Random, kind: int, flip_prob: float = 0.5, jitter_prob:
              gray_prob: float = 0.2, blur_probs=(0.0, 0.9, 0.5), blur_sigma=(0.1, 2.0),
              solarize_prob: float = 0.2) -> dict[str, float]:
     """The values of one crop, by column: OPERATIONS, then PLACES. `kind` is 0 and 1 for the first and second global
-    crop, 2 for local ones; only kind 1 is solarized. `blur_sigma` is in pixels, hue in turns (DINOv2, appendix B)."""
+    crop, 2 for local crops; only kind 1 is solarized. `blur_sigma` is in pixels, hue in turns."""
     draw, ops = rng.random, {name: operation.neutral for name, operation in OPERATIONS.items()}
     for name, strength in zip(RANDOM_ORDER, jitter if draw() < jitter_prob else (0, 0, 0, 0)):
         ops[name] += strength * (2 * draw() - 1)
@@ -418,21 +404,14 @@ def draw_ops(rng: random.Random, kind: int, flip_prob: float = 0.5, jitter_prob:
         ops["blur"] = blur_sigma[0] + (blur_sigma[1] - blur_sigma[0]) * draw()
     ops["solarize"] = kind == 1 and draw() < solarize_prob
     ops["flip"] = draw() < flip_prob
-    return ops  # new operations draw here, so that the draws above stay what they are
-
-
-ORDERS = tuple(itertools.permutations(range(4)))
+    return ops  # operations added later draw last, which leaves the draws above as they are
 
 
 def steps_of(channels: int) -> list[tuple[str, str | None]]:
     """(operation, place) in the order of application; those in RANDOM_ORDER once for each place they may take."""
-    names, steps = [name for name, operation in OPERATIONS.items() if channels == 3 or not operation.rgb_only], []
-    for name in names:
-        if name == RANDOM_ORDER[0]:
-            steps += [(jitter, place) for place in PLACES for jitter in RANDOM_ORDER if jitter in names]
-        elif name not in RANDOM_ORDER:
-            steps.append((name, None))
-    return steps
+    steps, at = [(name, None) for name in OPERATIONS if name not in RANDOM_ORDER], [*OPERATIONS].index(RANDOM_ORDER[0])
+    steps[at:at] = [(name, place) for place in PLACES for name in RANDOM_ORDER]
+    return [step for step in steps if channels == 3 or not OPERATIONS[step[0]].rgb_only]
 
 
 def is_applied(step: tuple[str, str | None], values: dict[str, Tensor]) -> Tensor:
@@ -496,8 +475,7 @@ def normalize_(x: Tensor, mean, std) -> Tensor:
 
 
 def train_loader(batches: TrainBatches, start: int, stop: int, num_workers: int, pin_memory: bool):
-    """The batches of steps start, …, stop - 1, in order, prepared ahead of time by `num_workers` processes (0: by this
-    one)."""
+    """The batches of steps start, …, stop - 1, made ahead of time by `num_workers` processes (0: by this one)."""
     indices = range(start * batches.accumulation_steps, stop * batches.accumulation_steps)
     return make_loader(batches, num_workers, batch_size=None, sampler=indices, pin_memory=pin_memory)
 
