@@ -647,7 +647,7 @@ def test_data_parts_and_processes_share_images_masks_and_dropped_rows():
         assert torch.equal(ours.masks.unflatten(0, (2, 6)), whole.masks.unflatten(0, (2, 24))[:, first : first + 6])
     assert all(sorted(o.flatten().tolist()) == list(range(48)) for o in whole.global_orders)  # permutations, by group
     assert not torch.equal(whole.global_orders[0], whole.global_orders[1])
-    with pytest.raises(ValueError, match=r"for 2 process\(es\) in 3 parts each; make it a multiple of 18"):
+    with pytest.raises(ValueError, match=r"for 2 process\(es\) with 3 gradient accumulation step\(s\); make it a multiple of 18"):
         digit_batches(batch_size=24, group_size=3, n_ranks=2, gradient_accumulation_steps=3)
 
 
@@ -720,11 +720,20 @@ def test_data_color_operations_equal_torchvision():
         assert_close(ours(x, values), expected, 1 / 255, ours.__name__)
 
 
+def color_ops(*draws: dict[str, float]) -> torch.Tensor:
+    """Batch.global_ops of crops for which draw_ops() returned this."""
+    return torch.tensor([[*draw.values()] for draw in draws])
+
+
+NEUTRAL = {name: operation.neutral for name, operation in data.OPERATIONS.items()} | dict(
+    first=0, second=1, third=3, fourth=2)
+
+
 @pytest.mark.parametrize("augment", [data.augment_by_groups, data.augment_at_once])
 def test_data_augment_applies_each_operation_to_its_rows(augment):
-    identity = [1.0, 1, 1, 0, 0, 1, 3, 2, 0, 0, 0, 0]
-    changed = {0: 1.4, 1: 0.6, 2: 1.2, 3: 0.1, 8: 1, 9: 1.5, 10: 1, 11: 1}
-    ops = torch.tensor([identity] + [[v if i == j else identity[i] for i in range(12)] for j, v in changed.items()])
+    changed = dict(brightness=1.4, contrast=0.6, saturation=1.2, hue=0.1, gray=1, blur=1.5, solarize=1, flip=1)
+    assert changed.keys() == data.OPERATIONS.keys()
+    ops = color_ops(NEUTRAL, *(NEUTRAL | {name: value} for name, value in changed.items()))
     crop = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 16, 16), dtype=np.uint8))
     out = augment(crop.permute(1, 2, 0).expand(9, -1, -1, -1), ops)
     assert_close(out[0], data.normalize(crop[None] / 255)[0], 1e-5)
@@ -736,20 +745,76 @@ def test_data_augment_applies_each_operation_to_its_rows(augment):
     assert_close(solarized, torch.where(crop < 128, crop, 255 - crop) / 255, 1e-5)
 
 
+def posterize(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    return (x * levels).floor() / levels
+
+
+def test_data_new_operation_is_a_function_and_an_entry(monkeypatch):
+    """Both paths apply it, last, with a value per image, and draw nothing else differently."""
+    rng, crops = random.Random(0), torch.randint(0, 256, (60, 24, 24, 3), dtype=torch.uint8)
+    draws = [data.draw_ops(rng, 1) for _ in range(60)]
+    before = data.augment_by_groups(crops, color_ops(*draws), (0, 0, 0), (1, 1, 1))
+    monkeypatch.setitem(data.OPERATIONS, "posterize", data.Operation(posterize))
+    rng = random.Random(0)
+    again = [data.draw_ops(rng, 1) for _ in range(60)]
+    assert [{**ops, "posterize": 0.0} for ops in draws] == again and [*again[0]][8] == "posterize"
+    ops = color_ops(*again)
+    assert torch.equal(data.augment_by_groups(crops, ops, (0, 0, 0), (1, 1, 1)), before)
+    ops[::2, 8] = torch.arange(2.0, 32.0)
+    expected = before.clone()
+    expected[::2] = posterize(before[::2], torch.arange(2.0, 32.0)[:, None, None, None])
+    compiled = torch.compile(data.augment_at_once, backend="aot_eager", fullgraph=True, dynamic=False)
+    for augment in (data.augment_by_groups, data.augment_at_once, compiled):
+        assert_close(augment(crops, ops, (0, 0, 0), (1, 1, 1)), expected, 1e-6)
+
+
 def test_data_color_probabilities():
     """The rates of the official code as it runs: blur 0, 0.9, 0.5; solarize 0.2 in the second global crop alone; the
     paper's blur by an argument."""
-    draws = [np.array([data.draw_ops(random.Random(f"{kind}/{i}"), kind) for i in range(3000)]) for kind in range(3)]
-    for kind, ops in enumerate(draws):
-        rates = [(ops[:, 0] != 1).mean(), *(ops[:, 8:] > 0).mean(0)]
+    for kind in range(3):
+        draws = [data.draw_ops(random.Random(f"{kind}/{i}"), kind) for i in range(3000)]
+        ops = {name: np.array([draw[name] for draw in draws]) for name in draws[0]}
+        jittered = ops["brightness"] != 1
+        rates = [jittered.mean(), *((ops[name] > 0).mean() for name in ("gray", "blur", "solarize", "flip"))]
         np.testing.assert_allclose(rates, [0.8, 0.2, (0, 0.9, 0.5)[kind], (0, 0.2, 0)[kind], 0.5], atol=0.035)
-        jittered = ops[ops[:, 0] != 1]
-        np.testing.assert_allclose(jittered[:, :4].min(0), [0.6, 0.6, 0.8, -0.1], atol=0.01)
-        np.testing.assert_allclose(jittered[:, :4].max(0), [1.4, 1.4, 1.2, 0.1], atol=0.01)
-        assert set(map(tuple, ops[:, 4:8].astype(int))) == set(itertools.permutations(range(4)))
-    paper = [np.mean([data.draw_ops(random.Random(i), kind, blur_probs=(1.0, 0.1, 0.5))[9] > 0 for i in range(1000)])
-             for kind in range(3)]
+        for name, low, high in (("brightness", 0.6, 1.4), ("contrast", 0.6, 1.4), ("saturation", 0.8, 1.2),
+                                ("hue", -0.1, 0.1)):
+            values = ops[name][jittered]
+            np.testing.assert_allclose((values.min(), values.max()), (low, high), atol=0.01)
+        assert {tuple(draw[place] for place in data.PLACES) for draw in draws} == set(itertools.permutations(range(4)))
+    paper = [np.mean([data.draw_ops(random.Random(i), kind, blur_probs=(1.0, 0.1, 0.5))["blur"] > 0
+                      for i in range(1000)]) for kind in range(3)]
     np.testing.assert_allclose(paper, (1.0, 0.1, 0.5), atol=0.05)
+
+
+class Photos:
+    """The least that TrainBatches takes as a source."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def image(self, i: int) -> torch.Tensor:
+        if i == 3:
+            raise OSError("no such photo")
+        return torch.full((2, 20, 20), 10 * i, dtype=torch.uint8)
+
+
+def test_data_any_object_is_a_source():
+    """len() and image(i) are enough: every image comes once per pass, in an order fixed by the seed."""
+    def batches(**changes):
+        return data.TrainBatches(Photos(), **(dict(batch_size=10, group_size=5, global_size=16, local_size=8,
+                                                   n_local=1, patch_size=8) | changes))
+
+    batch = batches()[1]
+    assert batch.global_crops.shape == (20, 16, 16, 2) and {bad for bad, why in batch.bad} == {"image 3"}
+    seen = batches(n_drops=0)[1].global_crops[:10, 0, 0, 0].tolist()
+    assert seen == batch.global_crops[:10, 0, 0, 0].tolist() != batches(seed=1)[1].global_crops[:10, 0, 0, 0].tolist()
+    source = batches().source
+    passes = [[source.pick(5 * epoch + k, seed=0) for k in range(5)] for epoch in range(20)]
+    assert all(sorted(order) == [0, 1, 2, 3, 4] for order in passes) and len(set(map(tuple, passes))) > 10
+    loaded = list(data.train_loader(batches(), 0, 2, num_workers=1, pin_memory=False))
+    assert torch.equal(loaded[1].global_crops, batch.global_crops)
+    assert data.prepare(batch, CPU, (0.5, 0.5), (0.2, 0.2)).global_crops.shape == (20, 2, 16, 16)
 
 
 def test_data_unreadable_files_are_replaced(tmp_path, monkeypatch):
@@ -797,8 +862,7 @@ def test_data_augment_compiles_and_both_ways_agree():
     rng = random.Random(0)
     compiled = torch.compile(data.augment_at_once, backend="aot_eager", fullgraph=True, dynamic=False)
     for kind, dtype, channels in ((0, torch.uint8, 3), (1, torch.uint8, 3), (2, torch.uint16, 3), (1, torch.uint8, 4)):
-        jitter = dict(jitter=(0.4, 0.4, 0.0, 0.0), gray_prob=0.0) if channels != 3 else {}
-        ops = torch.tensor([data.draw_ops(rng, kind, **jitter) for _ in range(60)])
+        ops = color_ops(*(data.draw_ops(rng, kind) for _ in range(60)))
         crops = torch.randint(0, 256, (60, 24, 24, channels), dtype=torch.uint8)
         crops = data.widen(crops) if dtype == torch.uint16 else crops
         mean, std = (0.4,) * channels, (0.3,) * channels
@@ -866,7 +930,7 @@ def test_data_augmentation_distribution_equals_torchvision(name):
     torch.manual_seed(0)
     for photo in photographs():
         crop = data.cut_crop(random.Random(0), photo, 48, (0.3, 0.4))
-        ops = torch.tensor([data.draw_ops(rng, 1, **arguments) for _ in range(n)])
+        ops = color_ops(*(data.draw_ops(rng, 1, **arguments) for _ in range(n)))
         ours = data.augment(crop.expand(n, -1, -1, -1), ops, (0, 0, 0), (1, 1, 1))
         theirs = torch.stack([transform(crop.permute(2, 0, 1) / 255) for _ in range(n)])
         assert_same_distribution(looks(ours), looks(theirs), name)
@@ -880,7 +944,7 @@ def test_data_whole_pipeline_distribution_equals_torchvision():
     torch.manual_seed(0)
     n, rng, photo = 300, random.Random(0), photographs()[0][:, ::2, ::2]
     crops = torch.stack([data.cut_crop(rng, photo, 224, (0.32, 1.0)) for _ in range(n)])
-    ours = data.augment(crops, torch.tensor([data.draw_ops(rng, 1) for _ in range(n)]))
+    ours = data.augment(crops, color_ops(*(data.draw_ops(rng, 1) for _ in range(n))))
     image, transform = to_pil_image(photo), bench.official_pipeline()[1]
     theirs = torch.stack([transform(image) for _ in range(n)])
     assert_same_distribution(looks(ours), looks(theirs), "whole")
@@ -891,8 +955,8 @@ def test_data_worker_count(monkeypatch, tmp_path):
     assert [support.parallel.worker_count(*a) for a in ((-1,), (-1, 8), (-1, 64), (3, 8), (0,))] == [16, 7, 1, 3, 0]
     monkeypatch.undo()
     cores = support.parallel.usable_cores(proc="/nowhere")
-    monkeypatch.setattr(data.os, "sched_getaffinity", lambda pid: range(64), raising=False)
-    monkeypatch.setattr(data.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(64), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
     mounts, proc = tmp_path / "mounts", tmp_path / "cgroup"
     for text, file, content, expected in (
             ("0::/slurm/job\n", "slurm/cpu.max", "800000 100000\n", 8), ("0::/\n", "cpu.max", "max 100000\n", 64),
@@ -950,9 +1014,9 @@ def test_data_prefetcher_on_a_gpu_is_one_batch_ahead(monkeypatch):
 
 def test_data_picture_of_a_batch():
     batch = data.prepare(digit_batches()[0], CPU)
-    picture = support.draw.draw_batch(batch)
+    picture = support.draw.draw_batch(batch, data.MEAN, data.STD)
     assert picture.width > 300 and picture.height > 300 and len(picture.getcolors(10**6)) > 50
-    unmasked = support.draw.draw_batch(batch._replace(masks=torch.zeros_like(batch.masks)))
+    unmasked = support.draw.draw_batch(batch._replace(masks=torch.zeros_like(batch.masks)), data.MEAN, data.STD)
     assert np.asarray(picture).mean() < np.asarray(unmasked).mean()
 
 

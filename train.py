@@ -53,7 +53,7 @@ from eval_knn import evaluate_knn, knn_accuracy
 from model import ARCHS, FORMAT, DINOHead, build, init_linear, load_backbone, load_strictly
 from support.cli import Parser, nearest
 from support.draw import draw_batch
-from support.images import reason
+from support.images import short_reason
 from support.parallel import (
     CHECKPOINTING, SHARDINGS, Failed, SharedFlags, all_reduce_in_backward, be_deterministic, load_kernel, local_shards,
     mean_over_processes, n_replicas, on_all_ranks, pick_device, root_cause, shard, start_processes, worker_count)
@@ -790,7 +790,7 @@ def check_readable(source) -> None:
         try:
             return source.image(i)
         except Exception as error:  # decoders raise all sorts on damaged files
-            why = reason(error)
+            why = short_reason(error)
     raise ValueError(f"no readable image in {source.name}; the last of those tried says: {why}")
 
 
