@@ -96,69 +96,6 @@ def test_contract_style():
             assert len(re.findall(r"torch\.load\(", text)) <= text.count("weights_only=True"), path
 
 
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split(" #")[0].strip() for line in lines if ".py" in line and "pytest" not in line]
-
-
-def test_readme_commands_parse():
-    """Every training and evaluation command of the README names existing presets and flags."""
-    commands = readme_commands()
-    assert sum("train.py" in c for c in commands) >= 5 and all(
-        any(f"eval_{name}.py" in c for c in commands) for name in ("knn", "linear", "logreg", "dense"))
-    for command in commands:
-        script, *argv = shlex.split(command[re.search(r"\w+\.py", command).start() :])
-        if script == "train.py" and "--help" not in argv:
-            train.check(train.parse(argv)[0], 1)
-        if script.startswith("eval_"):
-            programs = dict(eval_knn=eval_knn, eval_linear=eval_linear, eval_logreg=eval_logreg, eval_dense=eval_dense)
-            programs[script[:-3]].parse(argv)
-        if script == "bench.py":
-            bench.parse(argv)
-        if script == "data.py" and "/data/" not in command:
-            argv += ["--num-workers", "0", "--images", "9"]
-            support.sources.main(argv) if argv[0] == "stats" else pytest.raises(SystemExit, support.sources.main, argv)
-
-
-def test_readme_hub_and_picture_commands_run(trained, tmp_path, monkeypatch, cache):
-    """All that need neither a download nor an optional package that is absent, literally, in a folder with a run in
-    out/, two photographs, and dense heads."""
-    shutil.copytree(trained, tmp_path / "out")
-    shutil.copytree(trained, tmp_path / "out_photos")
-    for name, head in (("depth_linear4", heads.LinearDepthHead(64)), ("seg_linear", heads.SegmentationHead(64, 5))):
-        about = dict(dim=64, dataset="", depth_range=(0.001, 10), classes=list("abcde"), recipe=(32, 99, 32, 16))
-        torch.save(dict(state_dict=head.state_dict(), about=about), tmp_path / f"out_photos/ckpt.{name}_head.pth")
-    write_images(tmp_path / "photos", ["china.png", "flower.png"], size=(32, 40))
-    monkeypatch.chdir(tmp_path)
-    written = {"curves.png", "visualize-neighbors.png", "pca.png", "visualize-similarity.png", "features.npz",
-               "visualize-depth.png", "segment.png", "out_hf/config.json", "out/vit.pt2"}
-    for command in readme_commands():
-        argv = shlex.split(command.replace("/my/photos", "photos").replace("320,250", "30,20"))[1:]
-        if argv[0] not in ("hub.py", "visualize.py") or "--help" in argv or "dinov2" in command:
-            continue
-        if "hf" in argv and importlib.util.find_spec("safetensors") is None:
-            written.remove("out_hf/config.json")
-            continue
-        dict(hub=hub, visualize=visualize)[argv[0][:-3]].main(argv[1:])
-    assert all((tmp_path / name).stat().st_size > 100 for name in written)
-
-
-def test_readme_snippet_runs(trained):
-    snippet = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
-    names = {}
-    exec(snippet.replace("out/ckpt.pth", str(trained / "ckpt.pth")), names)
-    assert names["cls"].shape == (2, 64) and [m.shape for m in names["maps"]] == [(2, 64, 4, 4)] * 2
-
-
-def test_readme_line_counts():
-    """The file map of the README states the line counts, rounded to tens."""
-    text = (HERE / "README.md").read_text()
-    for name in MODULES:
-        stated = int(re.search(rf"`{name}\.py` \| (\d+)", text)[1])
-        assert abs(stated - len((HERE / f"{name}.py").read_text().splitlines())) <= 10, name
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # model.py
 

@@ -528,10 +528,10 @@ SHIMS = dict(  # what the script calls of Slurm, for one machine with one GPU
             'kill -USR1 $(all "$(cat "$FOLDER/step")")')
 
 
-def test_slurm_script_of_the_readme(tmp_path):
+def test_slurm_script_of_the_docs(tmp_path):
     """Run as printed, but for data and port, with stand-ins for Slurm: the signal before the end has the training save,
     and the job requeued; the next time it ends, and nothing is requeued."""
-    script = re.search(r"```bash\n(#!/bin/bash.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
+    script = re.search(r"```bash\n(#!/bin/bash.*?)```", (HERE / "docs/reliability.md").read_text(), re.DOTALL)[1]
     assert script.count("\n") <= 20
     argv = [*TINY, "--steps", 60, "--num-workers", 1, "--save-every", 30, "--out", tmp_path / "out"]
     script, n = re.subn(r"train.py --preset .* &", f"train.py {shlex.join(map(str, argv))} &", script)
