@@ -10,6 +10,7 @@ import importlib.util
 import io
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +25,7 @@ import heads
 import hub
 import train
 import visualize
-from tests.common import HERE, TINY, free_port, run, write_images
+from tests.common import HERE, TINY, free_port, write_images
 
 README = (HERE / "README.md").read_text()
 DOCS = re.findall(r"\]\((docs/\w+\.md)\)", README)  # in the order in which the README sends its readers there
@@ -71,6 +72,8 @@ def as_commands(page: str, text: str) -> list[Command]:
     lines = [part.strip() for line in text.replace("\\\n", " ").splitlines() for part in line.split("&&")]
     found = []
     for launcher, *words in (shlex.split(line, comments=True) for line in lines if line):
+        if words[:1] == ["-m"] and words[1].startswith("support."):
+            words = [words[1].replace(".", "/") + ".py", *words[2:]]
         if launcher in ("python", "torchrun") and (scripts := [w for w in words if re.fullmatch(r"[\w/]+\.py", w)]):
             at = words.index(scripts[0])
             launch = get_args_parser().parse_args([*words[:at], scripts[0]]) if launcher == "torchrun" else None
@@ -262,8 +265,9 @@ def execute(command: Command) -> None:
     argv = shortened(command)
     if command.n_processes:
         out = Path(argv[argv.index("--out") + 1]).absolute()
-        run(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", command.n_processes,
-            "--master-port", free_port(), HERE / command.script, *argv, "--out", out)
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node", command.n_processes, "--master-port", free_port()]
+        subprocess.run([str(word) for word in (sys.executable, *launch, command.script, *argv, "--out", out)], cwd=HERE,
+                       check=True)
         return
     if "hf" in argv and importlib.util.find_spec("safetensors") is None:
         return
