@@ -53,7 +53,7 @@ from support.draw import (
     draw_panel, heat, heat_bar, in_a_row, label_colors, legend, mark, rows_of, save, sheet, spread, to_rgb, wrap_legend,
     zoom)
 from support.evaluation import common_labels, extract_features, full_float32, normalize_rows_
-from support.images import Fit, fit_image, plan_fit, read_image
+from support.images import PatchFit, fit_image, plan_fit, read_image
 from support.parallel import pick_device, worker_count
 from support.sources import Source, eval_specs, image_paths, open_source
 
@@ -66,7 +66,7 @@ class Seen(NamedTuple):
     """An image as the network sees it."""
     path: str
     image: Tensor  # (C, h*p, w*p), uint8 or uint16
-    fit: Fit
+    fit: PatchFit
     size: tuple[int, int]  # height and width of the file, upright
 
 

@@ -4,9 +4,7 @@ import math
 import os
 import random
 import re
-import runpy
 import shutil
-import sys
 import types
 from functools import partial
 from pathlib import Path
@@ -22,8 +20,8 @@ import heads
 import hub
 import mask2former
 import model
-from tests.common import (HERE, M2F_TINY, Launched, assert_close, fill_by_names, golden_dense, photographs, pixels_of,
-                          results, same, size_of)
+from tests.common import (HERE, M2F_TINY, Launched, assert_close, exit_code, fill_by_names, golden_dense, photographs,
+                          pixels_of, results, same, size_of)
 
 
 def dense(*argv) -> dict:
@@ -369,11 +367,9 @@ def test_eval_dense_wrong_flags_are_named(argv, text, dense_pairs, dense_vit, de
               *(["--channels", 8] if "linear4" in argv else []), *argv)
 
 
-def test_eval_dense_wrong_input_is_one_line_and_exit_code_2(dense_pairs, dense_vit, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["eval_dense.py", str(dense_vit), "--task", "seg", "--data", "nowhere"])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(HERE / "eval_dense.py"), run_name="__main__")
-    assert end.value.code == 2 and capsys.readouterr().err == "error: no such folder: nowhere\n"
+def test_eval_dense_wrong_input_is_one_line_and_exit_code_2(dense_pairs, dense_vit, capsys):
+    assert exit_code("eval_dense.py", dense_vit, "--task", "seg", "--data", "nowhere") == 2
+    assert capsys.readouterr().err == "error: no such folder: nowhere\n"
 
 
 # Recipes

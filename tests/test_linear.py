@@ -79,15 +79,17 @@ def test_eval_linear_head_is_one_of_the_hub(trained, tmp_path, cache):
     result = eval_linear.main([*flags, "--batch-size", "128", "--epochs", "1", "--epoch-length", "20", "--cached"])
     classifier = hub.load_classifier(tmp_path / "a.pth", tmp_path / "a.linear_head_cached.pth")
     source = support.sources.open_source("digits:split=VAL")
-    images = torch.stack([support.evaluation.EvalImages(source, 12, 12)[i][0] for i in range(len(source))])  # the preset's size
+    validation = support.evaluation.EvalImages(source, 12, 12)  # the preset's size
+    images = torch.stack([validation[i][0] for i in range(len(source))])
     with torch.no_grad():
         answers = classifier(data.normalize(data.to_float(images))).argmax(1)
     assert 100 * (answers == torch.from_numpy(source.labels)).double().mean().item() == pytest.approx(result["top1"])
     write_images(tmp_path / "numbered", [f"{c}/{i}.png" for c in (3, 8) for i in range(2)], size=(16, 16))
     np.save(tmp_path / "map.npy", np.array([3, 8]))
-    again = eval_linear.main([*flags, "--head", str(tmp_path / "a.linear_head_cached.pth"), "--test", "digits:split=TRAIN",
-                              str(tmp_path / "numbered"), str(tmp_path / "numbered"), "--test-classes", "auto", "auto",
-                              str(tmp_path / "map.npy")])
+    again = eval_linear.main([
+        *flags, "--head", str(tmp_path / "a.linear_head_cached.pth"), "--test", "digits:split=TRAIN",
+        str(tmp_path / "numbered"), str(tmp_path / "numbered"), "--test-classes", "auto", "auto",
+        str(tmp_path / "map.npy")])
     assert again["top1"] == result["top1"] and again["tests"]["digits:split=TRAIN"]["top1"] > 20
     assert again["tests"][str(tmp_path / "numbered")]["top5"] == 100  # of two classes
     with pytest.raises(ValueError, match="head of another backbone: it takes 7 features"):
@@ -115,7 +117,8 @@ def test_eval_linear_mistakes_show_before_the_training(trained, tmp_path, cache,
     write_images(tmp_path / "plain", ["a.png"])
     write_images(tmp_path / "names", ["x/a.png", "y/b.png"])
     (tmp_path / "real.json").write_text("{}")
-    for flags, text in ((["--test", tmp_path / "plain"], "has no labels; --test needs"), (["--test", "/none"], "no folder"),
+    for flags, text in ((["--test", tmp_path / "plain"], "has no labels; --test needs"),
+                        (["--test", "/none"], "no folder"),
                         (["--test", tmp_path / "names"], "class 'x' of .* is not among the training classes"),
                         (["--real", tmp_path / "real.json"], "is not called ILSVRC2012_val"),
                         (["--flip-prob", "-0.3"], "from 0 to 1"), (["--head", "x", "--cached"], "leave --cached out"),
@@ -150,7 +153,8 @@ def test_eval_linear_classes_of_other_test_sets(tmp_path):
     assert eval_linear.class_columns(source(None, 3), source(None, 4), "").tolist() == [0, 1, 2]
     np.save(tmp_path / "map.npy", np.array([3, 0]))
     assert eval_linear.class_columns(source(["x", "y"]), train, str(tmp_path / "map.npy")).tolist() == [3, 0]
-    for bad, path, text in ((["n02", "n09"], "auto", "class 'n09' of set is not among the training classes"), (["0", "4"], "", "a class 4"),
+    for bad, path, text in ((["n02", "n09"], "auto", "class 'n09' of set is not among the training classes"),
+                            (["0", "4"], "", "a class 4"),
                             (["x", "y", "z"], str(tmp_path / "map.npy"), "must hold, for each of the 3 classes"),
                             (["x"], str(tmp_path / "none.npy"), "cannot be read")):
         with pytest.raises(ValueError, match=text):

@@ -120,7 +120,8 @@ def test_eval_logreg_other_ways_to_choose_and_missing_classes(trained, tmp_path,
     (tmp_path / "d/train/c/x.png").write_bytes(b"damaged")  # so class c has no image to learn from
     missing = main("--train", tmp_path / "d/train", "--val", tmp_path / "d/val")
     assert missing["classes"] == 2 and missing["val_images"] == 9 and missing["top1"] <= 67
-    write_images(tmp_path / "few", [f"train/{c}/{i}.png" for c in "ab" for i in range(2)] + ["val/a/0.png", "val/b/0.png"])
+    write_images(tmp_path / "few", [f"train/{c}/{i}.png" for c in "ab" for i in range(2)])
+    write_images(tmp_path / "few", ["val/a/0.png", "val/b/0.png"])
     with pytest.raises(ValueError, match="cannot hold out a tenth of 4 training images"):
         main("--train", tmp_path / "few")
     assert main("--train", tmp_path / "few", "--finetune-on-val")["val_images"] == 2
