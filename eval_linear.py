@@ -140,8 +140,8 @@ class Grid:
 
 
 def embed(model, n_last: int, images: Tensor) -> Tensor:
-    """Normalized images -> (B, (n_last+1)*D) float32: the CLS tokens of the last n blocks in order, each after the final
-    norm, then the mean patch token of the last block."""
+    """Normalized images -> (B, (n_last+1)*D) float32: the CLS tokens of the last n blocks in order, each after the
+    final norm, then the mean patch token of the last block."""
     outs = model.get_intermediate_layers(images, n_last, return_class_token=True)
     return torch.cat([cls for _, cls in outs] + [outs[-1][0].mean(1)], -1).float()
 

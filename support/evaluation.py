@@ -99,7 +99,7 @@ def collate_images(items: list[tuple[Tensor, bool]]) -> tuple[Tensor, Tensor]:
 
 
 def stack_images(images) -> Tensor:
-    """uint8 or uint16 images (C, h, w) of one size as one tensor; in a batch with 16-bit images the others become so."""
+    """uint8 or uint16 images (C, h, w) of one size as one tensor; a single 16-bit image makes it uint16."""
     any_16_bit = any(image.dtype == torch.uint16 for image in images)
     return torch.stack([widen(x) if any_16_bit and x.dtype == torch.uint8 else x for x in images])
 
