@@ -662,7 +662,7 @@ def test_data_parts_and_processes_share_images_masks_and_dropped_rows():
         assert torch.equal(ours.masks.unflatten(0, (2, 6)), whole.masks.unflatten(0, (2, 24))[:, first : first + 6])
     assert all(sorted(o.flatten().tolist()) == list(range(48)) for o in whole.global_orders)  # permutations, by group
     assert not torch.equal(whole.global_orders[0], whole.global_orders[1])
-    with pytest.raises(ValueError, match=r"for 2 process\(es\) with 3 gradient accumulation step\(s\); make it a multiple of 18"):
+    with pytest.raises(ValueError, match=r"for 2 process\(es\) and 3 gradient accumulation step\(s\): make it a multiple of 18"):
         digit_batches(batch_size=24, group_size=3, n_ranks=2, gradient_accumulation_steps=3)
 
 
