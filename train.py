@@ -49,14 +49,14 @@ import losses
 from data import (
     MEAN, STD, Batch, Prefetcher, TrainBatches, Unreadable, augment, augment_at_once, check_groups, keep_memory,
     prepare, train_loader)
-from eval_knn import evaluate, knn_accuracy
+from eval_knn import evaluate_knn, knn_accuracy
 from model import ARCHS, FORMAT, DINOHead, build, init_linear, load_backbone, load_strictly
 from support.cli import Parser, nearest
 from support.draw import draw_batch
 from support.images import short_reason
 from support.parallel import (
-    CHECKPOINTING, SHARDINGS, Agreement, Failed, all_reduce_in_backward, be_deterministic, load_kernel, local_shards,
-    mean_over_processes, n_replicas, pick_device, shard, start_processes, together, why, worker_count)
+    CHECKPOINTING, SHARDINGS, Failed, SharedFlags, all_reduce_in_backward, be_deterministic, load_kernel, local_shards,
+    mean_over_processes, n_replicas, on_all_ranks, pick_device, root_cause, shard, start_processes, worker_count)
 from support.run import (
     Log, NonFinite, OutputLock, Saver, StopSignals, TooManyBad, check_metadata, check_output, claim_output, restarted,
     same_command, summary, take_output, verify)
@@ -692,8 +692,9 @@ class TrainState:
                 check_metadata(folder / name / ".metadata")
                 self.load(folder / name)
             except (Exception, CheckpointException) as error:  # a foreign save can fail in any way
-                raise ValueError(f"{folder / name} cannot be continued from ({why(error)}), although it is whole: "
-                                 f"if settings have changed, go back to those in {folder.parent}/config.json") from None
+                raise ValueError(f"{folder / name} cannot be continued from ({root_cause(error)}), although it is "
+                                 f"whole: if settings have changed, go back to those in {folder.parent}/config.json"
+                                 ) from None
             return complete, damaged
         if damaged:
             raise ValueError(f"no save in {folder} is whole; copy {folder.parent}/ckpt.pth, the teacher, if you want "
@@ -725,8 +726,8 @@ class Knn:
         with torch.device("meta"):
             backbone = build(**backbone_arguments(cfg))
         backbone.load_state_dict(weights, assign=True)
-        return evaluate(backbone.eval(), *self.sources, cfg.eval_resize, cfg.eval_crop, self.device,
-                        local_workers(cfg), mean=cfg.mean, std=cfg.std)
+        return evaluate_knn(backbone.eval(), *self.sources, cfg.eval_resize, cfg.eval_crop, self.device,
+                            local_workers(cfg), mean=cfg.mean, std=cfg.std)
 
     def raw_pixels(self) -> dict[str, float] | None:
         """The same vote on the pixels themselves; None for sources that are not in memory."""
@@ -834,13 +835,13 @@ def set_up(argv: list[str] | None) -> Run:
     state = TrainState(cfg, mesh, device, kernel)
     lock = take_output(cfg)
     try:
-        overwrite = args.overwrite and not any(together(restarted))  # else what is there, this command has written
+        overwrite = args.overwrite and not any(on_all_ranks(restarted))  # else what is there, this command has written
         check_output(cfg, args.resume, overwrite, CHANGEABLE)  # once more: another run may have just ended
         newest, damaged = ({}, []) if overwrite else state.load_newest(Path(cfg.out) / "resume")
         start = newest.get("step", 0)
         if start > cfg.steps:
             raise ValueError(f"--steps {cfg.steps} is less than the {start} steps that {cfg.out} has done")
-        together(lambda: claim_output(cfg, overwrite) if lock else None)
+        on_all_ranks(lambda: claim_output(cfg, overwrite) if lock else None)
     except BaseException as error:
         if lock:
             lock.release()
@@ -874,10 +875,10 @@ def train(run: Run) -> None:
     loader = Prefetcher(loader, partial(prepare, device=run.device, mean=cfg.mean, std=cfg.std, augment=color),
                         run.device)
     saver = Saver(cfg, state, partial(teacher_checkpoint, state.teacher, cfg, run.preset), run.lock, run.start, run.damaged, log.say)
-    guard, agreement, schedule, parts = NonFinite(cfg, log, batches, saver), Agreement(), schedules(cfg), iter(loader)
+    guard, flags, schedule, parts = NonFinite(cfg, log, batches, saver), SharedFlags(), schedules(cfg), iter(loader)
     done, stop, too_bad, hopeless = run.start, False, False, ""
     with run.lock or contextlib.nullcontext(), StopSignals(run.lock) as signals, saver:
-        if knn and evaluated_at(cfg, done) and together(lambda: not log.knn(done))[0]:
+        if knn and evaluated_at(cfg, done) and on_all_ranks(lambda: not log.knn(done))[0]:
             log.evaluation(knn, state.teacher, done)  # at the start; or what a run that was killed left out
         clock, waited, logged = time.perf_counter(), loader.waited, done
         for step in range(run.start, cfg.steps):
@@ -892,7 +893,7 @@ def train(run: Run) -> None:
             log.bar.update()
             guard.watch(step, finite, metrics)
             hopeless, told = saver.hopeless(), hopeless  # rank 0 knows why; all hear that it is so one step later
-            stop, due, end = agreement.tell(bool(signals.name), saver.due(), bool(hopeless))
+            stop, due, end = flags.share(bool(signals.name), saver.due(), bool(hopeless))
             if end:
                 raise Failed(told)
             export = cfg.export_every and done % cfg.export_every == 0
@@ -917,7 +918,7 @@ def train(run: Run) -> None:
                 clock, waited, logged = time.perf_counter(), loader.waited, done
         saver.finish(done, log.counters)
     log.bar.close()
-    agreement.heard()
+    flags.wait()
     if too_bad:
         raise TooManyBad(f"{bad_share:.0%} of the images that were tried cannot be read; they are listed, with the "
                          f"reasons, in {log.bad_path}. All is saved: mend or remove them and run the same command "

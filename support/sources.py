@@ -48,6 +48,7 @@ from tqdm import tqdm
 
 from support.cli import Parser, nearest, run
 from support.images import MAX_BYTES, as_channels, decode, from_array, from_pillow, read_file, short_reason
+from support.run import write_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
 SPLIT_FOLDERS = {"TRAIN": ("train", "training"), "VAL": ("val", "valid", "validation", "test")}
@@ -620,12 +621,9 @@ def cached_listing(what: str, make) -> dict:
         pass
     listing = make()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = f"{path}.{os.getpid()}.partial"
-        torch.save(listing, partial)
-        os.replace(partial, path)
+        write_file(path, functools.partial(torch.save, listing))
         return torch.load(path, mmap=True, weights_only=True)
-    except (OSError, RuntimeError) as error:  # torch raises the latter if it cannot open the file
+    except (OSError, ValueError) as error:
         print(f"the listing could not be cached ({error}); each start, and each worker, may have to list again",
               file=sys.stderr)
         return listing

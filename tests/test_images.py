@@ -167,7 +167,7 @@ def test_data_fit_brings_images_to_multiples_of_the_patch():
     image[:, 20:24, 60:64] = 255  # a square whose middle is (62, 22)
     for how, size, canvas in (("crop", (), (28, 84)), ("pad", (), (42, 98)), ("resize", (), (42, 84)),
                               ("crop", (80,), (70, 168)), ("pad", (80,), (84, 182)), ("resize", (80,), (84, 182)),
-                              ("crop", (56, 70), (56, 70)), ("pad", (56, 70), (56, 70)), ("resize", (56, 70), (56, 70))):
+                              *((how, (56, 70), (56, 70)) for how in ("crop", "pad", "resize"))):
         fit = support.images.plan_fit(40, 90, 14, how, size)
         out = support.images.fit_image(image, fit, data.MEAN)
         assert out.shape[1:] == fit.canvas == canvas and out.dtype == torch.uint8
@@ -181,7 +181,8 @@ def test_data_fit_brings_images_to_multiples_of_the_patch():
     deep = support.images.fit_image(image.to(torch.uint16) * 257, support.images.plan_fit(40, 90, 14, "pad"), data.MEAN)
     assert deep.dtype == torch.uint16 and deep[0, 0, 0] == round(0.485 * 65535)
     for hw, args, text in (((10, 90), (), "10x90 pixels is less than one patch of 14x14"),
-                           ((40, 90), ("crop", (50, 70)), "size 50 is no multiple of the patch size 14; the nearest is 56")):
+                           ((40, 90), ("crop", (50, 70)),
+                            "size 50 is no multiple of the patch size 14; the nearest is 56")):
         with pytest.raises(ValueError, match=text):
             support.images.plan_fit(*hw, 14, *args)
     assert support.images.plan_fit(10, 90, 14, "pad").canvas == (14, 98)

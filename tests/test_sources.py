@@ -5,7 +5,6 @@ import pickle
 import random
 import re
 import shutil
-import sys
 import tarfile
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from PIL import Image
 
 import data
 import support.sources
-from tests.common import golden, png, run, write_images
+from tests.common import exit_code, golden, png, write_images
 
 
 def test_data_folder(tmp_path, monkeypatch):
@@ -33,7 +32,8 @@ def test_data_folder(tmp_path, monkeypatch):
     assert support.sources.open_source(str(photos)).labels is None
     (photos / "a/.hidden.jpg").write_bytes(b"")
     (photos / "a/dangling.jpg").symlink_to("nowhere")
-    assert support.sources.eval_specs(str(photos)) == support.sources.eval_specs("digits", str(photos)) == (str(photos), None)
+    assert support.sources.eval_specs(str(photos)) == (str(photos), None)
+    assert support.sources.eval_specs("digits", str(photos)) == (str(photos), None)
     (photos / "a/deep/back").symlink_to(photos)
     (photos / "twice").symlink_to(photos / "b")
     assert len(support.sources.open_source(str(photos))) == 6  # links are followed, each folder once
@@ -70,7 +70,8 @@ def test_data_imagenet(tmp_path, monkeypatch):
     assert entries.labels.tolist() == [0, 0, 1]
     assert [Path(entries.describe(i)) for i in range(3)] == [Path(listed.describe(i)) for i in range(3)]
     train_spec, val_spec = support.sources.eval_specs(f"ImageNet:split=TRAIN:root={root}:extra={extra}")
-    assert support.sources.open_source(val_spec).image(0).shape == (3, 40, 32) and len(support.sources.open_source(train_spec)) == 3
+    assert support.sources.open_source(val_spec).image(0).shape == (3, 40, 32)
+    assert len(support.sources.open_source(train_spec)) == 3
 
 
 def test_data_fashion_mnist_files(tmp_path):
@@ -174,7 +175,8 @@ def test_data_mixtures(tmp_path, cache):
     assert len(support.sources.open_source(f"{tmp_path}/x,y*2")) == 1
     split = f"{tmp_path}/s"
     write_images(tmp_path / "s", ["train/1.png", "val/2.png"])
-    assert support.sources.open_source(f"{split}:split=TRAIN*0.5, {split}:split=VAL*0.5").describe(1).endswith("val/2.png")
+    halves = support.sources.open_source(f"{split}:split=TRAIN*0.5, {split}:split=VAL*0.5")
+    assert halves.describe(1).endswith("val/2.png")
     for spec in ("ImageNet:root=/a,ImageNet22k:root=/b", "CIFAR10:root=/d*0.5,CIFAR100:root=/d*0.5", "CIFAR10*1"):
         assert support.sources.eval_specs(spec) == (spec, None)
     (tmp_path / "a/1.png").write_bytes(b"damaged")
@@ -262,8 +264,9 @@ def test_data_stats_and_check_commands(tmp_path, cache, capsys):
     out = capsys.readouterr().out
     assert "bad.jpg\tcannot identify" in out and "1 of 4 images" in out
     assert stop.value.code == 1
-    result = run(sys.executable, "-m", "support.sources", "stats", tmp_path / "no", ok=2)
-    assert result.stderr.startswith("error: --data") and result.stderr.count("\n") == 1
+    assert exit_code("support/sources.py", "stats", tmp_path / "no") == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: --data") and told.count("\n") == 1
 
 
 def test_data_listing_is_shared_and_small(tmp_path, cache):
