@@ -944,7 +944,7 @@ def look_at_first(batch: Batch, cfg: Config, log: Log) -> None:
         draw_batch(batch, cfg.mean, cfg.std).save(log.path.with_name("first_batch.png"))
     if not 0.3 < (spread := batch.global_crops.std().item()) < 3:
         log.say(f"note: the normalized images have a spread of {spread:.2g}, which should be about 1; measure "
-                f"--mean and --std by: python data.py stats {cfg.data} --in-chans {cfg.in_chans}")
+                f"--mean and --std by: python -m support.sources stats {cfg.data} --in-chans {cfg.in_chans}")
 
 
 def fingerprint(ckpt: Path) -> str:
