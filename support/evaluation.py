@@ -35,7 +35,7 @@ from model import FORMAT
 from support.cli import DTYPES, Parser, at_least
 from support.parallel import join_processes, leave_processes, pick_device, worker_count, world
 from support.run import write_file
-from support.sources import eval_specs, open_source
+from support.sources import eval_specs, open_source, without_code
 
 NOT_FINITE = "the checkpoint has diverged, or half precision is too coarse for it (use --dtype fp32)"
 
@@ -310,7 +310,8 @@ class Evaluation:
         if not args.train and "data" not in config:
             raise ValueError(f"{args.checkpoint} does not say which data to use; give --train and --val")
         train, val = (eval_specs(args.train, args.train, args.val) if args.train else
-                      eval_specs(config["data"], config["eval_train"], args.val or config["eval_val"]))
+                      eval_specs(*(without_code(config[key]) for key in ("data", "eval_train")),
+                                 args.val or without_code(config["eval_val"])))
         if train == val:
             raise ValueError(f"--val is the same as --train, {train}; leave --val out, or name other images")
         return train, val
