@@ -612,12 +612,12 @@ def bench_logreg(args, device: torch.device) -> list[dict]:
         return values
 
     def ours():
-        features = eval_logreg.Principal(x.to(device, copy=True))
+        features = eval_logreg.PrincipalAxes(x.to(device, copy=True))
         models = eval_logreg.fit(features, labels.to(device), eval_logreg.CS, progress=True)
         return models._replace(weight=models.weight[places], bias=models.bias[places])
 
     def theirs(name: str, **options):
-        return f"scikit-learn, {name}", partial(eval_logreg.fit_by_sklearn, x, labels, cs, progress=True, **options)
+        return f"scikit-learn, {name}", partial(eval_logreg.fit_with_sklearn, x, labels, cs, progress=True, **options)
 
     ways = {"eval_logreg.py": ours}
     if not args.ours_only:

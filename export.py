@@ -17,8 +17,8 @@ from tqdm import tqdm
 from data import make_loader, normalize, to_float
 from hub import image_rules, load, read
 from model import DinoVisionTransformer
-from support.cli import Parser, run, run_subcommand
-from support.evaluation import DTYPES, check_finite
+from support.cli import DTYPES, Parser, run, run_subcommand
+from support.evaluation import check_finite
 from support.images import FITS, FittedImages
 from support.parallel import pick_device, worker_count
 from support.run import write_file
@@ -174,13 +174,11 @@ def features(argv: list[str]) -> None:
                         "for the short side; 0: as the images are; default: the square that the weights are best at")
     parser.add_argument("--fit", choices=FITS, default="crop", help="how images come to that size and to multiples of "
                         "the patch: cut, padded (both in the middle) or stretched")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the backbone's arithmetic")
+    parser.add_machine_flags("device", "dtype", "num-workers")
     parser.add_argument("--batch-size", type=int, default=32, help="images of one size that are computed at a time")
-    parser.add_argument("--num-workers", type=int, default=-1, help="reading processes; -1: by the number of cores")
     args = parser.parse_args(argv)
-    if args.batch_size < 1 or args.num_workers < -1:
-        raise ValueError("--batch-size must be 1 or more, --num-workers -1 or more")
+    if args.batch_size < 1:
+        raise ValueError("--batch-size must be 1 or more")
     if args.out.suffix != ".npz" and (args.out.suffix and not args.out.is_dir() or args.out.is_file()):
         raise ValueError(f"--out {args.out} is no file that ends in .npz, and no folder")
     device, dtype = pick_device(args.device), DTYPES[args.dtype]

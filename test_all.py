@@ -32,6 +32,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torchvision.transforms.v2.functional as TF
 import torch.distributed.checkpoint as dcp
 from PIL import Image
 
@@ -1385,21 +1386,51 @@ def small_step(**changes):
 @pytest.mark.parametrize("accum", [1, 2])
 @pytest.mark.parametrize("centering", ["sinkhorn_knopp", "centering"])
 def test_train_targets_are_gone_before_the_backward_pass(centering, accum, monkeypatch):
-    """They may be as large as the logits. Of a share in parts, what is left can only compute some rows anew."""
-    seen, backward, softmax_center, sinkhorn = [], torch.Tensor.backward, losses.softmax_center, losses.sinkhorn_knopp
+    """They may be as large as the logits. With gradient accumulation, what is left can only compute rows again."""
+    seen, left, backward = [], [], torch.Tensor.backward
+    softmax_center, sinkhorn_knopp = losses.softmax_center, losses.sinkhorn_knopp
 
     def noted(rows):
         seen.append(weakref.ref(rows))
         return rows
 
     monkeypatch.setattr(losses, "softmax_center", lambda logits, **k: noted(softmax_center(logits, **k)))
-    monkeypatch.setattr(losses, "sinkhorn_knopp", lambda *args: [
-        x.map(noted) for x in sinkhorn([*map(noted, args[0])], *args[1:])])
+    monkeypatch.setattr(losses, "sinkhorn_knopp", lambda logits, *args: [
+        noted(x.map(noted)) for x in sinkhorn_knopp([noted(x.map(noted)) for x in logits], *args)])
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: (
         left.append([x() for x in seen if torch.is_tensor(x()) or accum == 1 and x()]), backward(loss)))
-    left = []
     small_step(centering=centering, gradient_accumulation_steps=accum)()
     assert len(seen) >= 2 and len(left) == accum and left[-1] == []
+
+
+def twice(function):
+    """function, whose result (tensor, or list of lazy rows) is doubled."""
+    def doubled(*args, **kwargs):
+        result = function(*args, **kwargs)
+        return [x.map(lambda rows: 2 * rows) for x in result] if isinstance(result, list) else 2 * result
+    return doubled
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_train_runs_the_documented_losses(compiled, monkeypatch):
+    """Each function of losses.py, replaced there, changes just the terms of the loss that it should."""
+    terms = ("dino_local", "dino_global", "ibot", "koleo")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    for name, centering, changed in (
+            ("dino_loss", "centering", terms[:2]), ("ibot_loss", "centering", terms[2:3]),
+            ("koleo_loss", "centering", terms[3:]), ("cross_entropy", "centering", terms[:3]),
+            ("softmax_center", "centering", terms[:3]), ("sinkhorn_knopp", "sinkhorn_knopp", terms[:3])):
+        results = []
+        for wrap in (lambda f: f, twice):
+            with monkeypatch.context() as patch:
+                patch.setattr(losses, name, wrap(getattr(losses, name)))
+                step = small_step(centering=centering, compile=compiled)
+                results.append({k: v.item() for k, v in step()[0].items()})
+        before, after = results
+        for term in terms:
+            assert after[term] == pytest.approx(before[term] * (2 if term in changed else 1), rel=1e-5), name
+        assert after["grad_norm/backbone"] != pytest.approx(before["grad_norm/backbone"], rel=1e-3), name
+    train.compiled.cache_clear()
 
 
 def test_train_step_does_not_wait_for_its_numbers(monkeypatch):
@@ -1927,11 +1958,11 @@ def test_eval_knn_golden():
         for k in votes:
             assert_close(votes[k], golden[f"knn/few{attempt}/votes/{k}"], 1e-6)
     scores = golden["knn/votes/10"]
-    rank, better = support.evaluation.ranks(scores, answers), (scores > scores.gather(1, answers[:, None])).sum(1)
-    assert_close((rank < 1).float().mean(), golden["knn/metrics/MEAN_ACCURACY/top-1"], 1e-6)
+    place, better = support.evaluation.place_of_answer(scores, answers), (scores > scores.gather(1, answers[:, None])).sum(1)
+    assert_close((place < 1).float().mean(), golden["knn/metrics/MEAN_ACCURACY/top-1"], 1e-6)
     assert_close((better < 5).float().mean(), golden["knn/metrics/MEAN_ACCURACY/top-5"], 1e-6)
-    assert (rank != better).nonzero().flatten().tolist() == [8]  # where two classes have no vote; topk took the other
-    measured = eval_linear.accuracies(scores.topk(5).indices[:, None], answers)
+    assert (place != better).nonzero().flatten().tolist() == [8]  # where two classes have no vote; topk took the other
+    measured = eval_linear.label_accuracies(scores.topk(5).indices[:, None], answers)
     assert_close(measured["top1"], 100 * golden["knn/metrics/MEAN_ACCURACY/top-1"].double()[None], 1e-5)
     mean_per_class = golden["knn/metrics/MEAN_PER_CLASS_ACCURACY/top-1"].double()
     assert_close(measured["mean_per_class"], 100 * mean_per_class[None], 1e-5)
@@ -1950,7 +1981,7 @@ def test_eval_knn_neighbors_are_exact_and_ties_go_by_row(n, values):
         expected = x.sort(dim=1, descending=True, stable=True)
         found, columns = eval_knn.neighbors(x, k)
         assert torch.equal(found, expected.values[:, :k]) and torch.equal(columns, expected.indices[:, :k])
-    assert torch.equal(support.evaluation.ranks(x, torch.full((9,), n - 1)),
+    assert torch.equal(support.evaluation.place_of_answer(x, torch.full((9,), n - 1)),
                        (expected.indices == n - 1).int().argmax(1))  # of equal classes the first comes first
 
 
@@ -2001,10 +2032,10 @@ def test_eval_knn_leave_one_out_and_small_sets():
     with pytest.raises(ValueError, match="single image has no neighbor"):
         eval_knn.knn_accuracy(bank[:1], labels[:1], None)
     table, ok = torch.arange(40.0)[:, None].repeat(1, 2), torch.arange(40) % 3 > 0
-    rows, left = support.evaluation.kept(table, np.where(np.arange(40) % 5 > 0, np.arange(40), -1), ok)
+    rows, left = support.evaluation.with_label(table, np.where(np.arange(40) % 5 > 0, np.arange(40), -1), ok)
     assert rows[:, 0].tolist() == left.tolist() == [i for i in range(40) if i % 3 and i % 5]
-    with pytest.raises(ValueError, match="no image that can be read has a label"):
-        support.evaluation.kept(table, np.full(40, -1), ok)
+    with pytest.raises(ValueError, match="no readable image has a label"):
+        support.evaluation.with_label(table, np.full(40, -1), ok)
     whole = eval_knn.knn_accuracy(bank, labels, bank, labels)
     assert eval_knn.knn_accuracy(bank, labels, bank, labels, chunk=7) == whole
 
@@ -2055,7 +2086,10 @@ def test_eval_knn_errors(trained, tmp_path, monkeypatch):
     for flags, text in ((["--train", str(tmp_path / "plain")], "has no labels"), (["--crop", "15"], "no multiple"),
                         (["--resize", "9"], "leaves no square"),
                         (["--tempreature", "1"], "unknown argument '--tempreature', did you mean --temperature?"),
-                        (["--train", "digits", "--n-per-class", "0"], "must be positive"),
+                        (["--train", "digits", "--n-per-class", "0"], "must be 1 or more, not 0"),
+                        (["--num-workers", "-2"], "--num-workers: must be -1 or more, not -2"),
+                        (["--temperature", "0"], "--temperature: must be positive, not 0"),
+                        (["--ks", "many"], "--ks: invalid integer value: 'many'"),
                         (["--val", "digits:split=TRAIN"], "--val is the same as --train")):
         with pytest.raises(ValueError, match=text):
             eval_knn.main([ckpt, *flags])
@@ -2091,6 +2125,19 @@ def test_eval_knn_mixed_depths_and_bad_files(tmp_path, cache):
     assert len({tuple(row) for row in table[ok].tolist()}) == 2
 
 
+@pytest.mark.parametrize("channels, height, width", [
+    (3, 300, 401), (3, 41, 299), (1, 100, 100), (4, 57, 33), (3, 256, 700), (2, 9, 1000)])
+def test_eval_images_are_resized_and_cropped_as_by_torchvision(channels, height, width):
+    """Official evaluations use torchvision's Resize and CenterCrop; these give the same bits without the import."""
+    generator = torch.Generator().manual_seed(height)
+    image = torch.randint(256, (height, width, channels), generator=generator, dtype=torch.uint8).permute(2, 0, 1)
+    for pixels, short in itertools.product((image, image.contiguous(), image.float() * 257), (8, 37, 256)):
+        ours = support.evaluation.resize_short_side(pixels, short)
+        assert torch.equal(ours, TF.resize(pixels, [short], TF.InterpolationMode.BICUBIC, antialias=True))
+        for crop in (short, short - 1, 5):
+            assert torch.equal(support.evaluation.center_crop(ours, crop, crop), TF.center_crop(ours, [crop, crop]))
+
+
 def test_eval_knn_classes_are_matched_by_name(tmp_path, monkeypatch):
     """The folders of the two sets need not number their classes alike; unreadable images are left out."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -2102,10 +2149,10 @@ def test_eval_knn_classes_are_matched_by_name(tmp_path, monkeypatch):
                 Image.new("RGB", (8, 8), (100 * "abc".index(name),) * 3).save(path)
     (tmp_path / "d/val/b/3.png").write_bytes(b"damaged")
     sources = [support.sources.open_source(s) for s in support.sources.eval_specs(str(tmp_path / "d"))]
-    assert eval_knn.evaluate(FirstPixel(), *sources, 8, 8, CPU, ks=(3,))["top1_k3"] == 100
+    assert eval_knn.evaluate_knn(FirstPixel(), *sources, 8, 8, CPU, ks=(3,))["top1_k3"] == 100
     (tmp_path / "d/val/c").rename(tmp_path / "d/val/z")
     with pytest.raises(ValueError, match="class 'z' that .* does not have"):
-        eval_knn.evaluate(FirstPixel(), sources[0], support.sources.open_source(f"{tmp_path}/d:split=VAL"), 8, 8, CPU)
+        eval_knn.evaluate_knn(FirstPixel(), sources[0], support.sources.open_source(f"{tmp_path}/d:split=VAL"), 8, 8, CPU)
 
 
 def test_eval_linear_golden():
@@ -2135,7 +2182,7 @@ def test_eval_linear_default_protocol():
     vit = types.SimpleNamespace(n_blocks=12, embed_dim=8, state_dict=dict)
     for n, length in ((1_281_167, 1250), (14_000_000, 1250), (60_000, 58), (1437, 50)):
         e = types.SimpleNamespace(args=args, model=vit, train=Numbers(n), device=CPU, model_hash="", crop=8,
-                                  stem=lambda: Path("x"), specs=("a", "b"), resize=8)
+                                  stem=Path("x"), specs=("a", "b"), resize=8)
         assert eval_linear.Probe(e, 10).steps == 10 * length
 
 

@@ -49,7 +49,7 @@ import losses
 from data import (
     MEAN, STD, Batch, Prefetcher, TrainBatches, Unreadable, augment, augment_at_once, check_groups, keep_memory,
     prepare, train_loader)
-from eval_knn import evaluate, knn_accuracy
+from eval_knn import evaluate_knn, knn_accuracy
 from model import ARCHS, FORMAT, DINOHead, build, init_linear, load_backbone, load_strictly
 from support.cli import Parser, nearest
 from support.draw import draw_batch
@@ -725,8 +725,8 @@ class Knn:
         with torch.device("meta"):
             backbone = build(**backbone_arguments(cfg))
         backbone.load_state_dict(weights, assign=True)
-        return evaluate(backbone.eval(), *self.sources, cfg.eval_resize, cfg.eval_crop, self.device,
-                        local_workers(cfg), mean=cfg.mean, std=cfg.std)
+        return evaluate_knn(backbone.eval(), *self.sources, cfg.eval_resize, cfg.eval_crop, self.device,
+                            local_workers(cfg), mean=cfg.mean, std=cfg.std)
 
     def raw_pixels(self) -> dict[str, float] | None:
         """The same vote on the pixels themselves; None for sources that are not in memory."""
