@@ -18,7 +18,6 @@ import os
 import pickle
 import random
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -38,16 +37,13 @@ from PIL import Image
 
 import bench
 import data
-import eval_dense
 import eval_knn
 import eval_linear
 import eval_logreg
-import heads
 import hub
 import losses
 import model
 import train
-import visualize
 import support.draw
 import support.evaluation
 import support.parallel
