@@ -453,9 +453,9 @@ def check_readable(source) -> None:
 
 
 def without_code(spec: str) -> str:
-    """A spec that a checkpoint states, which anyone may have written. Raises ValueError if opening it would run code."""
+    """A spec read from a checkpoint, which anyone may have written. Raises ValueError if opening it would run code."""
     if ".py:" in spec:
-        raise ValueError(f"the checkpoint's images come from a function, {spec}; if you trust it, name it yourself")
+        raise ValueError(f"the checkpoint's images come from a function, {spec}; if you trust it, name it as the data")
     return spec
 
 
