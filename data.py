@@ -89,7 +89,7 @@ def read_sample(source: Source, s: int, seed: int, bad: list, labels=None) -> tu
             try:
                 return i, source.image(i)
             except Exception as error:  # decoders raise anything on damaged files
-                bad.append((source.describe(i), str(error).partition("\n")[0] or type(error).__name__))
+                bad.append((source.describe(i), str(error).partition("\n")[0].expandtabs(1) or repr(error)))
             failures += 1
             if failures == 50:
                 raise Unreadable(f"50 images in a row could not be read, the last {bad[-1][0]}: {bad[-1][1]}")
