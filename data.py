@@ -448,8 +448,7 @@ def augment_at_once(crops: Tensor, ops: Tensor, mean=MEAN, std=STD) -> Tensor:
     x, ops = to_float(crops.permute(0, 3, 1, 2)), ops.to(crops.device, non_blocking=True)
     values = dict(zip((*OPERATIONS, *PLACES), ops[..., None, None, None].unbind(1)))  # each (n, 1, 1, 1)
     for step in steps_of(x.shape[1]):
-        name, _ = step
-        x = torch.where(is_applied(step, values), OPERATIONS[name].apply(x, values[name]), x)
+        x = torch.where(is_applied(step, values), OPERATIONS[step[0]].apply(x, values[step[0]]), x)
     return normalize_(x, mean, std)
 
 
