@@ -18,7 +18,6 @@ import os
 import pickle
 import random
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -38,16 +37,13 @@ from PIL import Image
 
 import bench
 import data
-import eval_dense
 import eval_knn
 import eval_linear
 import eval_logreg
-import heads
 import hub
 import losses
 import model
 import train
-import visualize
 import support.draw
 import support.evaluation
 import support.parallel
@@ -1662,7 +1658,7 @@ def test_resume_from_what_is_whole(trained, tmp_path, capsys):
             assert f"step_000000004 is damaged ({name}" in capsys.readouterr().err or name == "complete", (name, how)
     for save in (out / "resume").iterdir():  # the last is not enough
         (save / "complete").unlink()
-    with pytest.raises(ValueError, match="no save in .* is whole; copy .*, then start anew with --overwrite"):
+    with pytest.raises(ValueError, match="no save in .* is intact; keep .*, and start over with --overwrite"):
         set_up_and_release(*flags, "--out", out)
     shutil.rmtree(out)
     shutil.copytree(whole, out)
@@ -1918,8 +1914,8 @@ def test_errors_of_saves(trained, tmp_path):
                                  "it holds code, posix.system; nothing in it was run"),
                                 (".metadata", dotted, "it holds code, torch.distributed.checkpoint.metadata.os.system"),
                                 (".metadata", pickle.dumps(metadata), "it holds code"),
-                                ("__0_0.distcp", pickle.dumps(Payload()) * 99, "cannot be continued from"),
-                                ("__0_0.distcp", held.getvalue() * 99, "cannot be continued from"),
+                                ("__0_0.distcp", pickle.dumps(Payload()) * 99, "does not fit this run"),
+                                ("__0_0.distcp", held.getvalue() * 99, "does not fit this run"),
                                 ("complete", pickle.dumps(Payload()), "")):
         out = tmp_path / "out"
         shutil.rmtree(out, ignore_errors=True)
@@ -1935,7 +1931,7 @@ def test_errors_of_saves(trained, tmp_path):
         with pytest.raises(ValueError, match=text):
             set_up_and_release(*flags, "--out", out)
         assert metrics(out) == metrics(trained)
-    with pytest.raises(ValueError, match="cannot be continued from"):  # another architecture
+    with pytest.raises(ValueError, match="does not fit this run"):  # another architecture
         shutil.rmtree(out)
         shutil.copytree(trained, out)
         train_main(*flags, "--arch", "vit_micro", "--resume", "--out", out)

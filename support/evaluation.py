@@ -93,10 +93,15 @@ def center_crop(image: Tensor, height: int, width: int) -> Tensor:
 
 
 def collate_images(items: list[tuple[Tensor, bool]]) -> tuple[Tensor, Tensor]:
-    """Items of EvalImages as (n, C, crop, crop) and (n,) bool. 8-bit images in a batch with 16-bit ones are widened."""
-    any_16_bit = any(image.dtype == torch.uint16 for image, _ in items)
-    images = [widen(image) if any_16_bit and image.dtype == torch.uint8 else image for image, _ in items]
-    return torch.stack(images), torch.tensor([ok for _, ok in items])
+    """Items of EvalImages as (n, C, crop, crop) and (n,) bool."""
+    images, ok = zip(*items)
+    return stack_images(images), torch.tensor(ok)
+
+
+def stack_images(images) -> Tensor:
+    """uint8 or uint16 images (C, h, w) of one size as one tensor; a single 16-bit image makes it uint16."""
+    any_16_bit = any(image.dtype == torch.uint16 for image in images)
+    return torch.stack([widen(x) if any_16_bit and x.dtype == torch.uint8 else x for x in images])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
@@ -48,6 +49,7 @@ from tqdm import tqdm
 
 from support.cli import Parser, nearest, run
 from support.images import MAX_BYTES, as_channels, decode, from_array, from_pillow, read_file, short_reason
+from support.parallel import Failed, on_all_ranks, worker_count
 from support.run import write_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
@@ -421,6 +423,32 @@ def eval_specs(spec: str, train: str = "", val: str = "") -> tuple[str, str | No
         return tuple(specs)
     has = [any((Path(name).expanduser() / f).is_dir() for f in SPLIT_FOLDERS[s]) for s in ("TRAIN", "VAL")]
     return tuple(specs) if all(has) else (train or spec, None)
+
+
+def open_on_all_ranks(specs: list[str | None], channels: int) -> list["Source | None"]:
+    """open_source() of each spec, None for None; on rank 0 first, so that the others find its listings. Raises
+    ValueError on all ranks if one of them cannot open them, or if they do not see the same files."""
+    sources = []
+    try:
+        for first in (True, False):
+            mine = specs if first == (dist.get_rank() == 0) else []
+            on_all_ranks(lambda: sources.extend(None if spec is None else open_source(spec, channels) for spec in mine))
+        seen = on_all_ranks(lambda: [(len(s), s.fingerprint) if s is not None else 0 for s in sources])
+    except Failed as error:
+        raise ValueError(str(error)) from None
+    if any(other != seen[0] for other in seen):
+        raise ValueError(f"the machines see different files in {specs}; give all of them the same copy")
+    return sources
+
+
+def check_readable(source) -> None:
+    """Raises ValueError if none of ten images can be read."""
+    for i in range(0, len(source), max(len(source) // 10, 1)):
+        try:
+            return source.image(i)
+        except Exception as error:  # decoders raise all sorts on damaged files
+            reason = short_reason(error)
+    raise ValueError(f"no readable image in {source.name}; the last of those tried says: {reason}")
 
 
 def without_code(spec: str) -> str:
@@ -899,7 +927,6 @@ def ignore_interrupt(worker: int) -> None:
 
 def read_all(source: Source, indices, num_workers: int):
     """The items of PixelSums, with a progress bar."""
-    from support.parallel import worker_count  # imports much of torch.distributed
 
     loader = torch.utils.data.DataLoader(PixelSums(source, indices), batch_size=None, worker_init_fn=ignore_interrupt,
                                          num_workers=worker_count(num_workers))
