@@ -126,10 +126,9 @@ class InMemory(Source):
     """A set that fits in memory: `pixels` uint8 (n, H, W) or (n, H, W, 3), enlarged to `side` if given."""
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray, name: str, side: int | None = None, classes=None):
-        self.labels, self.name, self.classes = labels.astype(np.int64), name, classes
-        self.fingerprint = zlib.crc32(pixels)
-        images = torch.from_numpy(pixels)
-        self.images = images.permute(0, 3, 1, 2) if pixels.ndim == 4 else images[:, None]
+        self.pixels, self.labels, self.name = torch.from_numpy(pixels), labels.astype(np.int64), name
+        self.classes, self.fingerprint = classes, zlib.crc32(pixels)
+        self.images = self.pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else self.pixels[:, None]
         if side:
             self.images = F.interpolate(self.images, (side, side), mode="bicubic", antialias=True)
 
