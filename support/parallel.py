@@ -1,8 +1,4 @@
-"""Device, processes, sharding, activation checkpointing; and the few things that processes tell each other.
-
-A training always has a process group, of one process without torchrun, so that there is a single code path. Evaluations
-have one only under torchrun. Apache License 2.0.
-"""
+"""Device, processes, sharding, activation checkpointing. Apache License 2.0."""
 import importlib.util
 import os
 import sys
@@ -17,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-# torch.distributed's fsdp, tensor and checkpoint take a second to import, so the functions that need them do: a
-# mistyped flag is answered before.
+# torch.distributed.fsdp, .tensor and .checkpoint take a second to import, so the functions that need them do: a
+# mistyped flag is answered at once.
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -26,8 +22,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 
 def pick_device(name: str) -> torch.device:
-    """`name` is auto, cpu, cuda, cuda:N or mps; auto means CUDA if there is a GPU, else the CPU. Under torchrun each
-    process gets the GPU of its local rank. Raises ValueError if there is no such device."""
+    """`name` is auto (a GPU if there is one), cpu, cuda, cuda:N or mps; under torchrun each process gets the GPU of its
+    local rank. Raises ValueError if there is no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -86,14 +82,16 @@ TIMEOUT = timedelta(hours=2)  # of every collective: rank 0 may list a large fol
 
 
 def start_processes(device: torch.device, sharding: str = "zero2") -> DeviceMesh:
-    """Joins the process group of torchrun, or makes a group of one. Returns the mesh for --sharding, see make_mesh()."""
+    """Joins torchrun's process group, or makes a group of one: the same code from here on. Returns make_mesh()'s mesh.
+    """
     # The backbone returns views of one tensor; nothing here changes them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
     alone = {} if "WORLD_SIZE" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None, **alone)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None,
+                            **alone)
     return make_mesh(device.type, sharding)
 
 
@@ -142,7 +140,7 @@ def on_all_ranks(work, group=None) -> list:
 def root_cause(error: BaseException) -> str:
     """What the operating system said, in one line, if it is to blame: PyTorch wraps "No space left on device" in errors
     of its own. Otherwise the first line of the error."""
-    from torch.distributed.checkpoint.api import CheckpointException  # slow to import
+    from torch.distributed.checkpoint.api import CheckpointException
 
     while isinstance(error, CheckpointException) and error.failures:  # {rank: (error, traceback)}
         error = next(iter(error.failures.values()))[0]
@@ -196,7 +194,7 @@ def make_mesh(device_type: str, sharding: str) -> DeviceMesh:
     if sharding == "hsdp":
         machines = on_all_ranks(lambda: (here, rank - int(os.environ.get("LOCAL_RANK", 0))))  # (size, first rank)
         if any(size != here or first % here for size, first in machines):
-            raise ValueError("--sharding hsdp wants as many processes on each machine, numbered machine by machine, but "
+            raise ValueError("--sharding hsdp wants as many processes on each machine, numbered machine by machine; "
                              f"there are {' '.join(str(size) for size, _ in machines)} beside the {n} processes; give "
                              "torchrun one --nproc-per-node, or take --sharding zero2")
     n_shards = dict(ddp=1, hsdp=here).get(sharding, n)
@@ -221,7 +219,7 @@ def shard(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype, checkpoi
     """
     backbone, blocks = network["backbone"], network["backbone"].block_list()
     if compile_blocks:  # blocks with different rates of stochastic depth have different graphs
-        config = importlib.import_module("torch._dynamo").config  # slow to import
+        config = importlib.import_module("torch._dynamo").config
         config.recompile_limit = max(config.recompile_limit, 8 + 2 * len(blocks))
     for block in blocks:
         if checkpointing != "none":
@@ -238,7 +236,7 @@ def shard(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype, checkpoi
 
 
 def apply_fsdp(modules: list[nn.Module], mesh: DeviceMesh, dtype: torch.dtype, reshard_after_forward: bool) -> None:
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in modules:
@@ -262,14 +260,14 @@ def prefetch(backbone: nn.Module, blocks: list[nn.Module], heads: list[nn.Module
 
 def local_shards(tensors) -> list[Tensor]:
     """This process's shard of each tensor, sharing its memory; the tensor itself if it is not sharded."""
-    from torch.distributed.tensor import DTensor  # slow to import
+    from torch.distributed.tensor import DTensor
 
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
 def n_replicas(module: nn.Module) -> int:
     """How many replicas of a module's weights the processes hold between them."""
-    from torch.distributed.tensor import DTensor  # slow to import
+    from torch.distributed.tensor import DTensor
 
     p = next(module.parameters())
     return p.device_mesh.size(0) if isinstance(p, DTensor) and p.device_mesh.ndim == 2 else 1
@@ -278,7 +276,7 @@ def n_replicas(module: nn.Module) -> int:
 def all_reduce_in_backward(student: nn.ModuleDict, wanted: bool) -> None:
     """Whether the next backward pass sums the gradients over the replicas of the weights. With gradient accumulation
     only the last one of a step does, for all."""
-    from torch.distributed.fsdp import FSDPModule  # slow to import
+    from torch.distributed.fsdp import FSDPModule
 
     for module in student.values():
         if isinstance(module, FSDPModule):
