@@ -148,7 +148,7 @@ def root_cause(error: BaseException) -> str:
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror + (f": {cause.filename}" if cause.filename else "")
-        cause = cause.__cause__ or cause.__context__
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
@@ -271,6 +271,19 @@ def n_replicas(module: nn.Module) -> int:
 
     p = next(module.parameters())
     return p.device_mesh.size(0) if isinstance(p, DTensor) and p.device_mesh.ndim == 2 else 1
+
+
+def full_weights(module: nn.Module, cpu_offload: bool = False) -> dict[str, Tensor]:
+    """The unsharded weights of a module. Call it on all ranks; with `cpu_offload` only rank 0 gets them, on the CPU."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # slow to import
+
+    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    from torch.distributed.tensor import DTensor  # slow to import
+
+    return isinstance(tensor, DTensor)
 
 
 def all_reduce_in_backward(student: nn.ModuleDict, wanted: bool) -> None:

@@ -316,6 +316,103 @@ def check_metadata(path: Path) -> None:
             raise pickle.UnpicklingError(f"its entry {name} is no tensor; nothing in it was run")
 
 
+def networks_of(state) -> dict[str, dict[str, Tensor]]:
+    """{part: {name: tensor}} of all that a run needs to continue, but for the optimizers' state. No copies."""
+    return dict(student=dict(state.student.named_parameters()), teacher=dict(state.teacher.named_parameters()),
+                centers=state.centers)
+
+
+def optimizer_state_of(state) -> dict[str, dict]:
+    """{parameter: its state}, for the parameters that have had a gradient."""
+    states = [optimizer.state for optimizer in state.optimizers]
+    return {name: entries[p] for name, p in state.student.named_parameters() for entries in states if p in entries}
+
+
+def optimizer_tensors_of(state) -> dict[str, dict[str, Tensor]]:
+    """{entry of the state, such as exp_avg: {parameter: tensor}}. Numbers become tensors; None is left out."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name, entries in optimizer_state_of(state).items():
+        for key, value in entries.items():
+            if value is not None:
+                value = value if torch.is_tensor(value) else torch.tensor(value, dtype=torch.float64)
+                tensors.setdefault(key, {})[name] = value
+    return tensors
+
+
+def tensors_of(state) -> dict[str, dict[str, Tensor]]:
+    """{part: {name: tensor}} of the networks, centers and optimizers of a run, no copies: what a save holds. Nothing
+    but tensors is saved, so nothing else need be read."""
+    return networks_of(state) | optimizer_tensors_of(state)
+
+
+def create_optimizer_state(state) -> None:
+    """Has each optimizer create its own state for all parameters, in a step with zero gradients and lr 0."""
+    for optimizer in state.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def load_save(state, save: Path) -> None:
+    """Fills networks, centers and optimizers from a save. Raises ValueError if other optimizers wrote it."""
+    import torch.distributed.checkpoint as dcp  # slow to import
+
+    create_optimizer_state(state)
+    tensors = networks_of(state)
+    saved = dcp.FileSystemReader(save).read_metadata().state_dict_metadata.keys()
+    saved = {name for name in saved if name.partition(".")[0] not in tensors}
+    created = [(key, name, t) for key, named in optimizer_tensors_of(state).items() for name, t in named.items()]
+    with_state = {name for key, name, _ in created if f"{key}.{name}" in saved}
+    created = {f"{key}.{name}": (key, name, t) for key, name, t in created if name in with_state}
+    if saved != created.keys():
+        raise ValueError(f"another optimizer wrote it: {min(saved ^ created.keys())}")
+    for key, name, tensor in created.values():
+        tensors.setdefault(key, {})[name] = tensor
+    dcp.load(tensors, checkpoint_id=str(save))
+    for name, entries in optimizer_state_of(state).items():
+        entries.update({key: type(value)(tensors[key][name].item()) for key, value in entries.items()
+                        if isinstance(value, (int, float)) and name in with_state})
+    for optimizer in state.optimizers:  # a parameter that had no gradient yet starts without state
+        for name, p in state.student.named_parameters():
+            if name not in with_state:
+                optimizer.state.pop(p, None)
+
+
+def load_newest(state, folder: Path) -> tuple[dict, list[str]]:
+    """Loads the newest intact save in `folder`, written by any number of processes. Returns the content of its file
+    `complete`, or {} if there is no save, and the names of newer saves that are damaged. Raises ValueError if all are
+    damaged, or if it does not fit or holds anything but tensors."""
+    names = [sorted((path.name for path in folder.glob("step_*")), reverse=True)]
+    dist.broadcast_object_list(names)  # one process looks: a slow network file system could give two answers
+    damaged = []
+    for name in names[0]:
+        try:
+            complete = verify(folder / name)
+        except Failed as error:
+            raise ValueError(f"{folder / name} cannot be read ({error}); try again") from None
+        if isinstance(complete, str):
+            damaged.append(name)
+            if dist.get_rank() == 0:
+                print(f"note: {folder / name} is damaged ({complete}) and skipped", file=sys.stderr, flush=True)
+            continue
+        try:
+            check_metadata(folder / name / ".metadata")
+            load_save(state, folder / name)
+        except BaseException as error:  # PyTorch's CheckpointException is no Exception
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            raise ValueError(f"{folder / name} is intact but does not fit this run ({root_cause(error)}); if settings "
+                             f"have changed, go back to those in {folder.parent}/config.json") from None
+        return complete, damaged
+    if damaged:
+        raise ValueError(f"no save in {folder} is intact; keep {folder.parent}/ckpt.pth, the teacher, if you want it, "
+                         "and start over with --overwrite")
+    return {}, []
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing saves, while training goes on
 
@@ -402,7 +499,7 @@ class Saver:
 
         if self.mesh is None:
             return {}
-        state = self.state.tensors()
+        state = tensors_of(self.state)
         if [[*named] for named in self.copies.values()] != [[*named] for named in state.values()]:
             # the first save; or an optimizer has created its state since the last one
             self.copies = {part: {k: empty_copy(t.detach()) for k, t in named.items()} for part, named in state.items()}
@@ -607,10 +704,17 @@ class Log:
     def knn(self, step: int, key: str = "knn") -> dict | None:
         return next((r[key] for r in self.records if r["step"] == step and key in r), None)
 
-    def step(self, step: int, now: dict[str, float], means: dict[str, float], images_per_s: float,
-             data_wait: float) -> None:
+    def start_clock(self, done: int, waited: float) -> None:
+        """From here on speed is measured: after `done` steps, with `waited` seconds spent waiting for images so far."""
+        self.since = time.perf_counter(), done, waited
+
+    def step(self, step: int, now: dict[str, float], means: dict[str, float], batch_size: int, waited: float) -> None:
         """Writes a line: `now` holds the scheduled values, `means` the losses, averaged over processes, and gradient
-        norms; `data_wait` is the share of the time since the last line spent waiting for images."""
+        norms. images_per_s, and data_wait, the share of the time spent waiting for images, count since start_clock().
+        """
+        began, done, waited_before = self.since
+        seconds = time.perf_counter() - began
+        images_per_s, data_wait = batch_size * (step + 1 - done) / seconds, (waited - waited_before) / seconds
         loss = sum(v for k, v in means.items() if not k.startswith("grad_norm"))
         self.write(dict(step=step, loss=loss, **means, **now, images_per_s=images_per_s, data_wait=data_wait,
                         bad_samples=self.counters["bad_samples"], skipped_steps=self.counters["skipped_steps"]))
@@ -698,6 +802,14 @@ class NonFinite:
             with contextlib.suppress(OSError):
                 folder.mkdir(exist_ok=True)
                 write_json(folder / f"step_{step:09d}.json", dict(step=step, processes=processes))
+
+
+def weights_sha256(ckpt: Path) -> str:
+    """SHA-256 of the teacher's weights in a checkpoint."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(torch.load(ckpt, map_location="cpu", weights_only=True)["teacher"].items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 class TooManyBad(Exception):
