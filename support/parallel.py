@@ -13,9 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-# torch.distributed.fsdp, .tensor and .checkpoint take a second to import, so the functions that need them do: a
-# mistyped flag is answered at once.
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Device
@@ -140,7 +137,7 @@ def on_all_ranks(work, group=None) -> list:
 def root_cause(error: BaseException) -> str:
     """What the operating system said, in one line, if it is to blame: PyTorch wraps "No space left on device" in errors
     of its own. Otherwise the first line of the error."""
-    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.api import CheckpointException  # slow to import
 
     while isinstance(error, CheckpointException) and error.failures:  # {rank: (error, traceback)}
         error = next(iter(error.failures.values()))[0]
@@ -219,7 +216,7 @@ def shard(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype, checkpoi
     """
     backbone, blocks = network["backbone"], network["backbone"].block_list()
     if compile_blocks:  # blocks with different rates of stochastic depth have different graphs
-        config = importlib.import_module("torch._dynamo").config
+        config = importlib.import_module("torch._dynamo").config  # slow to import
         config.recompile_limit = max(config.recompile_limit, 8 + 2 * len(blocks))
     for block in blocks:
         if checkpointing != "none":
@@ -236,7 +233,7 @@ def shard(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype, checkpoi
 
 
 def apply_fsdp(modules: list[nn.Module], mesh: DeviceMesh, dtype: torch.dtype, reshard_after_forward: bool) -> None:
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import
 
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in modules:
@@ -260,14 +257,14 @@ def prefetch(backbone: nn.Module, blocks: list[nn.Module], heads: list[nn.Module
 
 def local_shards(tensors) -> list[Tensor]:
     """This process's shard of each tensor, sharing its memory; the tensor itself if it is not sharded."""
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor  # slow to import
 
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
 def n_replicas(module: nn.Module) -> int:
     """How many replicas of a module's weights the processes hold between them."""
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor  # slow to import
 
     p = next(module.parameters())
     return p.device_mesh.size(0) if isinstance(p, DTensor) and p.device_mesh.ndim == 2 else 1
@@ -289,7 +286,7 @@ def is_sharded(tensor: Tensor) -> bool:
 def all_reduce_in_backward(student: nn.ModuleDict, wanted: bool) -> None:
     """Whether the next backward pass sums the gradients over the replicas of the weights. With gradient accumulation
     only the last one of a step does, for all."""
-    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp import FSDPModule  # slow to import
 
     for module in student.values():
         if isinstance(module, FSDPModule):

@@ -35,8 +35,6 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# torch.distributed.tensor and .checkpoint are slow to import, so the functions that need them do.
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
@@ -307,7 +305,7 @@ class MetadataOnly(pickle.Unpickler):
 def check_metadata(path: Path) -> None:
     """To be called before PyTorch's own reader, which would run code in the pickle, or in any entry that is no tensor.
     Raises UnpicklingError if there is any."""
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata  # slow to import
 
     with open(path, "rb") as file:
         metadata = MetadataOnly(file).load()
@@ -489,7 +487,7 @@ class Saver:
 
     def copy_to_host(self) -> dict[str, dict[str, Tensor]]:
         """The state as it is now, in the same (pinned) host memory each time; nothing except on the first replica."""
-        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor import DTensor  # slow to import
 
         def empty_copy(tensor: Tensor) -> Tensor:
             local = local_shards([tensor])[0]
