@@ -268,7 +268,7 @@ def test_nonfinite_steps_are_skipped_on_all_processes(tmp_path):
 
 
 def test_saves_follow_an_optimizer_that_starts_late(tmp_path, monkeypatch):
-    """If the first step is skipped, the save after it has no optimizer state, and the next one has; either continues."""
+    """If the first step is skipped, the save after it has no optimizer state, the next one has; both continue."""
     monkeypatch.setattr(train, "step_losses", train.step_losses)  # for poison()
     flags = [*TINY, "--steps", 3, "--save-every", 1, "--keep", 9]
     poison({0})
@@ -373,6 +373,19 @@ def test_lock_of_another_machine_and_without_locks(tmp_path, monkeypatch, capsys
         support.run.OutputLock(tmp_path / "out").release()
         assert capsys.readouterr().err.count("note: --out cannot be locked here (") == 1
     (tmp_path / "file").write_text("")
+    monkeypatch.undo()
+    mine = support.run.OutputLock(tmp_path / "out")
+    os.rename(tmp_path / "out", tmp_path / "gone")
+    mine.check()  # nobody else has come: it is locked again
+    with pytest.raises(ValueError, match="in use by process"):
+        support.run.OutputLock(tmp_path / "out")
+    os.rename(tmp_path / "out", tmp_path / "gone too")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/config.json").write_text("another run's, which has ended")
+    for _ in range(2):
+        with pytest.raises(OSError, match="another run has taken over"):
+            mine.check()
+        assert mine.lost and not (tmp_path / "out/lock").exists()
     with pytest.raises(ValueError, match="file/out cannot be written \\(Not a directory.*; choose another folder"):
         support.run.OutputLock(tmp_path / "file/out")
 
