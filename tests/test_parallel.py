@@ -63,7 +63,7 @@ def test_shard_modes_equal_one_process_and_continue_each_other(chain, tmp_path):
         text = Launched(tmp_path / "log", train.main, *flags, "--sharding", mode, world=world, before=before).wait()
     starts = itertools.accumulate((stop for _, _, stop in chain[:-1]), initial=0)
     expected = [(str(start), str(world)) for start, (_, world, _) in zip(starts, chain)]
-    assert re.findall(r"step (\d+) of 8, batch 16 on (\d)", text) == expected
+    assert re.findall(r"step (\d+) of 8, batch 16 = \d+ on (\d)", text) == expected
     alone.wait()
     for one, many in zip(metrics(tmp_path / "one"), metrics(tmp_path / "many"), strict=True):
         assert one["grad_norm/backbone"] > 0.3 and one == pytest.approx(many, rel=1e-3, abs=1e-6)

@@ -103,7 +103,7 @@ def test_resume_after_signals(name, world, straight, tmp_path):
     os.kill(int(children(job.processes[0])[0]), getattr(signal, name))
     job.signal(getattr(signal, name), rank=world - 1)
     text = job.wait()
-    done = int(re.search(rf"{name if world == 1 else ''}.* after step (\d+) of 14: all is saved", text)[1])
+    done = int(re.search(rf"{name if world == 1 else ''}.* after step (\d+) of 14: everything is saved", text)[1])
     assert 4 < done < 14 and (out / f"resume/step_{done:09}/complete").exists() and not (out / "lock").exists()
     command = text[text.index("To continue:") :].splitlines()[1].strip()
     assert command.startswith("python" if world == 1 else "torchrun --standalone --nproc-per-node 2 ")
@@ -489,7 +489,7 @@ FOUR = (*TINY, "--batch-size", 16, "--steps", 24, "--save-every", 5, "--keep", 1
 def check_agents(tmp_path: Path, n_starts: int, one: Launched, steps: int = 24, n: int = 4) -> None:
     """All steps are there, as `one` process does them, after so many starts of n processes."""
     out, log = tmp_path / "out", (tmp_path / "log").read_text()
-    starts = [int(s) for s in re.findall(rf"step (\d+) of {steps}, batch 16 on {n}", log)]
+    starts = [int(s) for s in re.findall(rf"step (\d+) of {steps}, batch 16 = \d+ on {n}", log)]
     assert starts[0] == 0 and starts[1] >= 5 and len(starts) == n_starts, starts
     assert [r["step"] for r in metrics(out)] == list(range(steps))
     one.wait()
@@ -521,7 +521,7 @@ def four_agents(tmp_path: Path, machine_too: bool, endpoint: str = "", machines=
         wait_for((tmp_path / "out/resume/step_000000005/complete").exists, 100)
         os.kill(int(children(agents[3])[0]), signal.SIGKILL)
         if machine_too:
-            wait_for(lambda: log.read_text().count("24, batch 16 on 4") == 2)
+            wait_for(lambda: len(re.findall(r"24, batch 16 = \d+ on 4", log.read_text())) == 2)
             kill_machine(agents[3])
             for a in agents[:3]:
                 a.terminate()
@@ -590,8 +590,8 @@ def test_slurm_script_of_the_docs(torchrun, tmp_path):
         assert interrupt or code == 0, texts[-1]
         assert (tmp_path / "requeued").read_text() == "requeue 7\n", texts[-1]
     if real:
-        assert "all is saved" in texts[0] and "done; the teacher is in" in texts[1], texts[0]
-        assert "of 60, batch 8 on 1 x cpu" in texts[1] and "step 0 of 60" not in texts[1]
+        assert "everything is saved" in texts[0] and "done; the teacher is in" in texts[1], texts[0]
+        assert "of 60, batch 8 = 8 on 1 x cpu" in texts[1] and "step 0 of 60" not in texts[1]
         assert [r["step"] for r in metrics(out)] == list(range(60))
     else:
         commands = (tmp_path / "commands").read_text().splitlines()
