@@ -212,8 +212,9 @@ def bench_save(args, device: torch.device) -> list[dict]:
         mesh, lock = support.parallel.start_processes(device), support.run.OutputLock(Path(cfg.out))
         state, batches = train.TrainState(cfg, mesh, device), train.training_batches(cfg, source, 0, 1)
         log = support.run.Log(Path(cfg.out) / "metrics.jsonl", 0, 0, {})
-        saver = support.run.Saver(cfg, preset, state, lock, 0, [], lambda text: None)
-        guard, agreement = support.run.NonFinite(cfg, log, batches, saver), support.parallel.Agreement()
+        make_checkpoint = partial(train.teacher_checkpoint, state.teacher, cfg, preset)
+        saver = support.run.Saver(cfg, state, make_checkpoint, lock, 0, [], lambda text: None)
+        guard, flags = support.run.NonFinite(cfg, log, batches, saver), support.parallel.SharedFlags()
         batch, now = [data.prepare(batches[0], device, cfg.mean, cfg.std)], dict(
             lr=0.0, last_layer_lr=0.0, weight_decay=0.0, momentum=1.0, teacher_temp=cfg.teacher_temp)
 
@@ -226,7 +227,7 @@ def bench_save(args, device: torch.device) -> list[dict]:
                 torch.cuda.synchronize()
             middle = time.perf_counter()
             guard.watch(0, finite, metrics)
-            agreement.tell(False, saver.due(), bool(saver.hopeless()))
+            flags.share(False, saver.due(), bool(saver.hopeless()))
             return middle - begin, time.perf_counter() - middle
 
         bare, guards, stalls, extra, written = [], [], [], [], []
@@ -250,7 +251,7 @@ def bench_save(args, device: torch.device) -> list[dict]:
     percent = lambda ms: 100 * ms / (500 * step_ms)  # noqa: E731
     return [dict([("part", name), ("ms", ms), ("% of 500 steps", share)]) for name, ms, share in (
         (f"a step of {preset}, batch {cfg.batch_size}", step_ms, 0.2),
-        ("guards after a step: signals, non-finite numbers, agreement", guard_ms, percent(500 * guard_ms)),
+        ("guards after a step: signals, non-finite numbers, shared flags", guard_ms, percent(500 * guard_ms)),
         ("a save: training waits for copies", stall_ms, percent(stall_ms)),
         ("a save: the steps beside its writing take longer by", extra_ms, percent(max(extra_ms, 0.0))),
         ("all, at --save-every 500", 500 * guard_ms + stall_ms + max(extra_ms, 0.0),
@@ -429,7 +430,7 @@ def memory(cfg: train.Config, mode: str, gpus: int, images: int, way: str, half:
     are not (--gradient-accumulation-steps adds 4 bytes per parameter and sharer). `half`: bfloat16, else float32."""
     parts, n_shards = pieces(cfg), dict(ddp=1, hsdp=min(gpus, MACHINE)).get(mode, gpus)
     blocks, rest, heads = (sum(counts) for counts in parts.values())
-    gathered = (blocks if mode != "zero3" else (1 + support.parallel.AHEAD) * max(parts["blocks"])) + rest
+    gathered = (blocks if mode != "zero3" else (1 + support.parallel.PREFETCHED_BLOCKS) * max(parts["blocks"])) + rest
     alone = gpus == 1 and not half  # then nothing is gathered
     return dict(
         state=16 * (blocks + rest + heads) / n_shards,  # student, two moments, teacher: float32
@@ -866,7 +867,7 @@ def bench_train(args, device: torch.device) -> list[dict]:
         training = Training(cfg, support.sources.open_source(cfg.data, cfg.in_chans), device)
         took = [training.timed() for _ in range(3)][-1]  # for the caches and the compiler
         compiled, dtype = n_graphs(counters), train.compute_dtype(cfg, device)
-        calls = max(support.parallel.together(lambda: max(1, min(4, math.ceil(0.5 / took)))))
+        calls = max(support.parallel.on_all_ranks(lambda: max(1, min(4, math.ceil(0.5 / took)))))
         seconds, rates, parts = [], [], []
         for _ in tqdm(range(args.repeats), disable=None, desc="measuring", leave=False):
             rates.append(matrix_rate(dtype, device))

@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import re
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +20,7 @@ from support.cli import DTYPES, Parser, run, run_subcommand
 from support.evaluation import check_finite
 from support.images import FITS, FittedImages
 from support.parallel import pick_device, worker_count
-from support.run import write_file
+from support.run import replacing, write_file
 from support.sources import image_paths
 
 
@@ -144,16 +143,13 @@ def write_transformers(model: DinoVisionTransformer, folder: Path, rules: dict) 
         raise ValueError(f"{folder} exists; name a new folder")
     configs = {"config.json": transformers_config(model),
                "preprocessor_config.json": image_config(**rules)}
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
-        save_weights(as_transformers(model.state_dict()), partial / "model.safetensors")
-        for name, config in configs.items():
-            write_file(partial / name, lambda file, text=json.dumps(config, indent=1): file.write(text.encode()))
-        partial.rename(folder)
+        with replacing(folder) as partial:
+            save_weights(as_transformers(model.state_dict()), partial / "model.safetensors")
+            for name, config in configs.items():
+                write_file(partial / name, lambda file, text=json.dumps(config, indent=1): file.write(text.encode()))
     except OSError as error:
         raise ValueError(f"{folder} could not be written ({error.strerror})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ import os
 import pickle
 import random
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -39,16 +38,13 @@ from PIL import Image
 
 import bench
 import data
-import eval_dense
 import eval_knn
 import eval_linear
 import eval_logreg
-import heads
 import hub
 import losses
 import model
 import train
-import visualize
 import support.draw
 import support.evaluation
 import support.parallel
@@ -95,69 +91,6 @@ def test_contract_style():
             kinds = {type(n) for n in ast.parse(text).body}
             assert not kinds & {ast.For, ast.While, ast.With, ast.Try}, path
             assert len(re.findall(r"torch\.load\(", text)) <= text.count("weights_only=True"), path
-
-
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"```sh\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split(" #")[0].strip() for line in lines if ".py" in line and "pytest" not in line]
-
-
-def test_readme_commands_parse():
-    """Every training and evaluation command of the README names existing presets and flags."""
-    commands = readme_commands()
-    assert sum("train.py" in c for c in commands) >= 5 and all(
-        any(f"eval_{name}.py" in c for c in commands) for name in ("knn", "linear", "logreg", "dense"))
-    for command in commands:
-        script, *argv = shlex.split(command[re.search(r"\w+\.py", command).start() :])
-        if script == "train.py" and "--help" not in argv:
-            train.check(train.parse(argv)[0], 1)
-        if script.startswith("eval_"):
-            programs = dict(eval_knn=eval_knn, eval_linear=eval_linear, eval_logreg=eval_logreg, eval_dense=eval_dense)
-            programs[script[:-3]].parse(argv)
-        if script == "bench.py":
-            bench.parse(argv)
-        if script == "data.py" and "/data/" not in command:
-            argv += ["--num-workers", "0", "--images", "9"]
-            support.sources.main(argv) if argv[0] == "stats" else pytest.raises(SystemExit, support.sources.main, argv)
-
-
-def test_readme_hub_and_picture_commands_run(trained, tmp_path, monkeypatch, cache):
-    """All that need neither a download nor an optional package that is absent, literally, in a folder with a run in
-    out/, two photographs, and dense heads."""
-    shutil.copytree(trained, tmp_path / "out")
-    shutil.copytree(trained, tmp_path / "out_photos")
-    for name, head in (("depth_linear4", heads.LinearDepthHead(64)), ("seg_linear", heads.SegmentationHead(64, 5))):
-        about = dict(dim=64, dataset="", depth_range=(0.001, 10), classes=list("abcde"), recipe=(32, 99, 32, 16))
-        torch.save(dict(state_dict=head.state_dict(), about=about), tmp_path / f"out_photos/ckpt.{name}_head.pth")
-    write_images(tmp_path / "photos", ["china.png", "flower.png"], size=(32, 40))
-    monkeypatch.chdir(tmp_path)
-    written = {"curves.png", "visualize-neighbors.png", "pca.png", "visualize-similarity.png", "features.npz",
-               "visualize-depth.png", "segment.png", "out_hf/config.json", "out/vit.pt2"}
-    for command in readme_commands():
-        argv = shlex.split(command.replace("/my/photos", "photos").replace("320,250", "30,20"))[1:]
-        if argv[0] not in ("hub.py", "visualize.py") or "--help" in argv or "dinov2" in command:
-            continue
-        if "hf" in argv and importlib.util.find_spec("safetensors") is None:
-            written.remove("out_hf/config.json")
-            continue
-        dict(hub=hub, visualize=visualize)[argv[0][:-3]].main(argv[1:])
-    assert all((tmp_path / name).stat().st_size > 100 for name in written)
-
-
-def test_readme_snippet_runs(trained):
-    snippet = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)[1]
-    names = {}
-    exec(snippet.replace("out/ckpt.pth", str(trained / "ckpt.pth")), names)
-    assert names["cls"].shape == (2, 64) and [m.shape for m in names["maps"]] == [(2, 64, 4, 4)] * 2
-
-
-def test_readme_line_counts():
-    """The file map of the README states the line counts, rounded to tens."""
-    text = (HERE / "README.md").read_text()
-    for name in MODULES:
-        stated = int(re.search(rf"`{name}\.py` \| (\d+)", text)[1])
-        assert abs(stated - len((HERE / f"{name}.py").read_text().splitlines())) <= 10, name
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -648,7 +581,7 @@ def test_data_parts_and_processes_share_images_masks_and_dropped_rows():
         assert torch.equal(ours.masks.unflatten(0, (2, 6)), whole.masks.unflatten(0, (2, 24))[:, first : first + 6])
     assert all(sorted(o.flatten().tolist()) == list(range(48)) for o in whole.global_orders)  # permutations, by group
     assert not torch.equal(whole.global_orders[0], whole.global_orders[1])
-    with pytest.raises(ValueError, match=r"for 2 process\(es\) in 3 parts each; make it a multiple of 18"):
+    with pytest.raises(ValueError, match=r"2 process\(es\) and 3 gradient accumulation step\(s\): .* multiple of 18"):
         digit_batches(batch_size=24, group_size=3, n_ranks=2, gradient_accumulation_steps=3)
 
 
@@ -721,11 +654,20 @@ def test_data_color_operations_equal_torchvision():
         assert_close(ours(x, values), expected, 1 / 255, ours.__name__)
 
 
+def color_ops(*draws: dict[str, float]) -> torch.Tensor:
+    """Batch.global_ops of crops for which draw_ops() returned this."""
+    return torch.tensor([[*draw.values()] for draw in draws])
+
+
+NEUTRAL = {name: operation.neutral for name, operation in data.OPERATIONS.items()} | dict(
+    first=0, second=1, third=3, fourth=2)
+
+
 @pytest.mark.parametrize("augment", [data.augment_by_groups, data.augment_at_once])
 def test_data_augment_applies_each_operation_to_its_rows(augment):
-    identity = [1.0, 1, 1, 0, 0, 1, 3, 2, 0, 0, 0, 0]
-    changed = {0: 1.4, 1: 0.6, 2: 1.2, 3: 0.1, 8: 1, 9: 1.5, 10: 1, 11: 1}
-    ops = torch.tensor([identity] + [[v if i == j else identity[i] for i in range(12)] for j, v in changed.items()])
+    changed = dict(brightness=1.4, contrast=0.6, saturation=1.2, hue=0.1, gray=1, blur=1.5, solarize=1, flip=1)
+    assert changed.keys() == data.OPERATIONS.keys()
+    ops = color_ops(NEUTRAL, *(NEUTRAL | {name: value} for name, value in changed.items()))
     crop = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 16, 16), dtype=np.uint8))
     out = augment(crop.permute(1, 2, 0).expand(9, -1, -1, -1), ops)
     assert_close(out[0], data.normalize(crop[None] / 255)[0], 1e-5)
@@ -737,20 +679,76 @@ def test_data_augment_applies_each_operation_to_its_rows(augment):
     assert_close(solarized, torch.where(crop < 128, crop, 255 - crop) / 255, 1e-5)
 
 
+def posterize(x: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    return (x * levels).floor() / levels
+
+
+def test_data_new_operation_is_a_function_and_an_entry(monkeypatch):
+    """Both paths apply it, last, with a value per image, and draw nothing else differently."""
+    rng, crops = random.Random(0), torch.randint(0, 256, (60, 24, 24, 3), dtype=torch.uint8)
+    draws = [data.draw_ops(rng, 1) for _ in range(60)]
+    before = data.augment_by_groups(crops, color_ops(*draws), (0, 0, 0), (1, 1, 1))
+    monkeypatch.setitem(data.OPERATIONS, "posterize", data.Operation(posterize))
+    rng = random.Random(0)
+    again = [data.draw_ops(rng, 1) for _ in range(60)]
+    assert [{**ops, "posterize": 0.0} for ops in draws] == again and [*again[0]][8] == "posterize"
+    ops = color_ops(*again)
+    assert torch.equal(data.augment_by_groups(crops, ops, (0, 0, 0), (1, 1, 1)), before)
+    ops[::2, 8] = torch.arange(2.0, 32.0)
+    expected = before.clone()
+    expected[::2] = posterize(before[::2], torch.arange(2.0, 32.0)[:, None, None, None])
+    compiled = torch.compile(data.augment_at_once, backend="aot_eager", fullgraph=True, dynamic=False)
+    for augment in (data.augment_by_groups, data.augment_at_once, compiled):
+        assert_close(augment(crops, ops, (0, 0, 0), (1, 1, 1)), expected, 1e-6)
+
+
 def test_data_color_probabilities():
     """The rates of the official code as it runs: blur 0, 0.9, 0.5; solarize 0.2 in the second global crop alone; the
     paper's blur by an argument."""
-    draws = [np.array([data.draw_ops(random.Random(f"{kind}/{i}"), kind) for i in range(3000)]) for kind in range(3)]
-    for kind, ops in enumerate(draws):
-        rates = [(ops[:, 0] != 1).mean(), *(ops[:, 8:] > 0).mean(0)]
+    for kind in range(3):
+        draws = [data.draw_ops(random.Random(f"{kind}/{i}"), kind) for i in range(3000)]
+        ops = {name: np.array([draw[name] for draw in draws]) for name in draws[0]}
+        jittered = ops["brightness"] != 1
+        rates = [jittered.mean(), *((ops[name] > 0).mean() for name in ("gray", "blur", "solarize", "flip"))]
         np.testing.assert_allclose(rates, [0.8, 0.2, (0, 0.9, 0.5)[kind], (0, 0.2, 0)[kind], 0.5], atol=0.035)
-        jittered = ops[ops[:, 0] != 1]
-        np.testing.assert_allclose(jittered[:, :4].min(0), [0.6, 0.6, 0.8, -0.1], atol=0.01)
-        np.testing.assert_allclose(jittered[:, :4].max(0), [1.4, 1.4, 1.2, 0.1], atol=0.01)
-        assert set(map(tuple, ops[:, 4:8].astype(int))) == set(itertools.permutations(range(4)))
-    paper = [np.mean([data.draw_ops(random.Random(i), kind, blur_probs=(1.0, 0.1, 0.5))[9] > 0 for i in range(1000)])
-             for kind in range(3)]
+        for name, low, high in (("brightness", 0.6, 1.4), ("contrast", 0.6, 1.4), ("saturation", 0.8, 1.2),
+                                ("hue", -0.1, 0.1)):
+            values = ops[name][jittered]
+            np.testing.assert_allclose((values.min(), values.max()), (low, high), atol=0.01)
+        assert {tuple(draw[place] for place in data.PLACES) for draw in draws} == set(itertools.permutations(range(4)))
+    paper = [np.mean([data.draw_ops(random.Random(i), kind, blur_probs=(1.0, 0.1, 0.5))["blur"] > 0
+                      for i in range(1000)]) for kind in range(3)]
     np.testing.assert_allclose(paper, (1.0, 0.1, 0.5), atol=0.05)
+
+
+class Photos:
+    """The least that TrainBatches takes as a source."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def image(self, i: int) -> torch.Tensor:
+        if i == 3:
+            raise OSError("no such photo")
+        return torch.full((2, 20, 20), 10 * i, dtype=torch.uint8)
+
+
+def test_data_any_object_is_a_source():
+    """len() and image(i) are enough: every image comes once per pass, in an order fixed by the seed."""
+    def batches(**changes):
+        return data.TrainBatches(Photos(), **(dict(batch_size=10, group_size=5, global_size=16, local_size=8,
+                                                   n_local=1, patch_size=8) | changes))
+
+    batch = batches()[1]
+    assert batch.global_crops.shape == (20, 16, 16, 2) and {bad for bad, why in batch.bad} == {"image 3"}
+    seen = batches(n_drops=0)[1].global_crops[:10, 0, 0, 0].tolist()
+    assert seen == batch.global_crops[:10, 0, 0, 0].tolist() != batches(seed=1)[1].global_crops[:10, 0, 0, 0].tolist()
+    source = batches().source
+    passes = [[source.pick(5 * epoch + k, seed=0) for k in range(5)] for epoch in range(20)]
+    assert all(sorted(order) == [0, 1, 2, 3, 4] for order in passes) and len(set(map(tuple, passes))) > 10
+    loaded = list(data.train_loader(batches(), 0, 2, num_workers=1, pin_memory=False))
+    assert torch.equal(loaded[1].global_crops, batch.global_crops)
+    assert data.prepare(batch, CPU, (0.5, 0.5), (0.2, 0.2)).global_crops.shape == (20, 2, 16, 16)
 
 
 def test_data_unreadable_files_are_replaced(tmp_path, monkeypatch):
@@ -798,8 +796,7 @@ def test_data_augment_compiles_and_both_ways_agree():
     rng = random.Random(0)
     compiled = torch.compile(data.augment_at_once, backend="aot_eager", fullgraph=True, dynamic=False)
     for kind, dtype, channels in ((0, torch.uint8, 3), (1, torch.uint8, 3), (2, torch.uint16, 3), (1, torch.uint8, 4)):
-        jitter = dict(jitter=(0.4, 0.4, 0.0, 0.0), gray_prob=0.0) if channels != 3 else {}
-        ops = torch.tensor([data.draw_ops(rng, kind, **jitter) for _ in range(60)])
+        ops = color_ops(*(data.draw_ops(rng, kind) for _ in range(60)))
         crops = torch.randint(0, 256, (60, 24, 24, channels), dtype=torch.uint8)
         crops = data.widen(crops) if dtype == torch.uint16 else crops
         mean, std = (0.4,) * channels, (0.3,) * channels
@@ -868,7 +865,7 @@ def test_data_augmentation_distribution_equals_torchvision(name):
     torch.manual_seed(0)
     for photo in photographs():
         crop = data.cut_crop(random.Random(0), photo, 48, (0.3, 0.4))
-        ops = torch.tensor([data.draw_ops(rng, 1, **arguments) for _ in range(n)])
+        ops = color_ops(*(data.draw_ops(rng, 1, **arguments) for _ in range(n)))
         ours = data.augment(crop.expand(n, -1, -1, -1), ops, (0, 0, 0), (1, 1, 1))
         theirs = torch.stack([transform(crop.permute(2, 0, 1) / 255) for _ in range(n)])
         assert_same_distribution(looks(ours), looks(theirs), name)
@@ -882,7 +879,7 @@ def test_data_whole_pipeline_distribution_equals_torchvision():
     torch.manual_seed(0)
     n, rng, photo = 300, random.Random(0), photographs()[0][:, ::2, ::2]
     crops = torch.stack([data.cut_crop(rng, photo, 224, (0.32, 1.0)) for _ in range(n)])
-    ours = data.augment(crops, torch.tensor([data.draw_ops(rng, 1) for _ in range(n)]))
+    ours = data.augment(crops, color_ops(*(data.draw_ops(rng, 1) for _ in range(n))))
     image, transform = to_pil_image(photo), bench.official_pipeline()[1]
     theirs = torch.stack([transform(image) for _ in range(n)])
     assert_same_distribution(looks(ours), looks(theirs), "whole")
@@ -893,8 +890,8 @@ def test_data_worker_count(monkeypatch, tmp_path):
     assert [support.parallel.worker_count(*a) for a in ((-1,), (-1, 8), (-1, 64), (3, 8), (0,))] == [16, 7, 1, 3, 0]
     monkeypatch.undo()
     cores = support.parallel.usable_cores(proc="/nowhere")
-    monkeypatch.setattr(data.os, "sched_getaffinity", lambda pid: range(64), raising=False)
-    monkeypatch.setattr(data.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(64), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
     mounts, proc = tmp_path / "mounts", tmp_path / "cgroup"
     for text, file, content, expected in (
             ("0::/slurm/job\n", "slurm/cpu.max", "800000 100000\n", 8), ("0::/\n", "cpu.max", "max 100000\n", 64),
@@ -952,9 +949,9 @@ def test_data_prefetcher_on_a_gpu_is_one_batch_ahead(monkeypatch):
 
 def test_data_picture_of_a_batch():
     batch = data.prepare(digit_batches()[0], CPU)
-    picture = support.draw.draw_batch(batch)
+    picture = support.draw.draw_batch(batch, data.MEAN, data.STD)
     assert picture.width > 300 and picture.height > 300 and len(picture.getcolors(10**6)) > 50
-    unmasked = support.draw.draw_batch(batch._replace(masks=torch.zeros_like(batch.masks)))
+    unmasked = support.draw.draw_batch(batch._replace(masks=torch.zeros_like(batch.masks)), data.MEAN, data.STD)
     assert np.asarray(picture).mean() < np.asarray(unmasked).mean()
 
 
@@ -1329,7 +1326,7 @@ def test_train_other_channels(channels, tmp_path, cache, capsys):
         path.parent.mkdir(parents=True, exist_ok=True)
         deep = rng.integers(0, 4096, (20, 24), dtype=np.uint16)
         Image.fromarray(deep if channels == 1 else rng.integers(0, 256, (20, 24, 4), dtype=np.uint8)).save(path)
-    with pytest.raises(ValueError, match=r"--mean has 2 values, --in-chans is .* python data.py stats"):
+    with pytest.raises(ValueError, match=r"--mean has 2 values, --in-chans is .* python -m support.sources stats"):
         train_main(*TINY, "--data", tmp_path / "p", "--in-chans", channels, "--mean", 0.1, 0.2, "--out", tmp_path / "o")
     support.sources.main(["stats", str(tmp_path / "p"), "--in-chans", str(channels), "--num-workers", "0"])
     measured = capsys.readouterr().out.split()
@@ -1681,7 +1678,7 @@ def test_resume_from_what_is_whole(trained, tmp_path, capsys):
         assert f"step_000000004 is damaged ({name}" in capsys.readouterr().err
     for save in (out / "resume").iterdir():  # the last is not enough
         (save / "complete").unlink()
-    with pytest.raises(ValueError, match="no save in .* is whole; copy .*, then start anew with --overwrite"):
+    with pytest.raises(ValueError, match="no save in .* is intact; keep .*, and start over with --overwrite"):
         set_up_and_release(*flags, "--out", out)
     shutil.rmtree(out)
     shutil.copytree(whole, out)
@@ -1699,7 +1696,7 @@ def test_saves_show_the_step_they_began_at_while_training_goes_on(tmp_path, monk
     """A writer that takes longer than the next steps: nothing of these gets into the save, and they do not wait."""
     flags = [*TINY, "--steps", 6, "--save-every", 3, "--keep", 2]
     train_main(*flags, "--out", tmp_path / "quick")
-    began, calls, save, step = [], [], train.dcp.save, train.train_step
+    began, calls, save, step = [], [], dcp.save, train.train_step
 
     def slow_save(*args, **options):
         began.append(len(calls))
@@ -1714,7 +1711,7 @@ def test_saves_show_the_step_they_began_at_while_training_goes_on(tmp_path, monk
             wait_for(lambda: began)  # else a thread that starts late would find the last step done
         return step(*args)
 
-    monkeypatch.setattr(train.dcp, "save", slow_save)
+    monkeypatch.setattr(dcp, "save", slow_save)
     monkeypatch.setattr(train, "train_step", counted)
     train_main(*flags, "--out", tmp_path / "slow")
     assert 3 <= began[0] < 6 and began[1] == 6
@@ -1937,8 +1934,8 @@ def test_errors_of_saves(trained, tmp_path):
                                  "it holds code, posix.system; nothing in it was run"),
                                 (".metadata", dotted, "it holds code, torch.distributed.checkpoint.metadata.os.system"),
                                 (".metadata", pickle.dumps(metadata), "it holds code"),
-                                ("__0_0.distcp", pickle.dumps(Payload()) * 99, "cannot be continued from"),
-                                ("__0_0.distcp", held.getvalue() * 99, "cannot be continued from"),
+                                ("__0_0.distcp", pickle.dumps(Payload()) * 99, "does not fit this run"),
+                                ("__0_0.distcp", held.getvalue() * 99, "does not fit this run"),
                                 ("complete", pickle.dumps(Payload()), "")):
         out = tmp_path / "out"
         shutil.rmtree(out, ignore_errors=True)
@@ -1954,7 +1951,7 @@ def test_errors_of_saves(trained, tmp_path):
         with pytest.raises(ValueError, match=text):
             set_up_and_release(*flags, "--out", out)
         assert metrics(out) == metrics(trained)
-    with pytest.raises(ValueError, match="cannot be continued from"):  # another architecture
+    with pytest.raises(ValueError, match="does not fit this run"):  # another architecture
         shutil.rmtree(out)
         shutil.copytree(trained, out)
         train_main(*flags, "--arch", "vit_micro", "--resume", "--out", out)

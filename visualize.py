@@ -53,9 +53,9 @@ from support.draw import (
     draw_panel, heat, heat_bar, in_a_row, label_colors, legend, mark, rows_of, save, sheet, spread, to_rgb, wrap_legend,
     zoom)
 from support.evaluation import common_labels, extract_features, full_float32, normalize_rows_
-from support.images import Fit, fit_image, plan_fit, read_image
+from support.images import PatchFit, fit_image, plan_fit, read_image
 from support.parallel import pick_device, worker_count
-from support.sources import Source, eval_specs, image_paths, open_source
+from support.sources import Source, eval_specs, image_paths, open_source, without_code
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ class Seen(NamedTuple):
     """An image as the network sees it."""
     path: str
     image: Tensor  # (C, h*p, w*p), uint8 or uint16
-    fit: Fit
+    fit: PatchFit
     size: tuple[int, int]  # height and width of the file, upright
 
 
@@ -526,8 +526,8 @@ def neighbors(args: argparse.Namespace) -> None:
     model, config = load(args.model, device)
     if not (args.data or config["data"]):
         raise ValueError(f"{args.model} does not say which images to search; give --data")
-    named = (args.data, args.data) if args.data else (config[k] for k in ("data", "eval_train", "eval_val"))
-    train, val = eval_specs(*named)
+    stated = (config[key] for key in ("data", "eval_train", "eval_val"))
+    train, val = eval_specs(*((args.data, args.data) if args.data else map(without_code, stated)))
     source = open_source(train, config["in_chans"])
     if out.exists() and out.resolve() in (Path(source.describe(i)).resolve() for i in range(len(source))):
         raise ValueError(f"--out {args.out} would overwrite an image of {train}; name another")

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor
 
 import data
 import train
@@ -49,7 +50,7 @@ def tiny_state(**changes):
     it if wanted. In the process group of this test."""
     cfg = train.Config(**train.PRESETS["digits"] | dict(batch_size=8, group_size=4, centering="centering", clip_grad=1.0)
                        | changes)
-    state = train.TrainState(cfg, support.parallel.share_mesh("cpu", cfg.sharding), CPU)
+    state = train.TrainState(cfg, support.parallel.make_mesh("cpu", cfg.sharding), CPU)
     rank, world = dist.get_rank(), dist.get_world_size()
     batches = train.training_batches(dataclasses.replace(cfg, seed=0), support.sources.open_source("digits"), rank, world)
     now = {k: float(v[100]) for k, v in train.schedules(cfg).items()}
@@ -71,7 +72,7 @@ def process_group():
 
 
 def tensors_of(state, *parts: str) -> dict[str, torch.Tensor]:
-    tree = state.tensors()
+    tree = support.run.tensors_of(state)
     return {f"{part}.{name}": support.parallel.local_shards([t])[0].detach().clone() for part in parts or tree
             for name, t in tree[part].items()}
 
@@ -93,13 +94,13 @@ def test_optimizer_by_one_line(name, process_group, tmp_path, monkeypatch):
     now = tensors_of(state)
     assert same({k: v for k, v in now.items() if "teacher" not in k}, {k: v for k, v in after.items() if "teacher" not in k})
     assert step(3)
-    dcp.save(state.tensors(), checkpoint_id=str(tmp_path / "save"))
+    dcp.save(support.run.tensors_of(state), checkpoint_id=str(tmp_path / "save"))
     support.run.check_metadata(tmp_path / "save/.metadata")
     saved = tensors_of(state)
     assert step(4) and step(5)
 
     other, other_step = tiny_state(seed=1)
-    other.load(tmp_path / "save")
+    support.run.load_save(other, tmp_path / "save")
     assert same(tensors_of(other), saved)
     assert other_step(4) and other_step(5)
     assert same(tensors_of(other), tensors_of(state))
@@ -112,16 +113,16 @@ def test_optimizer_state_of_parameters_without_gradient(process_group, tmp_path,
     """They have none, after a resume neither; a run that never made a finite step resumes, too."""
     state, step = tiny_state()
     state.student["backbone"].pos_embed.requires_grad_(False)
-    dcp.save(state.tensors(), checkpoint_id=str(tmp_path / "start"))
+    dcp.save(support.run.tensors_of(state), checkpoint_id=str(tmp_path / "start"))
     assert step(0)
-    dcp.save(state.tensors(), checkpoint_id=str(tmp_path / "save"))
+    dcp.save(support.run.tensors_of(state), checkpoint_id=str(tmp_path / "save"))
     for save, n in (("save", len(list(state.student.parameters())) - 1), ("start", 0)):
         other, _ = tiny_state()
-        other.load(tmp_path / save)
-        assert len(other.optimizer_state()) == n and "backbone.pos_embed" not in other.optimizer_state()
+        support.run.load_save(other, tmp_path / save)
+        assert len(support.run.optimizer_state_of(other)) == n and "backbone.pos_embed" not in support.run.optimizer_state_of(other)
     monkeypatch.setattr(train, "build_optimizers", OPTIMIZERS["SGD momentum"])
     with pytest.raises(ValueError, match="optimizer is another: exp_avg.backbone"):
-        tiny_state()[0].load(tmp_path / "save")
+        support.run.load_save(tiny_state()[0], tmp_path / "save")
 
 
 def sharded_optimizer_checks(folder: str, name: str) -> None:
@@ -132,10 +133,10 @@ def sharded_optimizer_checks(folder: str, name: str) -> None:
     assert step(0)
     before = tensors_of(state, "student", "centers")
     assert not step(1, bad=True) and same(tensors_of(state, "student", "centers"), before)
-    assert isinstance(next(iter(state.optimizer_tensors()["momentum_buffer"].values())), train.DTensor)
-    dcp.save(state.tensors(), checkpoint_id=f"{folder}/save")
+    assert isinstance(next(iter(support.run.optimizer_tensors_of(state)["momentum_buffer"].values())), DTensor)
+    dcp.save(support.run.tensors_of(state), checkpoint_id=f"{folder}/save")
     other, other_step = tiny_state(seed=1)
-    other.load(Path(folder, "save"))
+    support.run.load_save(other, Path(folder, "save"))
     assert step(2) and other_step(2) and same(tensors_of(other), tensors_of(state))
     dist.barrier()
     dist.destroy_process_group()
