@@ -1266,7 +1266,7 @@ def test_train_repeated_command_is_a_no_op(trained, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith("k-NN top-1 (k=20): trained teacher ")
 
 
-@pytest.mark.parametrize("centering", ["sinkhorn_knopp", "centering"])
+@pytest.mark.parametrize("centering", ["centering", pytest.param("sinkhorn_knopp", marks=pytest.mark.slow)])
 def test_train_two_processes_equal_one(centering, tmp_path):
     """The same global batch on 1 and on 2 processes: the same losses, gradient norms and final weights."""
     flags = [*TINY, "--steps", 3, "--centering", centering]
