@@ -446,9 +446,9 @@ def check_readable(source) -> None:
     for i in range(0, len(source), max(len(source) // 10, 1)):
         try:
             return source.image(i)
-        except Exception as error:  # decoders raise all sorts on damaged files
+        except Exception as error:  # decoders raise anything on damaged files
             reason = short_reason(error)
-    raise ValueError(f"no readable image in {source.name}; the last of those tried says: {reason}")
+    raise ValueError(f"no readable image in {source.name}; the last one tried: {reason}")
 
 
 def without_code(spec: str) -> str:
@@ -927,7 +927,6 @@ def ignore_interrupt(worker: int) -> None:
 
 def read_all(source: Source, indices, num_workers: int):
     """The items of PixelSums, with a progress bar."""
-
     loader = torch.utils.data.DataLoader(PixelSums(source, indices), batch_size=None, worker_init_fn=ignore_interrupt,
                                          num_workers=worker_count(num_workers))
     return tqdm(loader, desc=f"reading {source.name}", unit=" images", disable=None)
