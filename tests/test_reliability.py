@@ -50,8 +50,8 @@ def test_train_says_when_shared_memory_is_short(monkeypatch, tmp_path):
     train.check_shared_memory(dataclasses.replace(cfg, num_workers=0), 1)
 
 
-LASTING = (*TINY, "--data", "digits:split=VAL", "--steps", 14, "--log-every", 3, "--save-every", 2, "--eval-every", 7, "--export-every", 5,
-           "--centering", "centering", "--drop-path-rate", 0.3, "--keep", 4)
+LASTING = (*TINY, "--data", "digits:split=VAL", "--steps", 14, "--log-every", 3, "--save-every", 2, "--eval-every", 7,
+           "--export-every", 5, "--centering", "centering", "--drop-path-rate", 0.3, "--keep", 4)
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +103,7 @@ def test_resume_after_signals(name, world, straight, tmp_path):
     os.kill(int(children(job.processes[0])[0]), getattr(signal, name))
     job.signal(getattr(signal, name), rank=world - 1)
     text = job.wait()
-    done = int(re.search(rf"{name if world == 1 else ''}.* after step (\d+) of 14: all is saved", text)[1])
+    done = int(re.search(rf"{name if world == 1 else ''}.* after step (\d+) of 14: everything is saved", text)[1])
     assert 4 < done < 14 and (out / f"resume/step_{done:09}/complete").exists() and not (out / "lock").exists()
     command = text[text.index("To continue:") :].splitlines()[1].strip()
     assert command.startswith("python" if world == 1 else "torchrun --standalone --nproc-per-node 2 ")
@@ -590,7 +590,7 @@ def test_slurm_script_of_the_docs(torchrun, tmp_path):
         assert interrupt or code == 0, texts[-1]
         assert (tmp_path / "requeued").read_text() == "requeue 7\n", texts[-1]
     if real:
-        assert "all is saved" in texts[0] and "done; the teacher is in" in texts[1], texts[0]
+        assert "everything is saved" in texts[0] and "done; the teacher is in" in texts[1], texts[0]
         assert "of 60, batch 8 on 1 x cpu" in texts[1] and "step 0 of 60" not in texts[1]
         assert [r["step"] for r in metrics(out)] == list(range(60))
     else:
