@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sklearn.datasets
 import torch
 import torch.distributed as dist
 import torchvision.transforms.v2.functional as TF
@@ -801,7 +802,8 @@ def test_data_augment_compiles_and_both_ways_agree():
         mean, std = (0.4,) * channels, (0.3,) * channels
         at_once = data.augment_at_once(crops, ops, mean, std)
         assert_close(data.augment_by_groups(crops, ops, mean, std), at_once, 1e-5)
-        assert_close(compiled(crops, ops, mean, std), at_once, 1e-5)
+        if kind == 2 or channels == 4:  # each compiles for seconds
+            assert_close(compiled(crops, ops, mean, std), at_once, 1e-5)
 
 
 # What torchvision does, as distributions, on scikit-learn's photographs. Each figure is an average over many draws.
@@ -1264,7 +1266,7 @@ def test_train_repeated_command_is_a_no_op(trained, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith("k-NN top-1 (k=20): trained teacher ")
 
 
-@pytest.mark.parametrize("centering", ["sinkhorn_knopp", "centering"])
+@pytest.mark.parametrize("centering", ["centering", pytest.param("sinkhorn_knopp", marks=pytest.mark.slow)])
 def test_train_two_processes_equal_one(centering, tmp_path):
     """The same global batch on 1 and on 2 processes: the same losses, gradient norms and final weights."""
     flags = [*TINY, "--steps", 3, "--centering", centering]
@@ -1557,7 +1559,7 @@ def saves_by_name(monkeypatch):
     monkeypatch.setattr(dcp, "save", lambda *a, checkpoint_id, **k: Path(checkpoint_id, ".metadata").touch())
 
 
-def test_train_every_field_has_an_effect(tmp_path, saves_by_name):
+def test_train_every_field_has_an_effect(tmp_path, saves_by_name, monkeypatch):
     assert FIELD_CHANGES.keys() == {f.name for f in dataclasses.fields(train.Config)}
     base = train.Config(**train.PRESETS["digits"] | dict(
         batch_size=8, group_size=4, steps=3, warmup_steps=1, num_workers=0, log_every=1, eval_every=0,
@@ -1565,6 +1567,9 @@ def test_train_every_field_has_an_effect(tmp_path, saves_by_name):
         warmup_teacher_temp_steps=2, patch_embed_lr_mult=0.5, save_every=2, keep=3))
     need = {f: dict(ibot_separate_head=True) for f in FIELD_CHANGES if f.startswith("ibot_head")}
     need |= {f: dict(eval_every=3) for f in FIELD_CHANGES if f.startswith("eval_")}
+    digits = sklearn.datasets.load_digits()
+    few = types.SimpleNamespace(images=digits.images[:300], target=digits.target[:300])  # k-NN on all takes longer
+    monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: few)
     unchanged = functools.cache(lambda cfg: list(stages(cfg, tmp_path / "out")))
     for name, value in FIELD_CHANGES.items():
         if name not in ELSEWHERE:
@@ -1585,19 +1590,27 @@ def test_train_begins_as_the_fields_say(tmp_path, monkeypatch, saves_by_name):
     assert steps[2] == content(step_of(cfg).args)
 
 
-@pytest.mark.parametrize("centering", ["sinkhorn_knopp", pytest.param("centering", marks=pytest.mark.slow)])
-def test_resume_on_other_numbers_of_processes(centering, tmp_path):
-    """1 -> 2 -> 1 processes, then 2 with 2 parts each: the losses and the weights of one process but for rounding, also
-    with stochastic depth (test_data_… show that samples, crops, masks and dropped rows are the same to the bit)."""
-    log, flags = tmp_path / "log", [*TINY, "--steps", 12, "--drop-path-rate", 0.3, "--batch-size", 16, "--save-every",
-                                    5, "--centering", centering]
+ACCUMULATE = ["--gradient-accumulation-steps", 2]
+
+
+@pytest.mark.parametrize("centering,chain", [
+    ("sinkhorn_knopp", ((1, []), (2, []), (1, ACCUMULATE))),
+    pytest.param("sinkhorn_knopp", ((1, []), (2, []), (1, []), (2, ACCUMULATE)), marks=pytest.mark.slow),
+    pytest.param("centering", ((1, []), (2, []), (1, []), (2, ACCUMULATE)), marks=pytest.mark.slow)])
+def test_resume_on_other_numbers_of_processes(centering, chain, tmp_path):
+    """On 1, 2 and 1 processes, and with 2 gradient accumulation steps: the losses and the weights of one process but
+    for rounding, also with stochastic depth (test_data_… show that samples, crops, masks and dropped rows are the same
+    to the bit)."""
+    steps = 3 * len(chain)
+    log, flags = tmp_path / "log", [*TINY, "--steps", steps, "--drop-path-rate", 0.3, "--batch-size", 16,
+                                    "--save-every", 5, "--centering", centering]
     alone = Launched(tmp_path / "log1", train.main, *flags, "--out", tmp_path / "one")
     flags += ["--out", tmp_path / "many"]
-    for before, argv, world in (*((partial(stop_at, 3), [], world) for world in (1, 2, 1)),
-                                (None, ["--gradient-accumulation-steps", 2], 2)):
+    for i, (world, argv) in enumerate(chain, 1):
+        before = partial(stop_at, 3) if i < len(chain) else None
         text = Launched(log, train.main, *flags, *argv, world=world, before=before).wait()
-    started = re.findall(r"step (\d+) of 12, batch 16 = \d+ on (\d)", text)
-    assert started == [("0", "1"), ("3", "2"), ("6", "1"), ("9", "2")]
+    starts = [(str(3 * i), str(world)) for i, (world, _) in enumerate(chain)]
+    assert re.findall(rf"step (\d+) of {steps}, batch 16 = \d+ on (\d)", text) == starts
     alone.wait()
     for one, many in zip(metrics(tmp_path / "one"), metrics(tmp_path / "many"), strict=True):
         assert one == pytest.approx(many, rel=1e-3, abs=1e-6)
@@ -1647,16 +1660,22 @@ def test_resume_from_what_is_whole(trained, tmp_path, capsys):
         zeroed=lambda p: p.write_bytes(bytes(p.stat().st_size)),
         changed=lambda p: p.write_bytes(p.read_bytes()[:-9] + b"?" + p.read_bytes()[-8:]), deleted=Path.unlink,
         empty=lambda p: p.write_bytes(b""))
-    whole, out = tmp_path / "whole", tmp_path / "out"
+    names, whole, out = ("complete", ".metadata", "__0_0.distcp"), tmp_path / "whole", tmp_path / "out"
     shutil.copytree(trained, whole)
-    for name in ("complete", ".metadata", "__0_0.distcp"):
-        for how, damage in harm.items():
-            shutil.rmtree(out, ignore_errors=True)
-            shutil.copytree(whole, out)
-            damage(out / "resume/step_000000004" / name)
-            state = set_up_and_release(*flags, "--out", out)
-            assert state.start == 3 and state.damaged == ["step_000000004"], (name, how)
-            assert f"step_000000004 is damaged ({name}" in capsys.readouterr().err or name == "complete", (name, how)
+    support.parallel.start_processes(CPU)
+    for name, how in itertools.product(names, harm):
+        save = shutil.copytree(whole / "resume/step_000000004", tmp_path / f"{name} {how}")
+        assert support.run.verify(save)["step"] == 4
+        harm[how](save / name)
+        assert support.run.verify(save).startswith(name), (name, how)
+    dist.destroy_process_group()
+    for name, how in zip(names, ("changed", "truncated", "deleted")):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(whole, out)
+        harm[how](out / "resume/step_000000004" / name)
+        state = set_up_and_release(*flags, "--out", out)
+        assert state.start == 3 and state.damaged == ["step_000000004"], name
+        assert f"step_000000004 is damaged ({name}" in capsys.readouterr().err
     for save in (out / "resume").iterdir():  # the last is not enough
         (save / "complete").unlink()
     with pytest.raises(ValueError, match="no save in .* is intact; keep .*, and start over with --overwrite"):

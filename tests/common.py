@@ -7,6 +7,7 @@ depth, segmentation and Mask2Former heads, whose weights follow from their names
 """
 import contextlib
 import functools
+import inspect
 import io
 import itertools
 import json
@@ -39,7 +40,10 @@ import support.sources
 
 HERE = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-sklearn.datasets.load_digits = functools.cache(sklearn.datasets.load_digits)  # reading the file takes as long as a step
+# What every run in every process would do again, each as long as a training step: read the digits, parse train.py.
+sklearn.datasets.load_digits = functools.cache(sklearn.datasets.load_digits)
+inspect.getsource = functools.cache(inspect.getsource)
+support.sources.open_source("digits"), train.parse([])
 
 
 class Golden:
@@ -146,7 +150,8 @@ def train_main(*argv) -> None:
 
 
 FORKS = multiprocessing.get_context("forkserver")  # of a process that has imported everything already
-FORKS.set_forkserver_preload(["tests.common", "torch._dynamo"])
+FORKS.set_forkserver_preload(["tests.common", "torch._dynamo", "torch.distributed.checkpoint._fsspec_filesystem",
+                              "torch.distributed.checkpoint.state_dict", "torch.distributed.fsdp"])
 
 
 class Launched:

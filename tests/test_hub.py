@@ -113,8 +113,9 @@ HUB_SIZES = (1, 3, 518, 518), (2, 3, 224, 224), (1, 3, 252, 182), (1, 3, 28, 28)
 TRANSFORMERS = dict(hidden_size=128, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14)
 
 
-@pytest.mark.parametrize("kind,swiglu", [("Dinov2", False), ("Dinov2", True), ("Dinov2WithRegisters", False),
-                                         ("Dinov2WithRegisters", True)])
+@pytest.mark.parametrize("kind,swiglu", [
+    ("Dinov2", False), ("Dinov2WithRegisters", True), pytest.param("Dinov2", True, marks=pytest.mark.slow),
+    pytest.param("Dinov2WithRegisters", False, marks=pytest.mark.slow)])
 def test_hub_equals_transformers(kind, swiglu, tmp_path):
     """At 518 pixels, the size of the weights, at 224 and at a size that is not square. Its folder, and its model's own
     names."""
@@ -524,7 +525,7 @@ def test_hub_features(tmp_path, cache, capsys):
         "a.png.npz", "b.png.npz", "c.png.npz", "own.png.npz"]
 
 
-@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
 def test_hub_export(suffix, tmp_path, capsys):
     """A program for images of one size, not square, and batches of any; its outputs are the model's."""
     vit, out = hub_vit(4), tmp_path / f"vit{suffix}"

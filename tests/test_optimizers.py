@@ -142,6 +142,6 @@ def sharded_optimizer_checks(folder: str, name: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["SGD momentum", "Muon"])
+@pytest.mark.parametrize("name", [pytest.param("SGD momentum", marks=pytest.mark.slow), "Muon"])
 def test_optimizer_on_shards(name, tmp_path):
     Launched(tmp_path / "log", partial(sharded_optimizer_checks, str(tmp_path), name), world=2).wait()

@@ -158,7 +158,7 @@ def test_shard_modes_hold_what_they_should(tmp_path):
     Launched(tmp_path / "log", shards_checks, world=4, before=partial(on_machines_of, 2)).wait()
 
 
-@pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
+@pytest.mark.parametrize("ffn", ["mlp", pytest.param("swiglu", marks=pytest.mark.slow)])
 def test_recompute_gives_the_same_gradients_in_less_memory(ffn):
     """Blocks that keep everything, matrix products and attention, nothing; plain, and compiled as one graph each."""
     def passes(way: str, compiled: bool):
@@ -212,6 +212,7 @@ def test_shard_hsdp_wants_equal_machines(tmp_path):
             train.check(train.Config(**{field: value}), 1)
 
 
+@pytest.mark.slow
 def test_train_compiles_blocks_of_rising_rates(monkeypatch):
     """Each block with a rate of stochastic depth of its own is a graph of its own, more of them than Dynamo allows."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))

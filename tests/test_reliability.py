@@ -50,8 +50,8 @@ def test_train_says_when_shared_memory_is_short(monkeypatch, tmp_path):
     train.check_shared_memory(dataclasses.replace(cfg, num_workers=0), 1)
 
 
-LASTING = (*TINY, "--steps", 14, "--log-every", 3, "--save-every", 2, "--eval-every", 7, "--export-every", 5,
-           "--centering", "centering", "--drop-path-rate", 0.3, "--keep", 4)
+LASTING = (*TINY, "--data", "digits:split=VAL", "--steps", 14, "--log-every", 3, "--save-every", 2, "--eval-every", 7,
+           "--export-every", 5, "--centering", "centering", "--drop-path-rate", 0.3, "--keep", 4)
 
 
 @pytest.fixture(scope="session")
