@@ -952,9 +952,9 @@ def test_data_prefetcher_on_a_gpu_is_one_batch_ahead(monkeypatch):
 
 def test_data_picture_of_a_batch():
     batch = data.prepare(digit_batches()[0], CPU)
-    picture = support.draw.draw_batch(batch)
+    picture = support.draw.draw_batch(batch, data.MEAN, data.STD)
     assert picture.width > 300 and picture.height > 300 and len(picture.getcolors(10**6)) > 50
-    unmasked = support.draw.draw_batch(batch._replace(masks=torch.zeros_like(batch.masks)))
+    unmasked = support.draw.draw_batch(batch._replace(masks=torch.zeros_like(batch.masks)), data.MEAN, data.STD)
     assert np.asarray(picture).mean() < np.asarray(unmasked).mean()
 
 
