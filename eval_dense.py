@@ -397,6 +397,29 @@ class TrainPairs(torch.utils.data.Dataset):
         return F.pad(image, pad), F.pad(target, pad, value=0 if target.is_floating_point() else IGNORE)
 
 
+class ItemOrError(torch.utils.data.Dataset):
+    """(*dataset[i], "") or, for data that cannot be used, what is wrong. An error that a worker raised would keep the
+    loader alive until Python exits, when its other workers complain of being killed."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, i: int):
+        try:
+            return *self.dataset[i], ""
+        except ValueError as error:
+            return None, None, str(error)
+
+
+def load_items(dataset, indices: range, num_workers: int, pin_memory: bool = False):
+    """Yields dataset[i], two tensors, for each of the indices. Raises ValueError for data that cannot be used."""
+    for x, y, error in make_loader(ItemOrError(dataset), num_workers, batch_size=None, sampler=indices,
+                                   pin_memory=pin_memory):
+        if error:
+            raise ValueError(error)
+        yield x, y
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Measures
 
@@ -691,7 +714,7 @@ class HeadTraining:
             self.path.unlink(missing_ok=True)
         return str(self.head_path)
 
-    def loader(self):
+    def batches(self):
         job, args, recipe = self.job, self.job.args, self.job.recipe
         augment = partial(augment_depth, dataset=job.train.dataset, short=args.short or 0)
         if job.task == "seg":
@@ -699,8 +722,7 @@ class HeadTraining:
             augment = partial(augment_labels, short=job.test.short, long=long, ratios=job.ratios)
         pairs = TrainPairs(job.train, augment, recipe.crop, args.batch_size, args.seed, job.rules["mean"],
                            job.rules["std"])
-        return make_loader(pairs, job.workers, batch_size=None, sampler=range(self.done, recipe.steps),
-                           pin_memory=job.device.type == "cuda")
+        return load_items(pairs, range(self.done, recipe.steps), job.workers, job.device.type == "cuda")
 
     def loss(self, features, targets: Tensor) -> Tensor:
         if self.job.task == "seg":
@@ -741,7 +763,7 @@ class HeadTraining:
         self.resume()
         with tqdm(total=steps, initial=self.done, desc=f"{job.task} {job.args.decoder}", leave=False,
                   disable=None if world()[0] == 0 else True) as bar:
-            for images, targets in self.loader():
+            for images, targets in self.batches():
                 loss = self.step(images.to(job.device, non_blocking=True), targets.to(job.device, non_blocking=True))
                 self.done += 1
                 bar.update()
@@ -807,8 +829,9 @@ def evaluate_dense(job: DenseEvaluation, pictures=None) -> dict:
     pairs, (rank, n_ranks), classes = job.val, world(), len(job.val.classes or ())
     rows, shape = range(rank, len(pairs), n_ranks), (3, classes) if classes else (len(pairs), len(DEPTH_MEASURES) + 2)
     table = torch.zeros(shape, dtype=torch.float64)  # counts of labels, or measures of each image
-    loader = make_loader(pairs, job.workers if len(rows) > 8 else 0, batch_size=None, sampler=rows)
-    bar = tqdm(loader, desc=f"evaluating on {pairs.name}", leave=False, disable=None if rank == 0 else True)
+    loader = load_items(pairs, rows, job.workers if len(rows) > 8 else 0)
+    bar = tqdm(loader, total=len(rows), desc=f"evaluating on {pairs.name}", leave=False,
+               disable=None if rank == 0 else True)
     for i, (image, target) in zip(rows, bar):
         predicted = job.predict(image, pairs.describe(i))
         if classes:
