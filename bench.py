@@ -212,21 +212,22 @@ def bench_save(args, device: torch.device) -> list[dict]:
         mesh, lock = support.parallel.start_processes(device), support.run.OutputLock(Path(cfg.out))
         state, batches = train.TrainState(cfg, mesh, device), train.training_batches(cfg, source, 0, 1)
         log = support.run.Log(Path(cfg.out) / "metrics.jsonl", 0, 0, {})
-        saver = support.run.Saver(cfg, preset, state, lock, 0, [], lambda text: None)
-        guard, agreement = support.run.NonFinite(cfg, log, batches, saver), support.parallel.Agreement()
+        make_checkpoint = partial(train.teacher_checkpoint, state.teacher, cfg, preset)
+        saver = support.run.Saver(cfg, state, make_checkpoint, lock, 0, [], lambda text: None)
+        guard, flags = support.run.NonFinite(cfg, log, batches, saver), support.parallel.SharedFlags()
         batch, now = [data.prepare(batches[0], device, cfg.mean, cfg.std)], dict(
             lr=0.0, last_layer_lr=0.0, weight_decay=0.0, momentum=1.0, teacher_temp=cfg.teacher_temp)
 
         def step() -> tuple[float, float]:
             """Seconds of a bare step, and of the guards after it."""
             begin = time.perf_counter()
-            metrics, finite = train.train_step(state.student, state.teacher, state.optimizer, batch, cfg, now,
+            metrics, finite = train.train_step(state.student, state.teacher, state.optimizers, batch, cfg, now,
                                                state.centers)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             middle = time.perf_counter()
             guard.watch(0, finite, metrics)
-            agreement.tell(False, saver.due(), bool(saver.hopeless()))
+            flags.share(False, saver.due(), bool(saver.hopeless()))
             return middle - begin, time.perf_counter() - middle
 
         bare, guards, stalls, extra, written = [], [], [], [], []
@@ -250,7 +251,7 @@ def bench_save(args, device: torch.device) -> list[dict]:
     percent = lambda ms: 100 * ms / (500 * step_ms)  # noqa: E731
     return [dict([("part", name), ("ms", ms), ("% of 500 steps", share)]) for name, ms, share in (
         (f"a step of {preset}, batch {cfg.batch_size}", step_ms, 0.2),
-        ("guards after a step: signals, non-finite numbers, agreement", guard_ms, percent(500 * guard_ms)),
+        ("guards after a step: signals, non-finite numbers, shared flags", guard_ms, percent(500 * guard_ms)),
         ("a save: training waits for copies", stall_ms, percent(stall_ms)),
         ("a save: the steps beside its writing take longer by", extra_ms, percent(max(extra_ms, 0.0))),
         ("all, at --save-every 500", 500 * guard_ms + stall_ms + max(extra_ms, 0.0),
@@ -365,8 +366,8 @@ def activations(cfg: train.Config, images: int, dtype: torch.dtype, way: str) ->
 
 @cache
 def other_bytes(cfg: train.Config, images: int) -> float:
-    """Bytes beside blocks and weights while the losses are computed: what the heads keep, three tables of logits
-    (float32, a part of the rows) and with Sinkhorn-Knopp one of all masked patches, prototypes and their gradient, the
+    """Bytes beside blocks and weights while the losses are computed: what the heads keep, five tables of logits
+    (float32, a chunk of the rows) and with Sinkhorn-Knopp one of all masked patches, prototypes and their gradient, the
     crops of this step and of the next one."""
     total, rows = 0.0, head_rows(cfg, 2 + cfg.local_crops_number)
     stored = head_rows(cfg, 0) if cfg.centering == "sinkhorn_knopp" else {}
@@ -377,7 +378,7 @@ def other_bytes(cfg: train.Config, images: int) -> float:
             features = torch.empty(n, network["backbone"].embed_dim)
             total += kept_bytes(lambda: F.normalize(head.mlp(features), dim=-1))  # noqa: B023 called at once
             n_prototypes = len(head.last_layer.weight_v)
-            total += 3 * 4 * min(n * n_prototypes, losses.PART["cuda"]) + 2 * 4 * head.last_layer.weight_v.numel()
+            total += 5 * 4 * min(n * n_prototypes, losses.CHUNK_ELEMENTS["cuda"]) + 2 * 4 * head.last_layer.weight_v.numel()
             total += 4 * n_prototypes * images * stored.get(name, 0)
     pixels = 2 * cfg.global_crops_size**2 + cfg.local_crops_number * cfg.local_crops_size**2
     return total + 2 * 4 * cfg.in_chans * images * pixels
@@ -429,7 +430,7 @@ def memory(cfg: train.Config, mode: str, gpus: int, images: int, way: str, half:
     are not (--gradient-accumulation-steps adds 4 bytes per parameter and sharer). `half`: bfloat16, else float32."""
     parts, n_shards = pieces(cfg), dict(ddp=1, hsdp=min(gpus, MACHINE)).get(mode, gpus)
     blocks, rest, heads = (sum(counts) for counts in parts.values())
-    gathered = (blocks if mode != "zero3" else (1 + support.parallel.AHEAD) * max(parts["blocks"])) + rest
+    gathered = (blocks if mode != "zero3" else (1 + support.parallel.PREFETCHED_BLOCKS) * max(parts["blocks"])) + rest
     alone = gpus == 1 and not half  # then nothing is gathered
     return dict(
         state=16 * (blocks + rest + heads) / n_shards,  # student, two moments, teacher: float32
@@ -475,7 +476,7 @@ def measure_steps(cfg: train.Config, results) -> None:
                                                         is_training=True, drop_orders=orders))
     now = dict(lr=0.0, last_layer_lr=0.0, weight_decay=0.0, momentum=1.0, teacher_temp=cfg.teacher_temp)
     for _ in range(2):
-        train.train_step(state.student, state.teacher, state.optimizer, [batch], cfg, now, state.centers)
+        train.train_step(state.student, state.teacher, state.optimizers, [batch], cfg, now, state.centers)
     results.put((kept, 1e9 * (peak_memory(cpu) - before)))
     train.dist.destroy_process_group()
 
@@ -612,12 +613,12 @@ def bench_logreg(args, device: torch.device) -> list[dict]:
         return values
 
     def ours():
-        features = eval_logreg.Principal(x.to(device, copy=True))
+        features = eval_logreg.PrincipalAxes(x.to(device, copy=True))
         models = eval_logreg.fit(features, labels.to(device), eval_logreg.CS, progress=True)
         return models._replace(weight=models.weight[places], bias=models.bias[places])
 
     def theirs(name: str, **options):
-        return f"scikit-learn, {name}", partial(eval_logreg.fit_by_sklearn, x, labels, cs, progress=True, **options)
+        return f"scikit-learn, {name}", partial(eval_logreg.fit_with_sklearn, x, labels, cs, progress=True, **options)
 
     ways = {"eval_logreg.py": ours}
     if not args.ours_only:
@@ -805,7 +806,7 @@ class Training:
 
     def step(self, parts: list[data.Batch]) -> None:
         state = self.state
-        train.train_step(state.student, state.teacher, state.optimizer, parts, self.cfg, self.schedule, state.centers)
+        train.train_step(state.student, state.teacher, state.optimizers, parts, self.cfg, self.schedule, state.centers)
 
     def timed(self) -> float:
         """Seconds of a step whose crops are ready."""
@@ -866,7 +867,7 @@ def bench_train(args, device: torch.device) -> list[dict]:
         training = Training(cfg, support.sources.open_source(cfg.data, cfg.in_chans), device)
         took = [training.timed() for _ in range(3)][-1]  # for the caches and the compiler
         compiled, dtype = n_graphs(counters), train.compute_dtype(cfg, device)
-        calls = max(support.parallel.together(lambda: max(1, min(4, math.ceil(0.5 / took)))))
+        calls = max(support.parallel.on_all_ranks(lambda: max(1, min(4, math.ceil(0.5 / took)))))
         seconds, rates, parts = [], [], []
         for _ in tqdm(range(args.repeats), disable=None, desc="measuring", leave=False):
             rates.append(matrix_rate(dtype, device))
@@ -907,11 +908,11 @@ def train_processes() -> int:
 # heads: heads and losses alone
 
 
-HEAD_WAYS = ("train.py: part after part", "the definitions in losses.py, autograd", "F.linear_cross_entropy, autograd")
+HEAD_WAYS = ("train.py: losses.py in chunks", "losses.py on all logits", "F.linear_cross_entropy")
 
 
 class Features(nn.Module):
-    """Stands where the backbone is: whatever the crops, these features come out, into which gradients go."""
+    """Stands in for the backbone: returns the same features whatever the crops, and takes their gradients."""
 
     def __init__(self, cfg: train.Config):
         super().__init__()
@@ -947,8 +948,8 @@ def masked_batch(cfg: train.Config, device: torch.device) -> data.Batch:
 
 
 def loss_by_definition(student, teacher, batch: data.Batch, cfg: train.Config, centers: dict, whole: bool = True):
-    """What teacher_targets() and step_losses() compute, from tables of all logits and all targets; but for `whole`, the
-    student's logits are left to F.linear_cross_entropy."""
+    """The loss of step_losses() on whole tables of logits and targets. Unless `whole`, F.linear_cross_entropy takes the
+    place of the student's logits and of the losses on them."""
     temp, n = cfg.teacher_temp, cfg.batch_size
     names = "dino_head", "ibot_head" if "ibot_head" in student else "dino_head"
     target = (lambda x, center: losses.softmax_center(x, center, temp)) if cfg.centering == "centering" else (
@@ -978,14 +979,14 @@ def loss_by_definition(student, teacher, batch: data.Batch, cfg: train.Config, c
 
 
 def heads_and_losses(way: str, args, device: torch.device):
-    """What computes the loss from features, and its gradients in the student's heads and features."""
+    """A function that computes the loss from features, and its gradients in the student's heads and features."""
     cfg = args.cfg
     student, teacher = heads_alone(cfg).to(device), heads_alone(cfg).to(device).requires_grad_(False)
     batch, centers = masked_batch(cfg, device), train.build_centers(cfg, device)
 
     def ours() -> torch.Tensor:
-        targets = next(train.teacher_targets(teacher, [batch], cfg, cfg.teacher_temp, centers, {}))
-        return train.step_losses(student, batch, targets, cfg)[0]
+        targets, _ = train.teacher_targets(teacher, [batch], cfg, cfg.teacher_temp, centers)
+        return train.step_losses(student, batch, targets.pop(), cfg)[0]
 
     by_definition = partial(loss_by_definition, student, teacher, batch, cfg, centers, whole=way == HEAD_WAYS[1])
 
@@ -999,8 +1000,8 @@ def heads_and_losses(way: str, args, device: torch.device):
 
 
 def bench_heads(args, device: torch.device) -> list[dict]:
-    """Rows of {way, s, times_ours, GB, times_ours_GB, loss}, which take turns, each time in a new process, of which the
-    second call counts. GB: beyond weights and features."""
+    """Rows of {way, s, times_ours, GB, times_ours_GB, loss}. The ways take turns, each in a new process, whose second
+    call is timed. GB: peak beyond weights and features."""
     ways = HEAD_WAYS if hasattr(F, "linear_cross_entropy") else HEAD_WAYS[:2]  # from torch 2.13 on
     ways, twice = ways[: 1 if args.ours_only else None], Namespace(**vars(args) | dict(repeats=2))
     turns = [bench_memory(heads_and_losses, ways, twice, device) for _ in range(args.repeats)]

@@ -25,11 +25,9 @@ it. On wrong input the exit code is 2. Apache License 2.0.
 import argparse
 import copy
 import hashlib
-import json
 import math
 import os
 import random
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -48,12 +46,11 @@ from data import hue, make_loader, normalize
 from heads import (
     CLASSES, RANGES, RECIPES, DPTHead, Dense, LinearDepthHead, Recipe, SegmentationHead, bilinear, colors,
     gradient_loss, predict_depth, resize_as_opencv, scaled_size, segment, segmentation_loss, sig_loss)
-from hub import read_pth
-from support.cli import Parser, run
+from support.cli import DTYPES, Parser, at_least, positive, run
 from support.draw import (
     Tile, depth_bar, depth_colors, evenly_spaced, in_rows, label_colors, legend, picture_names, save_depth, save_labels,
     save_png, sheet, stack, to_rgb, zoom)
-from support.evaluation import DTYPES, add_record, check_out, results_stem
+from support.evaluation import ResumeFile, add_record, add_result_flags, check_writable, no_bar, results_stem, say
 from support.images import FORMATS, check_size, read_image
 from support.parallel import join_processes, leave_processes, pick_device, worker_count, world
 from support.run import write_file
@@ -189,8 +186,7 @@ def benchmark_items(folder: Path, task: str, train: bool) -> tuple[str, list[tup
 def count_classes(pairs: Pairs) -> list[str]:
     """Names for unnamed classes: "class 0" up to the largest label in any file."""
     largest = -1
-    for _, path in tqdm(pairs.items, desc=f"classes of {pairs.name}", leave=False,
-                        disable=None if world()[0] == 0 else True):
+    for _, path in tqdm(pairs.items, desc=f"classes of {pairs.name}", leave=False, disable=no_bar()):
         numbers = read_numbers(path).astype(np.int64)
         largest = max(largest, int(numbers[numbers != IGNORE].max(initial=-1)))
     if largest < 0:
@@ -217,8 +213,7 @@ def voc_items(folder: Path, train: bool) -> list[tuple[str, str]]:
             ("val", "SegmentationClass"),):
         listing = folder / "ImageSets/Segmentation" / f"{part}.txt"
         if part == "aug" and not listing.exists():
-            if world()[0] == 0:
-                print(f"note: no {listing}, with which the official code adds 9,118 photographs", file=sys.stderr)
+            say(f"note: no {listing}, with which the official code adds 9,118 photographs")
             continue
         items += [(str(folder / "JPEGImages" / f"{name}.jpg"), str(folder / labels / f"{name}.png"))
                   for name in listing.read_text().split()]
@@ -501,13 +496,13 @@ class DenseEvaluation:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.task, self.began = args, args.task, time.time()
-        check_out(args.out)
+        check_writable(args.out)
         self.device, self.dtype = pick_device(args.device), DTYPES[args.dtype]
-        self.path, ckpt = hub.read(args.checkpoint)
-        self.step = ckpt.get("step")
+        path, ckpt = hub.read(args.checkpoint)
+        self.stem, self.step = results_stem(args, path), ckpt.get("step")
         self.trains = not (args.head or hub.is_mask2former(ckpt))
         if self.trains:
-            backbone = hub.load(self.path, ckpt)
+            backbone = hub.load(path, ckpt)
         else:
             forbid(args, TRAINING_FLAGS + ("crop",) * (self.task == "depth"), "is for training, but the head is given")
             self.network, about = hub.load_dense(args.checkpoint, args.head or None, args.depth_range, ckpt)
@@ -600,13 +595,6 @@ class DenseEvaluation:
                              f"{', '.join(about.classes[:5])}" + ", ..." * (len(about.classes) > 5))
         self.val.classes = about.classes
 
-    def stem(self) -> Path:
-        return results_stem(self.args, self.path)
-
-    def say(self, text: str) -> None:
-        if world()[0] == 0:
-            tqdm.write(text, file=sys.stderr)
-
     def autocast(self):
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
@@ -665,41 +653,25 @@ class HeadTraining:
         self.protocol |= dict(chosen_on="abs_rel on --val, as officially", gradient_weight=args.gradient_weight,
                               depth_range=job.limits, channels=args.channels, short=args.short or 0) if (
             job.task == "depth") else dict(chosen_on="the last step", short=job.test.short, ratios=job.ratios)
-        key = json.dumps([self.protocol, self.eval_every, job.model_hash, job.train.fingerprint, job.val.fingerprint,
-                          job.train.classes, args.dtype, job.test, job.crop, args.flip])
-        digest = hashlib.sha256(key.encode()).hexdigest()[:8]
-        self.path = Path(f"{job.stem()}.eval_dense.{digest}.resume")
-        self.head_path = Path(f"{job.stem()}.{job.train.dataset or job.task}_{args.decoder}_head.pth")
+        settings = [self.protocol, self.eval_every, job.model_hash, job.train.fingerprint, job.val.fingerprint,
+                    job.train.classes, args.dtype, job.test, job.crop, args.flip]
+        self.saved = ResumeFile(f"{job.stem}.eval_dense", settings, job.device, not args.no_resume)
+        self.head_path = Path(f"{job.stem}.{job.train.dataset or job.task}_{args.decoder}_head.pth")
         if self.head_path.is_dir() or not os.access(self.head_path.parent, os.W_OK):
             raise ValueError(f"{self.head_path} cannot be written; choose another place by --out")
         if self.head_path.exists():
-            job.say(f"note: {self.head_path} will be replaced")
+            say(f"note: {self.head_path} will be replaced")
 
-    def resume(self) -> None:
-        if self.path.exists() and not self.job.args.no_resume:
-            try:
-                state = read_pth(str(self.path))
-                self.head.load_state_dict(state["head"])
-                self.optimizer.load_state_dict(state["optimizer"])
-                self.done, self.curve, self.chosen, self.weights = (
-                    state[k] for k in ("done", "curve", "chosen", "weights"))
-                self.job.say(f"goes on after step {self.done} of {self.job.recipe.steps}, from {self.path}")
-            except (ValueError, KeyError, TypeError, RuntimeError):
-                raise ValueError(f"{self.path} is damaged; remove it, and the training starts anew") from None
-        done = torch.tensor([self.done, -self.done], device=self.job.device)
-        if world()[1] > 1:
-            dist.all_reduce(done, dist.ReduceOp.MIN)
-        if done[0] != -done[1]:
-            raise ValueError(f"not all processes see {self.path}; use a folder that all machines share, or --no-resume")
+    def restore(self, state: dict) -> int:
+        self.head.load_state_dict(state["head"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.done, self.curve, self.chosen, self.weights = (state[k] for k in ("done", "curve", "chosen", "weights"))
+        say(f"resuming after step {self.done} of {self.job.recipe.steps}, from {self.saved.path}")
+        return self.done
 
     def save(self) -> None:
-        state = dict(head=self.head.state_dict(), optimizer=self.optimizer.state_dict(), done=self.done,
-                     curve=self.curve, chosen=self.chosen, weights=self.weights)
-        if world()[0] == 0:
-            try:
-                write_file(self.path, partial(torch.save, state))
-            except ValueError as error:
-                self.job.say(f"note: {error}; the training goes on")
+        self.saved.save(dict(head=self.head.state_dict(), optimizer=self.optimizer.state_dict(), done=self.done,
+                             curve=self.curve, chosen=self.chosen, weights=self.weights))
 
     def write_head(self) -> str:
         """Saves the selected head in the layout of the released ones, with what it was trained for as `about`."""
@@ -711,7 +683,7 @@ class HeadTraining:
         weights = {f"decode_head.{k}": v.cpu() for k, v in self.weights.items()}
         if world()[0] == 0:
             write_file(self.head_path, partial(torch.save, dict(state_dict=weights, about=about)))
-            self.path.unlink(missing_ok=True)
+        self.saved.remove()
         return str(self.head_path)
 
     def batches(self):
@@ -759,10 +731,10 @@ class HeadTraining:
     def run(self) -> dict:
         """Trains to the end, leaves the selected head in the network, and returns its results."""
         job, steps, saved = self.job, self.job.recipe.steps, time.monotonic()
-        job.say(f"training on {len(job.train):,} pairs, evaluating on {len(job.val):,}: {steps:,} steps")
-        self.resume()
+        say(f"training on {len(job.train):,} pairs, evaluating on {len(job.val):,}: {steps:,} steps")
+        self.saved.load(self.restore)
         with tqdm(total=steps, initial=self.done, desc=f"{job.task} {job.args.decoder}", leave=False,
-                  disable=None if world()[0] == 0 else True) as bar:
+                  disable=no_bar()) as bar:
             for images, targets in self.batches():
                 loss = self.step(images.to(job.device, non_blocking=True), targets.to(job.device, non_blocking=True))
                 self.done += 1
@@ -788,7 +760,7 @@ class HeadTraining:
         self.curve.append((self.done, result[self.measure]))
         if self.job.task == "seg" or not self.chosen or result["abs_rel"] < self.chosen["abs_rel"]:
             self.chosen, self.weights = result, copy.deepcopy(self.head.state_dict())
-        self.job.say(f"step {self.done:,}: {self.last_result()}")
+        say(f"step {self.done:,}: {self.last_result()}")
 
     def last_result(self) -> str:
         return f"{self.measure} on --val {self.curve[-1][1]:.3f}"
@@ -830,8 +802,7 @@ def evaluate_dense(job: DenseEvaluation, pictures=None) -> dict:
     rows, shape = range(rank, len(pairs), n_ranks), (3, classes) if classes else (len(pairs), len(DEPTH_MEASURES) + 2)
     table = torch.zeros(shape, dtype=torch.float64)  # counts of labels, or measures of each image
     loader = load_items(pairs, rows, job.workers if len(rows) > 8 else 0)
-    bar = tqdm(loader, total=len(rows), desc=f"evaluating on {pairs.name}", leave=False,
-               disable=None if rank == 0 else True)
+    bar = tqdm(loader, total=len(rows), desc=f"evaluating on {pairs.name}", leave=False, disable=no_bar())
     for i, (image, target) in zip(rows, bar):
         predicted = job.predict(image, pairs.describe(i))
         if classes:
@@ -868,7 +839,7 @@ class Predictions:
                 raise ValueError(f"--predictions {folder} would overwrite {folder / name}.png, which is data")
 
     def add(self, i: int, image: Tensor, target: Tensor, predicted: Tensor) -> None:
-        path, bar = self.folder / f"{self.names[i]}.png", None
+        path = self.folder / f"{self.names[i]}.png"
         if self.job.task == "seg":
             save_labels(path, predicted.numpy(), self.job.colors)
             drawn = [label_colors(x.numpy(), self.job.colors) for x in (target, predicted)]
@@ -899,7 +870,6 @@ class Predictions:
 DECODERS = {"depth": ("linear", "linear4", "dpt"), "seg": ("linear", "ms")}
 TRAINING_FLAGS = ("steps", "lr", "weight_decay", "warmup", "clip", "ratios", "decoder", "batch_size", "channels",
                   "gradient_weight", "eval_every", "seed", "no_resume")
-POSITIVE = ("steps", "lr", "short", "batch_size", "depth_scale", "crop", "ratios", "scales")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -910,42 +880,40 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--task", choices=tuple(DECODERS), required=True)
     add("--data", required=True, metavar="FOLDER", help="photographs with depth or labels, see above")
     add("--val", default="", metavar="FOLDER", help="those to evaluate on; default: the validation split of --data")
-    add("--decoder", default="linear", help="the head to train. depth: linear, linear4 (4 blocks), dpt; seg: linear, ms "
-        "(4 blocks, tested at several scales)")
+    add("--decoder", default="linear", help="the head to train. depth: linear, linear4 (4 blocks), dpt; seg: linear, "
+        "ms (4 blocks, tested at several scales)")
     add("--head", default="", help="evaluate this head instead of training one: a file or, for a released model, one "
         f"of {', '.join(hub.DENSE_HEADS)}")
-    add("--channels", type=int, default=256, help="width of dpt; less for small backbones: time grows with its square")
+    add("--channels", type=at_least(2), default=256, help="width of dpt, with whose square "
+        "its time grows; fewer for small backbones")
     add("--depth-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="meters that the head can predict and that "
         "are evaluated; default: those of the data set, or 0.001 10")
-    add("--depth-scale", type=float, default=1000.0, help="units per meter in the 16-bit PNG of your own folders")
-    add("--steps", type=int, help="of training; default, here and down to --ratios: by the recipe")
-    add("--batch-size", type=int, default=16, help="global batch, over all processes")
-    add("--lr", type=float, help="peak learning rate")
+    add("--depth-scale", type=positive, default=1000.0, help="units per meter in the 16-bit PNG of your own folders")
+    add("--steps", type=at_least(1), help="of training; default, here and down to --ratios: by the recipe")
+    add("--batch-size", type=at_least(1), default=16, help="global batch, over all processes")
+    add("--lr", type=positive, help="peak learning rate")
     add("--weight-decay", type=float, help="of AdamW")
     add("--warmup", type=float, help="as a fraction of the steps")
     add("--clip", type=float, help="largest gradient norm; 0: no clipping")
-    add("--crop", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="of training, in pixels; for segmentation, the "
-        "smaller is also the side of the test windows")
-    add("--short", type=int, help="short side of photographs, in training times --ratios; default for depth: unchanged")
-    add("--ratios", type=float, nargs=2, metavar=("MIN", "MAX"), help="segmentation: random scales in training")
+    add("--crop", type=at_least(1), nargs=2, metavar=("HEIGHT", "WIDTH"), help="of training, in pixels; for "
+        "segmentation, the smaller is also the side of the test windows")
+    add("--short", type=at_least(1), help="short side of photographs, in training times --ratios; default for depth: "
+        "unchanged")
+    add("--ratios", type=positive, nargs=2, metavar=("MIN", "MAX"), help="segmentation: random scales in training")
     add("--gradient-weight", type=float, default=0.0, help="depth: weight of the gradient loss; officially 0.5, but of "
         "a loss that a bug makes 0")
-    add("--scales", type=float, nargs="+", help="segmentation: scales in testing, relative to --short")
+    add("--scales", type=positive, nargs="+", help="segmentation: scales in testing, relative to --short")
     add("--flip", action=argparse.BooleanOptionalAction, default=None, help="average with the prediction for the "
         "mirror image in testing; default: yes for depth, by the recipe of the head for segmentation")
     add("--eval-crop", choices=tuple(CROPS), help="the part of photographs where depth is evaluated; default: nyu for "
         "NYUv2, garg for KITTI, otherwise none (everywhere)")
-    add("--eval-every", type=int, default=0, help="steps between evaluations; 0: ten evaluations")
+    add("--eval-every", type=at_least(0), default=0, help="steps between evaluations; 0: ten evaluations")
     add("--predictions", default="", metavar="FOLDER", help="save predictions for --val here: labels as palette PNG, "
         "depth as 16-bit PNG in millimeters (1/256 m if the head reaches beyond 65 m), and sheet.png")
     add("--seed", type=int, default=0, help="of initialization, order and augmentation")
     add("--no-resume", action="store_true", help="start over after an interruption")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--dtype", choices=tuple(DTYPES), default="fp32", help="of the backbone's arithmetic")
-    add("--num-workers", type=int, default=-1, help="reading processes; -1: by the number of cores")
-    add("--out", default="", help="append results to this file, and put the head beside it; default: beside the "
-        "checkpoint")
-    add("--json", action="store_true", help="print the whole result as JSON, and nothing else")
+    flags.add_machine_flags("device", "dtype", "num-workers")
+    add_result_flags(flags)
     args = flags.parse_args(argv)
     args.changed = {name for name, value in vars(args).items() if value != flags.get_default(name)}
     check_flags(args)
@@ -956,13 +924,8 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.decoder not in DECODERS[args.task]:
         raise ValueError(f"--decoder {args.decoder} is not for --task {args.task}; use "
                          f"{' or '.join(DECODERS[args.task])}")
-    for name in (*POSITIVE, "weight_decay", "clip", "gradient_weight", "eval_every"):
-        values = getattr(args, name) if isinstance(getattr(args, name), list) else [getattr(args, name)]
-        if wrong := [v for v in values if v is not None and not (v > 0 if name in POSITIVE else v >= 0)]:
-            raise ValueError(f"--{name.replace('_', '-')} must be {'positive' if name in POSITIVE else '0 or more'}, "
-                             f"not {wrong[0]}")
-    if args.channels < 2 or args.num_workers < -1:
-        raise ValueError("--channels must be 2 or more, --num-workers -1 or more")
+    if not all(v is None or v >= 0 for v in (args.weight_decay, args.clip, args.gradient_weight)):
+        raise ValueError("--weight-decay, --clip and --gradient-weight must be 0 or more")
     if args.warmup is not None and not 0 <= args.warmup <= 1 or args.ratios and args.ratios[0] > args.ratios[1]:
         raise ValueError("--warmup is a fraction, 0 to 1; --ratios are two numbers, the smaller first")
     if args.task == "seg":
@@ -996,7 +959,7 @@ def report(job: DenseEvaluation, protocol: dict, result: dict) -> None:
         columns |= {name: f"{result[name]:.2f} %" for name in ("mIoU", "aAcc", "mAcc")}
         columns["(constant prediction: mIoU"] = f"{result['commonest_class_everywhere']['mIoU']:.2f} %)"
     columns |= {result["head"]: ""} if "head" in result else {}
-    path = Path(args.out) if args.out else Path(f"{job.stem()}.eval_dense.jsonl")
+    path = Path(args.out) if args.out else Path(f"{job.stem}.eval_dense.jsonl")
     add_record(path, record, columns, args.json, job.device, job.began)
 
 
@@ -1025,7 +988,7 @@ def main(argv: list[str] | None = None) -> dict:
             try:
                 result["head"] = training.write_head()
             except ValueError as error:  # disk full: report the results all the same, and keep the save
-                job.say(f"note: {error}; the same command will write it from {training.path}")
+                say(f"note: {error}; the same command will write it from {training.saved.path}")
         if world()[0] == 0:
             report(job, protocol, result)
     return result

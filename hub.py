@@ -52,6 +52,7 @@ from heads import CLASSES, RANGES, RECIPES, DPTHead, Dense, LinearDepthHead, Rec
 from mask2former import Mask2Former
 from model import ARCHS, FORMAT, DinoVisionTransformer, load_backbone, load_strictly, read_checkpoint
 from support.cli import Parser, nearest, run, run_subcommand
+from support.run import replacing
 
 # data.py, which reads images, brings torchvision along, and that takes a second. So only the commands below import it,
 # and when they run; what torch.hub calls does without.
@@ -106,17 +107,14 @@ def released_file(name: str, part: str) -> Path:
     url, path = f"{URL}/{base}/{file}", Path(torch.hub.get_dir(), "checkpoints", file)
     if path.exists():
         return path
-    partial = path.with_name(f"{file}.{os.getpid()}.partial")  # of this process alone
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(partial))
-        read_pth(str(partial))  # a transfer that broke off looks like one that ended
-        partial.replace(path)
+        with replacing(path) as partial:
+            torch.hub.download_url_to_file(url, str(partial))
+            read_pth(str(partial))  # a transfer that broke off looks like one that ended
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ValueError(f"{url} could not be downloaded ({error}); fetch it on another machine and put it at "
                          f"{path}") from None
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

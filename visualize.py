@@ -53,9 +53,9 @@ from support.draw import (
     draw_curves, evenly_spaced, heat_colors, images_per_row, in_rows, label_colors, legend, mark_point, picture_names,
     save_depth, save_labels, save_png, sheet, stack, to_rgb, zoom)
 from support.evaluation import check_finite, common_labels, extract_features, full_float32, normalize_rows_
-from support.images import Fit, fit_image, plan_fit, read_image
+from support.images import FITS, PatchFit, fit_image, plan_fit, read_image
 from support.parallel import pick_device, worker_count
-from support.sources import Source, eval_specs, image_paths, open_source
+from support.sources import Source, eval_specs, image_paths, open_source, without_code
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ class FittedImage(NamedTuple):
     """An image, fitted to the patch grid."""
     path: str
     pixels: Tensor  # (C, h*p, w*p), uint8 or uint16
-    fit: Fit
+    fit: PatchFit
     size: tuple[int, int]  # height and width of the file, upright
 
 
@@ -474,13 +474,13 @@ def nearest_images(bank: Tensor, ok: Tensor, queries: Tensor, k: int, own: Tenso
 def show_neighbors(args: argparse.Namespace) -> None:
     out, device = picture_path(args.out, args.images), pick_device(args.device)
     paths = image_paths(args.images)
-    if not 1 <= args.k <= 24 or not 1 <= (len(paths) or args.queries) <= MAX_IMAGES or args.num_workers < -1:
-        raise ValueError(f"--k must be 1 to 24, --queries or the images 1 to {MAX_IMAGES}, --num-workers -1 or more")
+    if not 1 <= args.k <= 24 or not 1 <= (len(paths) or args.queries) <= MAX_IMAGES:
+        raise ValueError(f"--k must be 1 to 24, --queries or the images 1 to {MAX_IMAGES}")
     model, config = load_model(args.model, device)
     if not (args.data or config["data"]):
         raise ValueError(f"{args.model} does not say which images to search; give --data")
-    named = (args.data, args.data) if args.data else (config[k] for k in ("data", "eval_train", "eval_val"))
-    train, val = eval_specs(*named)
+    stated = (config[key] for key in ("data", "eval_train", "eval_val"))
+    train, val = eval_specs(*((args.data, args.data) if args.data else map(without_code, stated)))
     source = open_source(train, config["in_chans"])
     if out.exists() and out.resolve() in (Path(source.describe(i)).resolve() for i in range(len(source))):
         raise ValueError(f"--out {args.out} would overwrite an image of {train}; choose another")
@@ -612,15 +612,6 @@ def add_dense_flags(add, command: str) -> None:
         add("--opacity", type=float, default=0.6, help="of the colors over the image, 0 to 1")
 
 
-def add_model_flags(add, command: str) -> None:
-    add("--model", required=True, help="a checkpoint, or the name of a released model such as dinov2_vits14")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    if command in ("pca", "attention", "similarity"):
-        add("--size", type=int, nargs="+", help="resize images to this short side, or height and width, in pixels; 0: "
-            "keep their size; default: the short side that the network was trained at")
-        add("--fit", choices=("crop", "pad", "resize"), default="crop", help="how sides become multiples of the patch")
-
-
 def parse(command: str, argv: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.prog = f"python visualize.py {command}"
@@ -629,7 +620,12 @@ def parse(command: str, argv: list[str]) -> argparse.Namespace:
         add("runs", nargs="+", metavar="RUN", help="the --out folder of a run, or its metrics.jsonl")
     else:
         add("images", nargs="*" if command == "neighbors" else "+", metavar="IMG", help="a file or a folder")
-        add_model_flags(add, command)
+        add("--model", required=True, help="a checkpoint, or the name of a released model such as dinov2_vits14")
+        parser.add_machine_flags("device")
+    if command in ("pca", "attention", "similarity"):
+        add("--size", type=int, nargs="+", help="resize images to this short side, or height and width, in pixels; 0: "
+            "keep their size; default: the short side that the network was trained at")
+        add("--fit", choices=FITS, default="crop", help="how sides become multiples of the patch size")
     if command in ("depth", "segment"):
         add_dense_flags(add, command)
     if command == "pca":
@@ -645,7 +641,7 @@ def parse(command: str, argv: list[str]) -> argparse.Namespace:
         add("--k", type=int, default=8, help="neighbors per query")
         add("--queries", type=int, default=8, help="without IMG: how many random queries")
         add("--seed", type=int, default=0, help="without IMG: selects the queries")
-        add("--num-workers", type=int, default=-1, help="data-loading processes; -1: by the number of cores")
+        parser.add_machine_flags("num-workers")
     add("--out", default=f"visualize-{command}.png", help="the picture" + (
         "; a folder: a picture of each image, and sheet.png" if command in ("pca", "depth", "segment") else ""))
     return parser.parse_args(argv)

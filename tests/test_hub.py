@@ -12,10 +12,12 @@ import pytest
 import torch
 
 import data
+import export
 import hub
 import model
 import support.images
-from tests.common import HERE, HUB_VIT, RELEASED, Payload, assert_close, golden, hub_vit, randn, randomize, write_images
+from tests.common import (HERE, HUB_VIT, RELEASED, Payload, assert_close, exit_code, golden, hub_vit, randn, randomize,
+                          write_images)
 
 
 def renamed(weights: dict, *pairs) -> dict:
@@ -144,7 +146,7 @@ def test_hub_equals_transformers_classifier(kind, tmp_path):
 
 
 @pytest.mark.parametrize("registers", [0, 4])
-@pytest.mark.parametrize("kind", ["registered", "mlp", "swiglu"])
+@pytest.mark.parametrize("kind", [pytest.param("registered", marks=pytest.mark.slow), "mlp", "swiglu"])
 def test_hub_equals_timm(kind, registers, tmp_path):
     timm = pytest.importorskip("timm")
     if kind == "registered":
@@ -345,7 +347,7 @@ def test_hub_classifier_errors(tmp_path):
 
 
 def test_hub_entry_points(tmp_path, monkeypatch):
-    """All 25 official names and 9 of ours; the networks have the released keys and shapes, kwargs and layers are heard."""
+    """All 25 official names and 9 of ours; networks have the released keys and shapes, kwargs and layers are used."""
     points = hub.entry_points()
     assert len(points) == 34 and all(points[n].__name__ == n and points[n].__doc__ for n in points)
     for name in hub.RELEASED:
@@ -396,7 +398,7 @@ def test_hub_entry_points_load(tmp_path, monkeypatch):
         points["dinov2_vits14"](img_size=224)
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("order", ["before", pytest.param("after", marks=pytest.mark.slow)])
 def test_hub_by_torch_hub_beside_modules_of_the_same_names(order, tmp_path):
     """From a foreign folder, whose own modules of our names are imported before or after."""
     for name in ("model", "data", "losses", "train", "hub"):
@@ -421,38 +423,43 @@ def test_hub_convert_there_and_back(to, registers, ffn, tmp_path, capsys):
     vit, images = hub_vit(registers, ffn), randn(1, (2, 3, 56, 56))[0]
     out = tmp_path / {"official": "b.pth", "safetensors": "b.safetensors", "timm": "b.pth", "hf": "b"}[to]
     torch.save(dict(teacher=prefixed("backbone.", vit.state_dict())), tmp_path / "a.pth")
-    hub.main(["convert", str(tmp_path / "a.pth"), str(out), "--to", to])
+    export.main(["convert", str(tmp_path / "a.pth"), str(out), "--to", to])
     told = capsys.readouterr()
     assert f"layout {to}" in told.out and ("at others" in told.err) == (not registers and to in ("timm", "hf"))
     assert hub.layout_of(hub.read(out)[1]) == dict(timm="timm", hf="transformers").get(to, "official")
     again = hub.load(out)
     assert_close(again(images), vit(images), 1e-5 if to == "timm" and registers else 0)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["a.pth", out.name])
-    hub.main(["convert", str(out), str(tmp_path / "c.pth"), "--to", "official"])
+    export.main(["convert", str(out), str(tmp_path / "c.pth"), "--to", "official"])
     assert_close(hub.load(tmp_path / "c.pth")(images), vit(images), 1e-5 if to == "timm" and registers else 0)
 
 
-def test_hub_convert_is_read_by_transformers_and_timm(trained, tmp_path):
-    transformers, timm = pytest.importorskip("transformers"), pytest.importorskip("timm")
+def test_hub_convert_is_read_by_transformers(trained, tmp_path):
+    transformers = pytest.importorskip("transformers")
     vit, images = randomize(hub.load(trained / "ckpt.pth")), randn(1, (2, 3, 12, 12))[0]
     ckpt = torch.load(trained / "ckpt.pth", weights_only=True)
     torch.save(ckpt | dict(teacher=prefixed("backbone.", vit.state_dict())), tmp_path / "a.pth")
-    hub.main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "hf"), "--to", "hf"])
+    export.main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "hf"), "--to", "hf"])
     theirs = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()
     assert_close(theirs(images).last_hidden_state[:, 0].detach(), vit(images), 1e-5)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
     assert processor.crop_size["height"] == 12 and processor.size["shortest_edge"] == 12
     assert_close(hub.load(tmp_path / "hf")(images), vit(images), 0)  # 2 heads, 32 wide
     with pytest.raises(ValueError, match="2 heads for a width of .* use --to hf"):
-        hub.main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "b.pth"), "--to", "official"])
-    for registers in (0, 4):
-        big = timm.create_model(f"vit_small_patch14_{'reg4_' * bool(registers)}dinov2", pretrained=False)
-        torch.save(hub.backbone(f"dinov2_vits14{'_reg' * bool(registers)}", pretrained=False).state_dict(),
-                   tmp_path / "s.pth")
-        hub.main(["convert", str(tmp_path / "s.pth"), str(tmp_path / "t.pth"), "--to", "timm"])
-        big.load_state_dict(torch.load(tmp_path / "t.pth", weights_only=True))
-        x = randn(1, (1, 3, 518, 518))[0]
-        assert_close(big.eval()(x).detach(), hub.load(tmp_path / "s.pth")(x).detach(), 1e-5)
+        export.main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "b.pth"), "--to", "official"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("registers", [0, 4])
+def test_hub_convert_is_read_by_registered_timm(registers, tmp_path):
+    timm = pytest.importorskip("timm")
+    big = timm.create_model(f"vit_small_patch14_{'reg4_' * bool(registers)}dinov2", pretrained=False)
+    torch.save(hub.backbone(f"dinov2_vits14{'_reg' * bool(registers)}", pretrained=False).state_dict(),
+               tmp_path / "s.pth")
+    export.main(["convert", str(tmp_path / "s.pth"), str(tmp_path / "t.pth"), "--to", "timm"])
+    big.load_state_dict(torch.load(tmp_path / "t.pth", weights_only=True))
+    x = randn(1, (1, 3, 518, 518))[0]
+    assert_close(big.eval()(x).detach(), hub.load(tmp_path / "s.pth")(x).detach(), 1e-5)
 
 
 def test_hub_info(trained, tmp_path, capsys):
@@ -484,24 +491,26 @@ def test_hub_features(tmp_path, cache, capsys):
     for k in ("b.png", "sub/a.png", "sub/c.png"):
         paths[k] = photos / k
     model_flags = ["--model", str(tmp_path / "vit.pth"), "--batch-size", "2", "--num-workers", "0"]
-    hub.main(["features", str(photos), str(tmp_path / "own.png"), *model_flags, "--out", str(tmp_path / "f.npz")])
+    export.main(["features", str(photos), str(tmp_path / "own.png"), *model_flags, "--out", str(tmp_path / "f.npz")])
     assert "4 images" in (told := capsys.readouterr()).out and "bad.png cannot be read" in told.err
     stacked = np.load(tmp_path / "f.npz")
     assert [Path(f).name for f in stacked["files"]] == ["b.png", "a.png", "c.png", "own.png"]
     assert stacked["cls"].shape == (4, 128) and stacked["patches"].shape == (4, 4, 4, 128)
-    hub.main(["features", str(photos), str(tmp_path / "own.png"), *model_flags, "--out", str(tmp_path / "each"),
+    export.main(["features", str(photos), str(tmp_path / "own.png"), *model_flags, "--out", str(tmp_path / "each"),
               "--size", "0", "--fit", "pad"])
     for i, (path, name) in enumerate(((tmp_path / "own.png", "own.png"), (photos / "sub/c.png", "photos/sub/c.png"))):
         one = np.load(tmp_path / f"each/{name}.npz")
         image = support.images.read_image(str(path))
+        row = {k: stacked[k][3 - i] for k in one}
         for fit, given in ((support.images.plan_fit(*image.shape[1:], 14, "pad"), one),
-                           (support.images.plan_fit(*image.shape[1:], 14, "crop", (56, 56)), {k: stacked[k][3 - i] for k in one})):
+                           (support.images.plan_fit(*image.shape[1:], 14, "crop", (56, 56)), row)):
             out = vit.forward_features(data.normalize(data.to_float(support.images.fit_image(image, fit)[None])))
             for key, whole in (("cls", "clstoken"), ("registers", "regtokens"), ("patches", "patchtokens")):
                 expected = out[f"x_norm_{whole}"][0].detach()
                 assert_close(torch.from_numpy(given[key]).view(expected.shape), expected, 1e-5, key)
     for argv, text in (
-        ([str(photos), str(tmp_path / "own.png"), "--size", "0"], "own.png has 6x4 patches, .* give --size HEIGHT WIDTH"),
+        ([str(photos), str(tmp_path / "own.png"), "--size", "0"],
+         "own.png has 6x4 patches, .* give --size HEIGHT WIDTH"),
         ([str(photos / "bad.png")], "bad.png cannot be read as an image"),
         ([str(tmp_path / "none.png")], "no such image or folder: .*none.png"),
         ([str(tmp_path / "own.png"), "--size", "10", "--fit", "crop"], "10x10 pixels is less than one patch"),
@@ -510,7 +519,7 @@ def test_hub_features(tmp_path, cache, capsys):
         ([str(tmp_path / "own.png"), "--fit", "stretch"], "invalid choice: 'stretch'"),
     ):
         with pytest.raises(ValueError, match=text):
-            hub.main(["features", *argv, *model_flags, "--out", str(tmp_path / "g.npz")])
+            export.main(["features", *argv, *model_flags, "--out", str(tmp_path / "g.npz")])
     assert not list(tmp_path.glob("*g.npz*")) and sorted(p.name for p in (tmp_path / "each").rglob("*.npz")) == [
         "a.png.npz", "b.png.npz", "c.png.npz", "own.png.npz"]
 
@@ -520,13 +529,13 @@ def test_hub_export(suffix, tmp_path, capsys):
     """A program for images of one size, not square, and batches of any; its outputs are the model's."""
     vit, out = hub_vit(4), tmp_path / f"vit{suffix}"
     torch.save(vit.state_dict(), tmp_path / "vit.pth")
-    argv = ["export", str(out), "--model", str(tmp_path / "vit.pth"), "--size", "42", "70"]
+    argv = ["program", str(out), "--model", str(tmp_path / "vit.pth"), "--size", "42", "70"]
     if suffix == ".onnx":
         if importlib.util.find_spec("onnxscript") is None:
             with pytest.raises(ValueError, match="pip install onnx onnxscript onnxruntime"):
-                hub.main(argv)
+                export.main(argv)
         onnxruntime = pytest.importorskip("onnxruntime")
-    hub.main(argv)
+    export.main(argv)
     assert "on batches of 1, 2 and 3 images 42x70" in capsys.readouterr().out
     images = randn(1, (5, 3, 42, 70))[0]
     if suffix == ".pt2":
@@ -547,13 +556,13 @@ def test_hub_refuses_features_that_are_not_finite(tmp_path):
     write_images(tmp_path, ["a.png"])
     flags = ["--model", str(tmp_path / "nan.pth")]
     for argv in (["features", str(tmp_path / "a.png"), "--out", str(tmp_path / "f.npz")],
-                 ["export", str(tmp_path / "f.pt2"), "--size", "28"]):
+                 ["program", str(tmp_path / "f.pt2"), "--size", "28"]):
         with pytest.raises(ValueError, match="nan.pth are not finite"):
-            hub.main([*argv, *flags])
+            export.main([*argv, *flags])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "nan.pth"]
 
 
-def test_hub_command_errors(tmp_path):
+def test_hub_command_errors(tmp_path, capsys):
     torch.save(hub_vit().state_dict(), tmp_path / "vit.pth")
     vit = str(tmp_path / "vit.pth")
     for argv, text in (
@@ -564,16 +573,18 @@ def test_hub_command_errors(tmp_path):
         (["convert", vit, str(tmp_path / "b.pth"), "--to", "safetensors"], "must end in .safetensors"),
         (["convert", vit, str(tmp_path), "--to", "hf"], "exists; name a new folder"),
         (["convert", vit, "/proc/b.pth", "--to", "official"], "/proc/b.pth could not be written"),
-        (["export", "b.pt", "--model", vit], "must be a file that ends in .onnx or .pt2"),
+        (["program", "b.pt", "--model", vit], "must be a file that ends in .onnx or .pt2"),
         (["convert", vit, f"{vit}/b.pth", "--to", "official"], "vit.pth/b.pth could not be written"),
-        (["features", str(HERE / "pictures"), "--model", vit, "--device", "meta", "--out", "f.npz"], "'meta' is no dev"),
-        (["export", "b.pt2", "--model", vit, "--size", "50"], "multiples of this model's patch size, 14"),
+        (["features", str(HERE / "pictures"), "--model", vit, "--device", "meta", "--out", "f.npz"],
+         "'meta' is no device"),
+        (["program", "b.pt2", "--model", vit, "--size", "50"], "multiples of this model's patch size, 14"),
         (["features", "a.png", "--model", vit, "--out", vit], "is no file that ends in .npz, and no folder"),
         (["features", "a.png", "--model", vit, "--out", "f.txt"], "is no file that ends in .npz, and no folder"),
         (["features", "a.png", "--out", "f.npz"], "required: --model"),
     ):
         with pytest.raises(ValueError, match=text):
-            hub.main(argv)
+            (hub if argv[0] in ("inform", "info") else export).main(argv)
     assert [p.name for p in tmp_path.iterdir()] == ["vit.pth"]
-    result = subprocess.run([sys.executable, HERE / "hub.py", "info", "none"], capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.startswith("error: no such checkpoint") and not result.stdout
+    assert exit_code("hub.py", "info", "none") == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("error: no such checkpoint") and not told.out

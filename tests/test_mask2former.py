@@ -80,7 +80,8 @@ def test_m2f_decoders_golden(m2f):
     dense_close("m2f_reduced/head_cls", logits)
     dense_close("m2f_reduced/head_mask", masks)
     dense_close("m2f_reduced/head_forward_test", mask2former.class_maps(*outputs[-1]))
-    blocked = [(mask2former.bilinear(m, maps[i % 3].shape[-2:]) < 0).flatten(2).all(-1) for i, m in enumerate(masks[:-1])]
+    blocked = [(mask2former.bilinear(m, maps[i % 3].shape[-2:]) < 0).flatten(2).all(-1)
+               for i, m in enumerate(masks[:-1])]
     assert torch.cat(blocked).any()  # these numbers do tell what happens to queries with empty masks
 
 
