@@ -612,7 +612,9 @@ def add_dense_flags(add, command: str) -> None:
         add("--opacity", type=float, default=0.6, help="of the colors over the image, 0 to 1")
 
 
-def parse(command: str, argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The flags of a command, which comes first."""
+    command, *flags = argv
     parser = Parser(__doc__)
     parser.prog = f"python visualize.py {command}"
     add = parser.add_argument
@@ -644,7 +646,7 @@ def parse(command: str, argv: list[str]) -> argparse.Namespace:
         parser.add_machine_flags("num-workers")
     add("--out", default=f"visualize-{command}.png", help="the picture" + (
         "; a folder: a picture of each image, and sheet.png" if command in ("pca", "depth", "segment") else ""))
-    return parser.parse_args(argv)
+    return parser.parse_args(flags)
 
 
 COMMANDS = dict(pca=show_pca, attention=show_attention, similarity=show_similarity, depth=show_depth,
@@ -652,7 +654,7 @@ COMMANDS = dict(pca=show_pca, attention=show_attention, similarity=show_similari
 
 
 def show(command: str, argv: list[str]) -> None:
-    args = parse(command, argv)
+    args = parse([command, *argv])
     COMMANDS[command](args)
     print(args.out)
 
