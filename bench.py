@@ -684,7 +684,7 @@ def bench_hub(args, device: torch.device) -> list[dict]:
 def enlarged_first(head: heads.LinearDepthHead, features: list) -> torch.Tensor:
     """LinearDepthHead.forward in the official order: all channels are enlarged, then convolved."""
     x = torch.cat([t for patches, cls in features for t in (patches, heads.expand(cls, patches))], 1)
-    x = F.relu(head.conv_depth(heads.resize(x, [4 * n for n in x.shape[-2:]]))) + 0.1
+    x = F.relu(head.conv_depth(heads.bilinear(x, [4 * n for n in x.shape[-2:]]))) + 0.1
     depths = torch.linspace(*head.depth_range, x.shape[1], device=x.device)
     return (x * depths[:, None, None]).sum(1, keepdim=True) / x.sum(1, keepdim=True)
 

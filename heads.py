@@ -1,22 +1,23 @@
-"""Dense heads of DINOv2: depth and segmentation from the features of a frozen backbone, in plain PyTorch.
+"""DINOv2's dense heads: depth and segmentation from the features of a frozen backbone, in plain PyTorch.
 
     head = LinearDepthHead(384, layers=4)            # or DPTHead(384), SegmentationHead(384, n_classes=150, layers=1)
     features = backbone.get_intermediate_layers(images, head.taps(12), reshape=True, return_class_token=True,
                                                 norm=head.norm)
     depth = head(features)                           # (B, 1, 4h, 4w), meters
-    network = Dense(backbone, head)                  # the same in one: images (B, 3, H, W) of any size,
+    network = Dense(backbone, head)                  # both in one module: images (B, 3, H, W) of any size
     depth = network(images)                          # (B, 1, H, W)
-    probabilities = segment(network, photo, RECIPES["ade20k", "linear"])    # photo (3, H, W) uint8 -> (150, H, W)
+    meters = predict_depth(network, photo)                                  # photo (3, H, W) uint8 -> (H, W)
+    probabilities = segment(network, photo, RECIPES["ade20k", "linear"])    # (150, H, W)
 
-This file needs torch alone and may be copied on its own. Heads take features, not models: a list of pairs of patches
-(B, D, h, w) and CLS (B, D), one for each of the blocks that head.taps() names. Parameter names equal those of the
-released heads behind `decode_head.`. Papers: DINOv2 (Oquab et al. 2023, arXiv 2304.07193, section 7.4), DPT (Ranftl et
-al. 2021, arXiv 2103.13413), depth by bins (Li et al. 2022, arXiv 2203.14211), the scale-invariant loss (Eigen et al.
-2014, arXiv 1406.2283). Apache License 2.0.
+This file needs only torch and may be copied on its own. Heads take features, not models: a list of pairs, patch tokens
+(B, D, h, w) and CLS (B, D), one pair for each block that head.taps() names. Parameter names are those of the released
+heads after `decode_head.`. Papers: DINOv2 (Oquab et al. 2023, arXiv 2304.07193, section 7.4), DPT (Ranftl et al. 2021,
+arXiv 2103.13413), depth bins (Li et al. 2022, arXiv 2203.14211), the scale-invariant loss (Eigen et al. 2014, arXiv
+1406.2283). Apache License 2.0.
 
 Letters in shape comments
     B  images          D  width of the backbone      h, w  patch grid           H, W  pixels
-    n  blocks tapped   c  channels of DPT            bins  depths that are weighed
+    n  tapped blocks   c  channels of DPT            bins  candidate depths
 """
 from typing import NamedTuple
 
@@ -24,31 +25,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-RANGES = {"nyu": (0.001, 10.0), "kitti": (0.001, 80.0)}  # of depth in meters, nearest and farthest
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+RANGES = {"nyu": (0.001, 10.0), "kitti": (0.001, 80.0)}  # smallest and largest depth, in meters
 
 
-def resize(x: Tensor, size, align_corners: bool = False) -> Tensor:
-    """Bilinear, (B, c, H, W) -> (B, c, *size), not antialiased, as wherever a head changes sizes."""
+def bilinear(x: Tensor, size, align_corners: bool = False) -> Tensor:
+    """Resizes (B, c, H, W) to (B, c, *size) without antialiasing, as the heads do throughout."""
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=align_corners)
 
 
 def double(x: Tensor) -> Tensor:
-    """Twice as high and wide, the corners on the corners: DPT alone does it so."""
-    return resize(x, [2 * n for n in x.shape[-2:]], align_corners=True)
+    """Upsamples by 2 with aligned corners, which only DPT does."""
+    return bilinear(x, [2 * n for n in x.shape[-2:]], align_corners=True)
 
 
 def center_pad(x: Tensor, multiple: int) -> Tensor:
-    """Zeros around (B, C, H, W), evenly, so that both sides are multiples; what is odd goes to the right and bottom."""
+    """Zero-pads (B, C, H, W) on all sides to multiples of `multiple`; an odd pixel goes to the right or bottom."""
     (top, bottom), (left, right) = ((p // 2, p - p // 2) for p in (-n % multiple for n in x.shape[-2:]))
     return F.pad(x, (left, right, top, bottom))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Which blocks are tapped
+# Tapped blocks
 
 
 def even_taps(n_blocks: int) -> tuple[int, ...]:
-    """The last block of each quarter; of 24 officially block 4 instead of 5. Of fewer than 4 blocks some come twice."""
+    """The last block of each quarter, except that the release taps block 4, not 5, of 24. Repeats if n_blocks < 4."""
     return (4, 11, 17, 23) if n_blocks == 24 else tuple(-(-(i + 1) * n_blocks // 4) - 1 for i in range(4))
 
 
@@ -61,11 +63,11 @@ def last_taps(n_blocks: int, n: int) -> tuple[int, ...]:
 
 
 class LinearDepthHead(nn.Module):
-    """Features of 1 or 4 blocks -> depth (B, 1, 4h, 4w) in meters: a 1x1 convolution weighs 256 bins, evenly spaced
-    from `min_depth` to `max_depth`; their weighted mean is the depth (DINOv2, section 7.4, after AdaBins).
+    """Features of 1 or 4 blocks -> depth (B, 1, 4h, 4w) in meters: a 1x1 convolution weights 256 bins, evenly spaced
+    from `min_depth` to `max_depth`, and depth is their weighted mean (DINOv2, section 7.4, after AdaBins).
 
-    `norm`: features come without the final LayerNorm. Raises ValueError for another number of layers than 1 or 4, or a
-    range that is none.
+    `norm`: features are taken before the final LayerNorm. Raises ValueError unless `layers` is 1 or 4 and the depths
+    form a range.
     """
     norm = False
 
@@ -79,18 +81,18 @@ class LinearDepthHead(nn.Module):
 
     def forward(self, features: list[tuple[Tensor, Tensor]]) -> Tensor:
         x = torch.cat([t for patches, cls in features for t in (patches, expand(cls, patches))], 1)  # (B, 2*n*D, h, w)
-        # Officially the features are enlarged, all 2*n*D channels of them (12,288 of ViT-g), and then convolved. The
-        # order makes no difference, as both are linear and bilinear weights add up to 1; this way it is 256 channels.
-        x = resize(self.conv_depth(x), [4 * n for n in x.shape[-2:]])  # (B, bins, 4h, 4w)
+        # The official code upsamples all 2*n*D channels (12,288 for ViT-g) before the convolution. The order does not
+        # matter, since both are linear and bilinear weights sum to 1; this way only 256 channels are upsampled.
+        x = bilinear(self.conv_depth(x), [4 * n for n in x.shape[-2:]])  # (B, bins, 4h, 4w)
         x = F.relu(x) + 0.1
         depths = torch.linspace(*self.depth_range, x.shape[1], device=x.device, dtype=x.dtype)
         return (x * depths[:, None, None]).sum(1, keepdim=True) / x.sum(1, keepdim=True)
 
 
 class DPTHead(nn.Module):
-    """Features of 4 blocks -> depth (B, 1, 32*ceil(h/2), 32*ceil(w/2)) in meters, at least `min_depth`; by the dense
-    prediction transformer: four maps from fine to coarse are reassembled and fused from coarse to fine (DPT, section 3,
-    of DINOv2 with the CLS token as readout). Raises ValueError for a range that is none."""
+    """Features of 4 blocks -> depth (B, 1, 32*ceil(h/2), 32*ceil(w/2)) in meters, at least `min_depth`. The dense
+    prediction transformer reassembles four maps, fine to coarse, and fuses them from coarse to fine (DPT, section 3,
+    with the CLS token as readout). Raises ValueError unless the depths form a range."""
     norm = False
 
     def __init__(self, dim: int, min_depth: float = 0.001, max_depth: float = 10.0, channels: int = 256):
@@ -115,7 +117,7 @@ class DPTHead(nn.Module):
 
 
 class Conv(nn.Module):
-    """A convolution that keeps the size, under the name that the released weights have for it."""
+    """A size-preserving convolution, under the parameter names of the released weights."""
 
     def __init__(self, dim: int, out_dim: int, kernel: int, bias: bool = True):
         super().__init__()
@@ -126,8 +128,8 @@ class Conv(nn.Module):
 
 
 class Reassemble(nn.Module):
-    """Four pairs of patches (B, D, h, w) and CLS (B, D) -> maps of `widths` channels, 4, 2, 1 and 1/2 times the grid.
-    """
+    """Four pairs of patches (B, D, h, w) and CLS (B, D) -> maps with `widths` channels at 4, 2, 1 and 1/2 times the
+    resolution of the patch grid."""
 
     def __init__(self, dim: int, widths: list[int]):
         super().__init__()
@@ -148,7 +150,7 @@ class Reassemble(nn.Module):
 
 
 class Fusion(nn.Module):
-    """A map (B, c, h, w), and unless it is the first a finer one to add, of about that size -> (B, c, 2h, 2w)."""
+    """A map (B, c, h, w) and, except for the first, a finer map of about that size to add -> (B, c, 2h, 2w)."""
 
     def __init__(self, channels: int, first: bool):
         super().__init__()
@@ -158,8 +160,8 @@ class Fusion(nn.Module):
         self.res_conv_unit2 = Residual(channels)
 
     def forward(self, x: Tensor, finer: Tensor | None = None) -> Tensor:
-        if finer is not None:  # of an odd grid the coarsest map, doubled, is a little larger than the next
-            x = x + self.res_conv_unit1(resize(finer, x.shape[-2:]) if finer.shape != x.shape else finer)
+        if finer is not None:  # if the grid is odd, the upsampled coarsest map is slightly larger than the next
+            x = x + self.res_conv_unit1(bilinear(finer, x.shape[-2:]) if finer.shape != x.shape else finer)
         return self.project(double(self.res_conv_unit2(x)))
 
 
@@ -178,8 +180,8 @@ class DepthOutput(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        enlarge = nn.UpsamplingBilinear2d(scale_factor=2)  # with aligned corners
-        self.head = nn.Sequential(nn.Conv2d(channels, channels // 2, 3, padding=1), enlarge,
+        upsample = nn.UpsamplingBilinear2d(scale_factor=2)  # with aligned corners
+        self.head = nn.Sequential(nn.Conv2d(channels, channels // 2, 3, padding=1), upsample,
                                   nn.Conv2d(channels // 2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -187,7 +189,7 @@ class DepthOutput(nn.Module):
 
 
 def expand(cls: Tensor, patches: Tensor) -> Tensor:
-    """CLS (B, D) at every place of the grid, (B, D, h, w)."""
+    """CLS (B, D) repeated at every position of the grid, (B, D, h, w)."""
     return cls[..., None, None].expand_as(patches)
 
 
@@ -199,7 +201,7 @@ def check_layers(layers: int) -> int:
 
 def check_range(min_depth: float, max_depth: float) -> tuple[float, float]:
     if not 0 < min_depth < max_depth < float("inf"):
-        raise ValueError(f"a range of depth is two positive numbers, as 0.001 10, not {min_depth} {max_depth}")
+        raise ValueError(f"a depth range is two positive numbers, such as 0.001 10, not {min_depth} {max_depth}")
     return float(min_depth), float(max_depth)
 
 
@@ -208,10 +210,10 @@ def check_range(min_depth: float, max_depth: float) -> tuple[float, float]:
 
 
 class SegmentationHead(nn.Module):
-    """Features -> logits (B, classes, h, w): batch normalization and a 1x1 convolution on the patches of the last
+    """Features -> logits (B, classes, h, w): batch normalization and a 1x1 convolution on the patch tokens of the last
     block (layers=1, the "linear" head) or of the last 4 (layers=4, "+ms"; DINOv2, section 7.4).
 
-    `norm`: features come after the final LayerNorm; CLS is not used. Raises ValueError for another number of layers.
+    `norm`: features are taken after the final LayerNorm. CLS is not used. Raises ValueError unless `layers` is 1 or 4.
     """
     norm, depth_range = True, None
 
@@ -231,20 +233,20 @@ class SegmentationHead(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A backbone under a head
+# Backbone and head together
 
 
 class Dense(nn.Module):
     """Normalized images (B, C, H, W) of any size -> depth (B, 1, H, W) in meters within the head's range, or logits
-    (B, classes, H, W). Images are padded in the middle of zeros to multiples of the patch; officially the prediction
-    for the padded image is then squeezed to the size of the image, not cut, and so it is here."""
+    (B, classes, H, W). Images are zero-padded to multiples of the patch size. As in the official code, the prediction
+    for the padded image is then resized to the size of the image, not cropped."""
 
     def __init__(self, backbone: nn.Module, decode_head: nn.Module):
         super().__init__()
         self.backbone, self.decode_head = backbone, decode_head
 
     def features(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """What the head takes: (patches (B, D, h, w), CLS (B, D)) of each of its blocks."""
+        """The head's input: (patches (B, D, h, w), CLS (B, D)) of each block that it taps."""
         taps, images = self.decode_head.taps(self.backbone.n_blocks), center_pad(images, self.backbone.patch_size)
         blocks = sorted(set(taps))
         outs = self.backbone.get_intermediate_layers(images, blocks, reshape=True, return_class_token=True,
@@ -252,18 +254,18 @@ class Dense(nn.Module):
         return [outs[blocks.index(tap)] for tap in taps]
 
     def predict(self, features: list[tuple[Tensor, Tensor]], size=None) -> Tensor:
-        """What the head makes of features, at `size`, height and width of the images, or without as it comes."""
+        """The head's prediction, resized to `size` (height, width); without `size`, at the head's own resolution."""
         x, limits = self.decode_head(features), self.decode_head.depth_range
         x = x if limits is None else x.clamp(*limits)
-        return x if size is None else resize(x, size)
+        return x if size is None else bilinear(x, size)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.predict(self.features(images), images.shape[-2:])
 
     def whole_inference(self, img: Tensor, img_meta: None = None, rescale: bool = True) -> Tensor:
-        """forward() by its official name; without `rescale` at the size that the head gives."""
+        """forward() under its official name; without `rescale`, at the head's own resolution."""
         if img_meta is not None:
-            raise ValueError("img_meta is of mmcv, which is not used here; leave it None")
+            raise ValueError("img_meta belongs to mmcv, which is not used here; leave it None")
         return self(img) if rescale else self.predict(self.features(img))
 
 
@@ -272,11 +274,10 @@ class Dense(nn.Module):
 
 
 class Recipe(NamedTuple):
-    """How photographs are segmented: enlarged or shrunk until the short side is `short` pixels, but the long one no
-    more than `long`, times each of `ratios`; cut into windows of `crop` pixels every `stride`, whose predictions are
-    averaged where they overlap; with `flip` mirrored as well. Probabilities of all views are averaged. Sides are
-    stretched to the next multiple of `multiple`, for networks that do not pad. `at_once` windows are computed together.
-    """
+    """How a photograph is segmented. It is resized so that the short side is `short` pixels (but the long side at most
+    `long`), times each of `ratios`, and cut into windows of `crop` pixels every `stride`, averaged where they overlap.
+    With `flip`, its mirror image is segmented too. Probabilities are averaged over all views. Sides are rounded up to a
+    multiple of `multiple`, for networks that do not pad. `at_once`: windows per batch."""
     short: int = 512
     long: int = 99999999
     crop: int = 512
@@ -293,20 +294,27 @@ RECIPES = {("ade20k", "linear"): Recipe(), ("voc2012", "linear"): Recipe(long=20
 
 
 def scaled_size(height: int, width: int, long: int, short: int) -> tuple[int, int]:
-    """The largest size of this shape with no side above `long` and none of both above `short`, as mmcv rounds it."""
+    """The largest size of this aspect ratio with a long side <= `long` and a short side <= `short`, rounded as mmcv
+    does."""
     factor = min(long / max(height, width), short / min(height, width))
     return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
 
 
-def resize_bytes(image: Tensor, size) -> Tensor:
-    """(C, H, W), uint8 or uint16 -> whole numbers in float32 (C, *size), bilinear without antialiasing: as OpenCV does,
-    by which the released segmentation heads were trained and tested, within one gray level."""
-    return resize(image[None].float(), size)[0].round()
+def resize_as_opencv(image: Tensor, size) -> Tensor:
+    """Resizes pixels (C, H, W) to whole numbers in float32, (C, *size); bilinear without antialiasing. Within one gray
+    level of OpenCV, which the released segmentation heads were trained and tested with."""
+    return bilinear(image[None].float(), size)[0].round()
+
+
+def to_input(pixels: Tensor, dtype: torch.dtype, mean, std) -> Tensor:
+    """Pixels (C, H, W) in float32, of an image of uint8 or uint16 (`dtype`) -> normalized (1, C, H, W)."""
+    mean, std = (pixels.new_tensor(v)[:, None, None] for v in (mean, std))
+    return ((pixels / torch.iinfo(dtype).max - mean) / std)[None]
 
 
 def slide(network, images: Tensor, crop: int, stride: int, batch_size: int = 4) -> Tensor:
-    """`network` on windows of `crop` pixels every `stride`, or of the side of the image where that is less: (B, C, H,
-    W) -> (B, c, H, W), averaged where windows overlap. The last windows end where the image does."""
+    """Sliding-window inference, (B, C, H, W) -> (B, c, H, W): windows of `crop` pixels (at most the side of the image)
+    every `stride`, averaged where they overlap. The last window is shifted to end at the border."""
     starts = []
     for side in images.shape[-2:]:
         ends = [min(i * stride + crop, side) for i in range(max(side - crop + stride - 1, 0) // stride + 1)]
@@ -324,21 +332,19 @@ def slide(network, images: Tensor, crop: int, stride: int, batch_size: int = 4) 
 
 
 @torch.inference_mode()
-def segment(network, image: Tensor, recipe: Recipe, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)) -> Tensor:
-    """Probabilities (classes, H, W) for a photograph (C, H, W), uint8 or uint16, on its device. `network` maps
-    normalized images to logits of their size, as Dense does."""
-    height, width = image.shape[-2:]
-    scale, total = 65535 if image.dtype == torch.uint16 else 255, None
-    center, spread = (image.new_tensor(v, dtype=torch.float32)[:, None, None] for v in (mean, std))
+def segment(network, image: Tensor, recipe: Recipe, mean=MEAN, std=STD) -> Tensor:
+    """Class probabilities (classes, H, W) of a photograph (C, H, W), uint8 or uint16, on its device. `network` maps
+    normalized images to logits of the same size, as Dense does."""
+    size, total = image.shape[-2:], None
     for ratio in recipe.ratios:
-        size = scaled_size(height, width, int(recipe.long * ratio), int(recipe.short * ratio))
-        view = resize_bytes(image, size)
-        if any(n % recipe.multiple for n in size):
-            view = resize_bytes(view, [-(-n // recipe.multiple) * recipe.multiple for n in size])
-        view = ((view / scale - center) / spread)[None]  # (1, C, H', W')
+        scaled = scaled_size(*size, int(recipe.long * ratio), int(recipe.short * ratio))
+        view = resize_as_opencv(image, scaled)
+        if any(n % recipe.multiple for n in scaled):
+            view = resize_as_opencv(view, [-(-n // recipe.multiple) * recipe.multiple for n in scaled])
+        view = to_input(view, image.dtype, mean, std)
         for mirrored in (False, True) if recipe.flip else (False,):
             x = slide(network, view.flip(-1) if mirrored else view, recipe.crop, recipe.stride, recipe.at_once)
-            x = resize(x, (height, width))[0]  # (classes, H, W), which may fill most of the memory: softmax in place
+            x = bilinear(x, size)[0]  # (classes, H, W), possibly most of the memory: softmax in place
             x = x.sub_(x.amax(0)).exp_().div_(x.sum(0))
             x = x.flip(-1) if mirrored else x
             total = x if total is None else total.add_(x)
@@ -346,8 +352,22 @@ def segment(network, image: Tensor, recipe: Recipe, mean=(0.485, 0.456, 0.406), 
 
 
 @torch.inference_mode()
+def predict_depth(network, image: Tensor, mean=MEAN, std=STD, short: int = 0,
+                  flip: bool = False) -> Tensor:
+    """Depth (H, W), in meters, of a photograph (C, H, W), uint8 or uint16, on its device. `network` maps normalized
+    images to depth of the same size, as Dense does. `short`: resize to this short side first (bicubic, antialiased);
+    `flip`: average with the prediction for the mirror image."""
+    size, pixels = image.shape[-2:], image.float()
+    if short:
+        scaled = [max(round(n * short / min(size)), 1) for n in size]
+        pixels = F.interpolate(pixels[None], scaled, mode="bicubic", antialias=True)[0]
+        pixels = pixels.round().clamp(0, torch.iinfo(image.dtype).max)
+    return bilinear(estimate_depth(network, to_input(pixels, image.dtype, mean, std), flip), size)[0, 0]
+
+
+@torch.inference_mode()
 def estimate_depth(network, images: Tensor, flip: bool = False) -> Tensor:
-    """Normalized images (B, C, H, W) -> depth (B, 1, H, W); with `flip` the mean with that of the mirrored images."""
+    """Normalized images (B, C, H, W) -> depth (B, 1, H, W), with `flip` averaged with that of the mirror images."""
     if not flip:
         return network(images)
     depth, mirrored = network(torch.cat([images, images.flip(-1)])).chunk(2)
@@ -359,29 +379,29 @@ def estimate_depth(network, images: Tensor, flip: bool = False) -> Tensor:
 
 
 def log_difference(depth: Tensor, target: Tensor, max_depth: float | None) -> tuple[Tensor, Tensor]:
-    """log(depth) - log(target), a millimeter added to both, and where the target is known; both shaped like it."""
+    """log(depth + 1 mm) - log(target + 1 mm), and where the target is known (bool); both shaped like the target."""
     known = target > 0 if max_depth is None else (target > 0) & (target <= max_depth)
     difference = torch.log(depth + 0.001) - torch.log(torch.where(known, target, depth.detach()) + 0.001)
     return difference, known
 
 
 def sig_loss(depth: Tensor, target: Tensor, max_depth: float | None = None, warm_up: bool = False) -> Tensor:
-    """The scale-invariant loss of log-depth (Eigen et al. 2014, equation 4, with a square root and 0.15 for lambda): of
-    the pixels whose target is above 0, and not above `max_depth`. `warm_up`: of the mean alone, as in the first hundred
-    steps officially. Both tensors are (B, 1, H, W), meters. Without such pixels it is 0."""
+    """The scale-invariant log-depth loss (Eigen et al. 2014, equation 4, with a square root and 0.15 for lambda), over
+    pixels with 0 < target <= `max_depth`; 0 if there are none. `warm_up`: only the term of the mean, as in the first
+    hundred official steps. Both tensors are (B, 1, H, W), in meters."""
     difference, known = log_difference(depth, target, max_depth)
     g = difference[known]
     if g.numel() == 0:
         return 0.0 * depth.sum()
     if warm_up or g.numel() == 1:
         return 0.15**0.5 * g.mean().abs()
-    return (g.var() + 0.15 * g.mean() ** 2).clamp(min=1e-12).sqrt()  # the slope of a root is infinite at 0
+    return (g.var() + 0.15 * g.mean() ** 2).clamp(min=1e-12).sqrt()  # the gradient of sqrt is infinite at 0
 
 
 def gradient_loss(depth: Tensor, target: Tensor, max_depth: float | None = None) -> Tensor:
-    """How much the slopes of log-depth differ, over two pixels, in maps of every, every 2nd, 4th and 6th pixel
-    (MegaDepth, Li and Snavely 2018, arXiv 1804.00607, equation 5). The official code takes the slopes along the wrong
-    axes, so that it is 0 for the batches of two of its recipe: its heads are trained without it."""
+    """Difference between the gradients of log-depth, over two pixels, at strides 1, 2, 4 and 6 (MegaDepth, Li and
+    Snavely 2018, arXiv 1804.00607, equation 5). The official code differentiates along the wrong axes, which yields 0
+    for its batches of two images: the released heads were trained without this loss."""
     difference, known = log_difference(depth, target, max_depth)
     total, mask = difference.new_zeros(()), known.to(difference.dtype)
     for stride in (1, 2, 4, 6):
@@ -393,9 +413,9 @@ def gradient_loss(depth: Tensor, target: Tensor, max_depth: float | None = None)
 
 
 def segmentation_loss(logits: Tensor, labels: Tensor, ignore: int = 255) -> Tensor:
-    """Cross-entropy of logits (B, classes, h, w), enlarged to the labels (B, H, W): its sum over the pixels not to be
-    ignored, over the number of all, as officially."""
-    return F.cross_entropy(resize(logits, labels.shape[-2:]), labels.long(), ignore_index=ignore,
+    """Cross-entropy of logits (B, classes, h, w), upsampled to the labels (B, H, W). As in the official code, the sum
+    over labeled pixels is divided by the number of all pixels."""
+    return F.cross_entropy(bilinear(logits, labels.shape[-2:]), labels.long(), ignore_index=ignore,
                            reduction="sum") / labels.numel()
 
 
@@ -431,8 +451,8 @@ ADE20K_COLORS = (  # of class 0, 1, ..., six hexadecimal digits each
 
 
 def colors(n_classes: int, dataset: str = "") -> list[tuple[int, int, int]]:
-    """Red, green and blue, 0 to 255, of each class: ADE20K's own; else those of VOC, whose bits are those of the number
-    of the class, spread over the three, and go on beyond its 21 classes."""
+    """(red, green, blue), 0 to 255, of each class: ADE20K's own palette, otherwise VOC's, which spreads the bits of the
+    class number over the three channels and so extends beyond 21 classes."""
     if dataset == "ade20k":
         return [tuple(bytes.fromhex(ADE20K_COLORS[6 * k : 6 * k + 6])) for k in range(n_classes)]
     return [tuple(sum((k >> 3 * bit + channel & 1) << 7 - bit for bit in range(8)) for channel in range(3))

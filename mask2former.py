@@ -1,23 +1,23 @@
-"""Mask2Former over a ViT-Adapter, in plain PyTorch: the network of DINOv2's best ADE20K segmentation.
+"""Mask2Former on a ViT-Adapter, in plain PyTorch: the network behind DINOv2's best ADE20K segmentation.
 
     with torch.device("meta"):
         network = Mask2Former()                                # ViT-g/14 and 150 classes, 1.7 G parameters
-    network.load_state_dict(weights, assign=True)              # keys are those of dinov2_vitg14_ade20k_m2f.pth
+    network.load_state_dict(weights, assign=True)              # the keys of dinov2_vitg14_ade20k_m2f.pth
     labels = network.eval()(images).argmax(1)                  # images (B, 3, H, W), sides multiples of 32
-    loss = total_loss(network.encode(images), label_maps)      # to fine-tune; the release kept `backbone.blocks` frozen
+    loss = total_loss(network.encode(images), label_maps)      # for fine-tuning; the release froze `backbone.blocks`
 
-A ViT sees patches of 14 pixels, at one scale. The adapter sets a small convolutional pyramid of strides 4 to 32 beside
-it; four times the two read from each other. The pixel decoder refines the four maps that result, and queries, each one
-class and one mask, look at them through their own masks of the layer before. Images are RGB in 0..1, normalized by the
-ImageNet mean and deviation. Nothing is padded: the ViT leaves out what exceeds whole patches.
+A ViT sees 14-pixel patches at a single scale. The adapter adds a small convolutional pyramid with strides 4 to 32; the
+two exchange information four times. The pixel decoder refines the four resulting maps, and each query, which stands for
+one class and one mask, attends to them inside its mask from the previous layer. Images are RGB in 0..1, normalized by
+the ImageNet mean and standard deviation. Nothing is padded: the ViT ignores pixels beyond the last whole patch.
 
-This file needs torch alone (`match` also scipy) and may be copied on its own. Papers: Mask2Former (Cheng et al. 2022,
+This file needs only torch (`match` also scipy) and may be copied on its own. Papers: Mask2Former (Cheng et al. 2022,
 arXiv 2112.01527), ViT-Adapter (Chen et al. 2023, arXiv 2205.08534), deformable attention (Zhu et al. 2021, arXiv
 2010.04159), DINOv2 (Oquab et al. 2023, arXiv 2304.07193). Apache License 2.0.
 
 Letters in shape comments
     B  images       D  width          C  classes       Q  queries       M  attention heads       h, w  side of a map
-    L  levels       P  points         S  tokens of several maps, joined, each row by row         T  masks of an image
+    L  levels       P  points         S  concatenated tokens of several maps, row by row         T  masks of an image
     K  points at which masks are compared                                                        N  masks of a batch
 """
 import math
@@ -29,10 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Maps, tokens, places
+# Maps, tokens, positions
 
 
-Shapes = list[tuple[int, int]]  # (h, w) of the maps whose tokens are joined
+Shapes = list[tuple[int, int]]  # (h, w) of the maps whose tokens are concatenated
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -44,16 +44,16 @@ def to_maps(x: Tensor, shapes: Shapes) -> list[Tensor]:
     return [part.transpose(1, 2).unflatten(2, shape) for part, shape in zip(parts, shapes)]  # each (B, D, h, w)
 
 
-def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+def bilinear(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
 def full_precision(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))  # half types become float32, float64 stays
+    return x.to(torch.promote_types(x.dtype, torch.float32))  # half precision becomes float32, float64 stays
 
 
 def centers(shapes: Shapes, device=None) -> Tensor:
-    """(x, y) of the middle of every cell, in parts of the map's width and height: (1, S, 1, 2)."""
+    """(x, y) of the center of every cell, as fractions of the map's width and height: (1, S, 1, 2)."""
     grids = [torch.stack([((torch.arange(w, device=device) + 0.5) / w).expand(h, w),
                           ((torch.arange(h, device=device) + 0.5) / h)[:, None].expand(h, w)], dim=-1)
              for h, w in shapes]
@@ -61,8 +61,8 @@ def centers(shapes: Shapes, device=None) -> Tensor:
 
 
 def sine_position(h: int, w: int, dim: int, device=None) -> Tensor:
-    """Position of every cell as sines and cosines in turn: (h*w, dim) float32, the first half of the channels for the
-    row, the second for the column. Rows count 1 to h, scaled so that the last is at 2 pi (DETR's embedding)."""
+    """Sinusoidal position embedding of every cell, as in DETR: (h*w, dim) float32, sines and cosines alternating, the
+    first half of the channels for the row, the second for the column. Rows are numbered 1 to h, scaled to 2 pi."""
     periods = 10000 ** (torch.arange(0, dim // 2, 2, device=device) / (dim // 2))
 
     def waves(n: int) -> Tensor:
@@ -79,11 +79,11 @@ def sine_position(h: int, w: int, dim: int, device=None) -> Tensor:
 
 
 def deformable_sampling(value: Tensor, shapes: Shapes, places: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of values read at a few places of each level (deformable DETR, equation 3).
+    """Weighted sum of values sampled at a few positions of each level (deformable DETR, equation 3).
 
-    Args: value (B, S, M, D/M); places (B, Q, M, L, P, 2), (x, y) in parts of the map, outside of which values are 0;
-    weights (B, Q, M, L, P). Returns (B, Q, D), heads one after another. Computed in float32 if given less; gradients go
-    to all three. Level by level, since the samples of one alone are P times as large as the result.
+    Args: value (B, S, M, D/M); places (B, Q, M, L, P, 2), (x, y) as fractions of the map, outside of which values are
+    0; weights (B, Q, M, L, P). Returns (B, Q, D), heads concatenated. Half precision is computed in float32; gradients
+    flow to all three. One level at a time, since its samples alone are P times as large as the result.
     """
     value, places, weights = full_precision(value), full_precision(places), full_precision(weights)
     total = 0
@@ -96,10 +96,10 @@ def deformable_sampling(value: Tensor, shapes: Shapes, places: Tensor, weights: 
 
 
 class DeformableAttention(nn.Module):
-    """Each query reads `points` places per level and head, at offsets from its own place that it chooses itself.
+    """Each query samples `points` positions per level and head, at offsets that it predicts from its own position.
 
-    `ratio` narrows the values to dim * ratio. At the start the heads look into directions all around, the points of a
-    head at growing distance, with equal weights.
+    Values are `ratio` * dim wide. At initialization each head looks in a different direction, its points at increasing
+    distance, with equal weights.
     """
 
     def __init__(self, dim: int, levels: int, heads: int, points: int = 4, ratio: float = 1.0):
@@ -120,7 +120,7 @@ class DeformableAttention(nn.Module):
         self.sampling_offsets.bias.data.copy_(offsets.expand(-1, levels, -1, -1).flatten())
 
     def forward(self, query: Tensor, places: Tensor, value: Tensor, shapes: Shapes) -> Tensor:
-        """query (B, Q, D), its places (B or 1, Q, L or 1, 2), value (B, S, D) of L maps of `shapes` -> (B, Q, D)."""
+        """query (B, Q, D), its positions `places` (B or 1, Q, L or 1, 2), value (B, S, D) of L maps -> (B, Q, D)."""
         heads, levels, points = self.split
         value = self.value_proj(value).unflatten(-1, (heads, -1))  # (B, S, M, D*ratio/M)
         weights = full_precision(self.attention_weights(query)).unflatten(-1, (heads, levels * points)).softmax(-1)
@@ -132,7 +132,7 @@ class DeformableAttention(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# ViT-Adapter: ViT blocks, the convolutional pyramid beside them, and what passes between the two
+# ViT-Adapter: ViT blocks, a convolutional pyramid, and the attention between the two
 
 
 class Attention(nn.Module):
@@ -148,7 +148,7 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward (Shazeer 2020); w1 and w2 are the halves of `w12` in DINOv2's own weights."""
+    """Gated feed-forward (Shazeer 2020); w1 and w2 are the two halves of `w12` in DINOv2's weights."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -182,8 +182,8 @@ def conv_bn(in_dim: int, dim: int, stride: int) -> list[nn.Module]:
 
 
 class SpatialPrior(nn.Module):
-    """Images (B, 3, H, W) -> a map (B, D, H/4, W/4) and the tokens (B, h*w, D) of strides 8, 16, 32. `n` is the width
-    of the first convolutions. To train on several GPUs, see nn.SyncBatchNorm.convert_sync_batchnorm."""
+    """Images (B, 3, H, W) -> a map (B, D, H/4, W/4) and the tokens (B, h*w, D) at strides 8, 16, 32. `n` is the width
+    of the first convolutions. For training on several GPUs, see nn.SyncBatchNorm.convert_sync_batchnorm."""
 
     def __init__(self, dim: int, n: int):
         super().__init__()
@@ -205,7 +205,7 @@ class SpatialPrior(nn.Module):
 
 
 class Injector(nn.Module):
-    """The ViT's patch tokens x read from the pyramid's tokens c. Without effect at the start: gamma is 0."""
+    """The ViT's patch tokens x attend to the pyramid's tokens c. The identity at initialization: gamma is 0."""
 
     def __init__(self, dim: int, heads: int, points: int, ratio: float):
         super().__init__()
@@ -220,7 +220,7 @@ class Injector(nn.Module):
 
 
 class ConvFFN(nn.Module):
-    """Feed-forward with a depth-wise convolution in the middle, over each of the joined maps on its own."""
+    """Feed-forward with a depthwise convolution in the middle, applied to each of the concatenated maps separately."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -234,7 +234,7 @@ class ConvFFN(nn.Module):
 
 
 class Extractor(nn.Module):
-    """The pyramid's tokens c read from the ViT's patch tokens x, then a feed-forward among neighbors."""
+    """The pyramid's tokens c attend to the ViT's patch tokens x, followed by a convolutional feed-forward."""
 
     def __init__(self, dim: int, heads: int, points: int, ratio: float, ffn_ratio: float):
         super().__init__()
@@ -250,8 +250,8 @@ class Extractor(nn.Module):
 
 
 class Interaction(nn.Module):
-    """A group of ViT blocks with an injector before and an extractor, and `extras` more, after it. Patch tokens x
-    (B, h*w, D) of the `grid`, pyramid tokens c (B, S, D) and cls (B, 1, D) come back as they are then."""
+    """An injector, a group of ViT blocks, and 1 + `extras` extractors. Updates and returns the patch tokens x
+    (B, h*w, D) of the `grid`, the pyramid tokens c (B, S, D) and cls (B, 1, D)."""
 
     def __init__(self, dim: int, heads: int, points: int, ratio: float, ffn_ratio: float, extras: int):
         super().__init__()
@@ -272,7 +272,7 @@ class Interaction(nn.Module):
 class ViTAdapter(nn.Module):
     """Images (B, 3, H, W) -> four maps (B, D, H/s, W/s), s = 4, 8, 16, 32.
 
-    The ViT has no final norm here, and its position table is resized to the patch grid itself, by size.
+    The ViT has no final norm here, and its position embedding is resized to the exact size of the patch grid.
     """
 
     def __init__(self, dim: int, depth: int, num_heads: int, patch_size: int, img_size: int, mlp_ratio: float,
@@ -309,11 +309,11 @@ class ViTAdapter(nn.Module):
         maps = to_maps(c, shapes)
         maps = [self.up(maps[0]) + c1, *maps]
         norms = (self.norm1, self.norm2, self.norm3, self.norm4)
-        return [norm(m + resize(tap, m.shape[-2:])) for norm, m, tap in zip(norms, maps, taps)]
+        return [norm(m + bilinear(tap, m.shape[-2:])) for norm, m, tap in zip(norms, maps, taps)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pixel decoder and query decoder. Some modules only hold others, under the names of the released weights.
+# Pixel decoder and query decoder. Some modules only nest others, for the parameter names of the released weights.
 
 
 def feed_forward(dim: int, hidden: int) -> nn.Module:
@@ -341,8 +341,8 @@ class EncoderLayer(nn.Module):
 
 
 class PixelDecoder(nn.Module):
-    """Four maps (B, in_dim, H/s, W/s), s = 4, 8, 16, 32 -> the map that masks are read from (B, D, H/4, W/4), and maps
-    (B, D, h, w) of strides 32, 16, 8 for the queries to look at."""
+    """Four maps (B, in_dim, H/s, W/s), s = 4, 8, 16, 32 -> the mask features (B, D, H/4, W/4) and, for the queries to
+    attend to, maps (B, D, h, w) at strides 32, 16, 8."""
 
     def __init__(self, in_dim: int, dim: int, heads: int, points: int, ffn_dim: int, layers: int):
         super().__init__()
@@ -355,7 +355,7 @@ class PixelDecoder(nn.Module):
         self.mask_feature = nn.Conv2d(dim, dim, 1)
 
     def forward(self, features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        maps = [conv(f) for conv, f in zip(self.input_convs, features[:0:-1])]  # of strides 32, 16, 8
+        maps = [conv(f) for conv, f in zip(self.input_convs, features[:0:-1])]  # at strides 32, 16, 8
         shapes = [tuple(m.shape[-2:]) for m in maps]
         x = torch.cat([to_tokens(m) for m in maps], dim=1)  # (B, S, D)
         positions = torch.cat([sine_position(h, w, x.shape[-1], x.device) + level
@@ -365,12 +365,12 @@ class PixelDecoder(nn.Module):
             x = layer(x, positions, places, shapes)
         maps = to_maps(x, shapes)
         y = self.lateral_convs[0](features[0])
-        y = self.output_convs[0](y + resize(maps[-1], y.shape[-2:]))
+        y = self.output_convs[0](y + bilinear(maps[-1], y.shape[-2:]))
         return self.mask_feature(F.relu(y)), maps
 
 
 class DecoderLayer(nn.Module):
-    """Queries read from a map, then from each other, then a feed-forward, each followed by its norm."""
+    """Queries attend to a map, then to each other, then a feed-forward; each is followed by its norm."""
 
     def __init__(self, dim: int, heads: int, ffn_dim: int):
         super().__init__()
@@ -391,15 +391,15 @@ class DecoderLayer(nn.Module):
 
 
 def blocked_places(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Where queries with these mask logits (B, Q, h, w) may not look on a map of `size`: (B, Q, h*w) bool, True outside
-    of the mask (Mask2Former, section 3.2.1). A query whose mask is empty may look everywhere."""
-    blocked = (resize(masks, size).sigmoid() < 0.5).flatten(2)
+    """The attention mask on a map of `size`, for queries with mask logits (B, Q, h, w): (B, Q, h*w) bool, True outside
+    the query's mask (Mask2Former, section 3.2.1). A query with an empty mask attends everywhere."""
+    blocked = (bilinear(masks, size).sigmoid() < 0.5).flatten(2)
     return blocked & ~blocked.all(-1, keepdim=True)
 
 
 class MaskDecoder(nn.Module):
-    """Four maps (B, in_dim, H/s, W/s), s = 4, 8, 16, 32 -> a list of pairs, of the queries before the first layer and
-    after each: class logits (B, Q, C+1), "none" last, and mask logits (B, Q, H/4, W/4)."""
+    """Four maps (B, in_dim, H/s, W/s), s = 4, 8, 16, 32 -> the predictions before the first layer and after each, as
+    pairs: class logits (B, Q, C+1), the last for "none", and mask logits (B, Q, H/4, W/4)."""
 
     def __init__(self, in_dim: int, n_classes: int, dim: int, heads: int, deform_heads: int, points: int, ffn_dim: int,
                  n_queries: int, encoder_layers: int, decoder_layers: int):
@@ -408,7 +408,7 @@ class MaskDecoder(nn.Module):
         self.transformer_decoder = nn.ModuleDict(dict(
             layers=nn.ModuleList(DecoderLayer(dim, heads, ffn_dim) for _ in range(decoder_layers)),
             post_norm=nn.LayerNorm(dim)))
-        self.query_embed = nn.Embedding(n_queries, dim)  # position of the queries
+        self.query_embed = nn.Embedding(n_queries, dim)  # position embedding of the queries
         self.query_feat = nn.Embedding(n_queries, dim)
         self.level_embed = nn.Embedding(3, dim)
         self.cls_embed = nn.Linear(dim, n_classes + 1)
@@ -428,7 +428,7 @@ class MaskDecoder(nn.Module):
         q_position = self.query_embed.weight.expand_as(q)
         outputs = [self.predict(q, mask_feature)]
         for i, layer in enumerate(self.transformer_decoder["layers"]):
-            level = i % 3  # coarse to fine, again and again
+            level = i % 3  # coarse to fine, repeatedly
             blocked = blocked_places(outputs[-1][1], sizes[level])
             q = layer(q, q_position, memories[level], positions[level], blocked)
             outputs.append(self.predict(q, mask_feature))
@@ -440,31 +440,31 @@ class MaskDecoder(nn.Module):
 
 
 def class_maps(logits: Tensor, masks: Tensor) -> Tensor:
-    """Sum over the queries of class probability times mask probability: (B, Q, C+1), (B, Q, h, w) -> (B, C, h, w)
-    float32. Probabilities of "none" are left out (MaskFormer, Cheng et al. 2021, arXiv 2107.06278, section 3.4)."""
+    """Sum over queries of class probability times mask probability: (B, Q, C+1), (B, Q, h, w) -> (B, C, h, w) float32,
+    without the class "none" (MaskFormer, Cheng et al. 2021, arXiv 2107.06278, section 3.4)."""
     with torch.autocast(logits.device.type, enabled=False):
         classes, masks = full_precision(logits).softmax(-1)[..., :-1], full_precision(masks).sigmoid()
         return torch.einsum("bqc,bqhw->bchw", classes, masks)
 
 
 class Mask2Former(nn.Module):
-    """Semantic segmentation; the defaults are the released DINOv2 ViT-g/14 for ADE20K, and parameter names are its.
+    """Semantic segmentation. The defaults, and the parameter names, are those of the released ViT-g/14 for ADE20K.
 
     Args:
         n_classes: without "none", which the network adds.
-        embed_dim, depth, num_heads, patch_size, img_size, mlp_ratio: of the ViT. `img_size` sets the size of the
-            position table alone.
-        conv_dim: width of the first convolutions of the adapter. adapter_heads, adapter_ratio, adapter_ffn_ratio: of
-            the deformable attention and feed-forward between it and the ViT.
-        decoder_dim, decoder_ffn_dim: width of both decoders. decoder_heads: of the attention of queries; the shapes of
-            weights do not tell it. deform_heads: of the pixel decoder.
-        encoder_layers, decoder_layers: of the pixel decoder, of the query decoder.
-        n_points: places that a head of deformable attention reads per level, everywhere.
+        embed_dim, depth, num_heads, patch_size, img_size, mlp_ratio: of the ViT. `img_size` only determines the size of
+            the position embedding.
+        conv_dim: width of the adapter's first convolutions. adapter_heads, adapter_ratio, adapter_ffn_ratio: of the
+            deformable attention and feed-forward between it and the ViT.
+        decoder_dim, decoder_ffn_dim: width of both decoders. decoder_heads: of the queries' attention, which the shapes
+            of the weights do not reveal. deform_heads: of the pixel decoder.
+        encoder_layers, decoder_layers: of the pixel decoder and of the query decoder.
+        n_points: sampled per level by each head of deformable attention.
 
     There is no stochastic depth. Raises ValueError for sizes that do not divide.
     """
 
-    multiple = 32  # sides of images must be multiples of it
+    multiple = 32  # of which the sides of images must be multiples
 
     def __init__(self, n_classes: int = 150, embed_dim: int = 1536, depth: int = 40, num_heads: int = 24,
                  patch_size: int = 14, img_size: int = 518, mlp_ratio: float = 4.0, conv_dim: int = 64,
@@ -485,9 +485,9 @@ class Mask2Former(nn.Module):
                                        decoder_ffn_dim, n_queries, encoder_layers, decoder_layers)
 
     def encode(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Predictions before the first and after every decoder layer, as total_loss takes them: a list of pairs, class
-        logits (B, Q, C+1), "none" last, and mask logits (B, Q, H/4, W/4). Raises ValueError for sides that do not fit.
-        """
+        """Predictions before the first decoder layer and after each, as total_loss takes them: pairs of class logits
+        (B, Q, C+1), the last for "none", and mask logits (B, Q, H/4, W/4). Raises ValueError unless both sides of the
+        images are multiples of 32."""
         height, width = images.shape[-2:]
         if height % self.multiple or width % self.multiple or not height or not width:
             up = " x ".join(str(max(math.ceil(n / self.multiple), 1) * self.multiple) for n in (height, width))
@@ -495,13 +495,13 @@ class Mask2Former(nn.Module):
         return self.decode_head(self.backbone(images))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalized images (B, 3, H, W) -> (B, C, H, W) float32. Values are sums of probabilities, not logits; the
-        largest names the class. H and W are multiples of 32, else ValueError."""
-        return resize(class_maps(*self.encode(images)[-1]), images.shape[-2:])
+        """Normalized images (B, 3, H, W) -> (B, C, H, W) float32: sums of probabilities, not logits; the largest is the
+        predicted class. Raises ValueError unless H and W are multiples of 32."""
+        return bilinear(class_maps(*self.encode(images)[-1]), images.shape[-2:])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Losses. Masks are compared at points only (Mask2Former, section 3.3), so that their size does not matter.
+# Losses. Masks are compared at sampled points only (Mask2Former, section 3.3), whatever their resolution.
 
 
 def point_sample(maps: Tensor, points: Tensor) -> Tensor:
@@ -511,8 +511,8 @@ def point_sample(maps: Tensor, points: Tensor) -> Tensor:
 
 @torch.no_grad()
 def uncertain_points(masks: Tensor, n_points: int, oversample: float = 3.0, importance: float = 0.75) -> Tensor:
-    """Points (N, K, 2) for masks of logits (N, h, w): of `oversample` * K random ones the `importance` * K at which the
-    mask is least decided, the rest anywhere (PointRend, Kirillov et al. 2020, arXiv 1912.08193, section 3.1)."""
+    """Points (N, K, 2) for mask logits (N, h, w): the `importance` * K most uncertain of `oversample` * K random ones,
+    the others at random (PointRend, Kirillov et al. 2020, arXiv 1912.08193, section 3.1)."""
     n_uncertain = int(importance * n_points)
     points = torch.rand(len(masks), int(oversample * n_points), 2, device=masks.device)
     nearest = point_sample(masks[:, None], points)[:, 0].abs().topk(n_uncertain, largest=False)[1]  # (N, importance*K)
@@ -523,9 +523,9 @@ def uncertain_points(masks: Tensor, n_points: int, oversample: float = 3.0, impo
 @torch.no_grad()
 def match_costs(logits: Tensor, masks: Tensor, classes: Tensor, targets: Tensor,
                 weights=(2.0, 5.0, 5.0)) -> list[Tensor]:
-    """Costs of giving query q the target t: [class, mask, dice], each (Q, T), times its weight.
+    """Weighted costs of assigning target t to query q: [class, mask, dice], each (Q, T).
 
-    Args: logits (Q, C+1); masks (Q, K), logits at points; classes (T,) int64; targets (T, K) in 0..1 at these points.
+    Args: logits (Q, C+1); masks (Q, K), logits at points; classes (T,) int64; targets (T, K) in 0..1 at those points.
     """
     mask = F.softplus(masks).mean(-1, keepdim=True) - masks @ targets.T / masks.shape[-1]  # binary cross-entropy
     p = masks.sigmoid()
@@ -535,35 +535,35 @@ def match_costs(logits: Tensor, masks: Tensor, classes: Tensor, targets: Tensor,
 
 @torch.no_grad()
 def match(cost: Tensor) -> tuple[Tensor, Tensor]:
-    """The pairs of the cheapest one-to-one assignment: queries (n,) and their targets (n,) of a cost (Q, T)."""
-    from scipy.optimize import linear_sum_assignment  # comes with scikit-learn; needed for training alone
+    """The cheapest one-to-one assignment for a cost (Q, T): queries (n,) and their targets (n,)."""
+    from scipy.optimize import linear_sum_assignment  # comes with scikit-learn; only needed for training
     queries, targets = linear_sum_assignment(cost.cpu().numpy())
     return torch.from_numpy(queries).to(cost.device), torch.from_numpy(targets).to(cost.device)
 
 
 def class_loss(logits: Tensor, classes: Tensor, none_weight: float = 0.1) -> Tensor:
-    """Cross-entropy of logits (B, Q, C+1) and classes (B, Q), C for "none", which counts `none_weight`; averaged."""
+    """Mean cross-entropy of logits (B, Q, C+1) and classes (B, Q), where C, "none", has weight `none_weight`."""
     weights = logits.new_ones(logits.shape[-1])
     weights[-1] = none_weight
     return F.cross_entropy(logits.flatten(0, 1), classes.flatten(), weights)
 
 
 def mask_loss(masks: Tensor, targets: Tensor, n_masks: float) -> Tensor:
-    """Binary cross-entropy of logits (N, K) and targets (N, K), mean over the points, sum over the masks / n_masks."""
+    """Binary cross-entropy of logits (N, K) and targets (N, K): mean over points, sum over masks / n_masks."""
     return F.binary_cross_entropy_with_logits(masks, targets, reduction="none").mean(-1).sum() / n_masks
 
 
 def dice_loss(masks: Tensor, targets: Tensor, n_masks: float) -> Tensor:
-    """1 - (2 |ab| + 1) / (|a| + |b| + 1), a the probabilities of logits (N, K), b targets (N, K); sum / n_masks."""
+    """1 - (2 |ab| + 1) / (|a| + |b| + 1), with a the sigmoid of logits (N, K), b targets (N, K); sum / n_masks."""
     p = masks.sigmoid()
     return (1 - (2 * (p * targets).sum(-1) + 1) / (p.sum(-1) + targets.sum(-1) + 1)).sum() / n_masks
 
 
 def layer_loss(logits: Tensor, masks: Tensor, targets: list[tuple[Tensor, Tensor]], n_points: int,
                weights) -> Tensor:
-    """The loss of one pair of outputs (B, Q, C+1), (B, Q, h, w). targets: per image the classes (T,) int64 and masks
-    (T, H, W). The sum over masks is divided by their number, the mean over the processes where there are several."""
-    wanted = torch.full(logits.shape[:2], logits.shape[-1] - 1, device=logits.device)  # "none", but for the matched
+    """The loss of one pair of outputs (B, Q, C+1), (B, Q, h, w). targets: per image, the classes (T,) int64 and masks
+    (T, H, W). The sum over masks is divided by their number, averaged over processes."""
+    wanted = torch.full(logits.shape[:2], logits.shape[-1] - 1, device=logits.device)  # "none" unless matched
     chosen, truths = [], []
     for i, (classes, truth) in enumerate(targets):
         points = torch.rand(1, n_points, 2, device=masks.device)
@@ -586,22 +586,22 @@ def layer_loss(logits: Tensor, masks: Tensor, targets: list[tuple[Tensor, Tensor
 
 def total_loss(outputs: list[tuple[Tensor, Tensor]], labels: Tensor, n_points: int = 12544, ignore: int = 255,
                weights=(2.0, 5.0, 5.0)) -> Tensor:
-    """The training loss () of what Mask2Former.encode gives, summed over all its pairs (Mask2Former, section 4.1).
+    """The training loss (), summed over all predictions of Mask2Former.encode (Mask2Former, section 4.1).
 
-    labels (B, H, W), integers 0 to C-1, of any size; each class present is one mask to find, `ignore` is none. Points
-    are drawn by torch's generator. `weights` are those of class, mask and dice. Raises ValueError for labels of another
-    shape or beyond the classes.
+    labels (B, H, W): integers 0 to C-1, at any resolution. Each class present is one target mask; `ignore` is none.
+    `weights` are those of the class, mask and dice losses. Points are drawn from torch's global generator. Raises
+    ValueError for labels of the wrong shape or outside the classes.
     """
     outputs = [(full_precision(logits), full_precision(masks)) for logits, masks in outputs]
     batch, n_classes, targets = len(outputs[0][0]), outputs[0][0].shape[-1] - 1, []
     if labels.ndim != 3 or len(labels) != batch:
-        raise ValueError(f"labels of shape {tuple(labels.shape)}; give one map per image, ({batch}, H, W)")
+        raise ValueError(f"labels of shape {tuple(labels.shape)}; pass one map per image, ({batch}, H, W)")
     for image in labels:
         classes = image.unique().long()
         classes = classes[classes != ignore]
         if len(classes) and not 0 <= classes[0] <= classes[-1] < n_classes:
             raise ValueError(f"labels {classes[0]} to {classes[-1]}, but the network has classes 0 to {n_classes - 1}; "
-                             f"give pixels of no class the value {ignore}, and subtract 1 if classes start at 1")
+                             f"label pixels without a class {ignore}, and subtract 1 if classes start at 1")
         targets.append((classes, (image == classes[:, None, None]).to(outputs[0][1].dtype)))
     with torch.autocast(labels.device.type, enabled=False):
         return sum(layer_loss(logits, masks, targets, n_points, weights) for logits, masks in outputs)

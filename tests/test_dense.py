@@ -118,19 +118,17 @@ def test_eval_dense_depth_summary_is_a_mean_over_images():
     for n_known in (1, 100, 0, 7):
         p, d = (torch.from_numpy(rng.uniform(0.5, 9, (10, 12)).astype(np.float32)) for _ in range(2))
         valid = torch.arange(120).view(10, 12) < n_known
-        known = d[valid].double()
-        table.append(torch.cat([eval_dense.depth_measures(p, d, valid),
-                                torch.stack([known.mean(), (known**2).mean()])]))
+        table.append(eval_dense.depth_measures(p, d, valid))
         if n_known:
             expected.append(plain_depth(p[valid].numpy(), d[valid].numpy()) | dict(d=d[valid].double().numpy()))
-    result = eval_dense.depth_summary(types.SimpleNamespace(name="x"), torch.stack(table))
+    result = eval_dense.depth_summary("x", torch.stack(table))
     for name in eval_dense.DEPTH_MEASURES:
         assert result[name] == pytest.approx(np.mean([e[name] for e in expected]), abs=1e-6), name
     middle = np.mean([e["d"].mean() for e in expected])
     constant = dict(depth=middle, rmse=np.mean([np.sqrt(np.mean((e["d"] - middle) ** 2)) for e in expected]))
     assert result["images_left_out"] == 1 and result["constant_everywhere"] == pytest.approx(constant)
-    with pytest.raises(ValueError, match="no image of x has a pixel with a depth in the range"):
-        eval_dense.depth_summary(types.SimpleNamespace(name="x"), torch.stack(table[2:3]))
+    with pytest.raises(ValueError, match="no image of x has a pixel with a depth in the evaluated range"):
+        eval_dense.depth_summary("x", torch.stack(table[2:3]))
 
 
 def test_eval_dense_segmentation_measures_equal_confusion_matrix():
@@ -143,7 +141,7 @@ def test_eval_dense_segmentation_measures_equal_confusion_matrix():
         counts += eval_dense.count_labels(torch.from_numpy(answers), torch.from_numpy(labels.astype(np.uint8)), 7)
         known = labels != 255
         matrix += confusion_matrix(labels[known], answers[known], labels=range(7))
-    result = eval_dense.segmentation_measures(counts)
+    result = eval_dense.segmentation_summary("x", counts)
     right, labeled, answered = np.diag(matrix), matrix.sum(1), matrix.sum(0)
     iou = [100 * r / (a + b - r) if a + b else None for r, a, b in zip(right, labeled, answered)]
     assert [None if v is None else round(v, 4) for v in iou] == result["IoU"]
@@ -167,15 +165,15 @@ def test_eval_dense_nyu_on_disk(tmp_path):
     assert (pairs.dataset, len(pairs), len(val)) == ("nyu", 2, 1)
     assert [Path(p).name for item in pairs.items for p in item] == [
         "rgb_0.png", "sync_depth_0.png", "rgb_1.png", "sync_depth_1.png"]
-    image, depth = pairs.read(0)
+    image, depth = pairs[0]
     assert torch.equal(image, torch.from_numpy(noise(0, 6, 8, 3)).permute(2, 0, 1))
     assert_close(depth, noise(0, 6, 8, high=9000, dtype=np.uint16) / 1000, 1e-6)
-    assert not val.read(0)[1].any()
+    assert not val[0][1].any()
     (tmp_path / "nyu_test.txt").unlink()
     with pytest.raises(ValueError, match=r"nyu_test.txt cannot be read \(No such file"):
         eval_dense.open_pairs(str(tmp_path), "depth", "VAL")
     for text, says in (("a b 1\n", "names 2 files that do not exist, the first: .*/a$"), ("\n", "names no pairs"),
-                       ("a\n", "has a line 'a'; lines are `photo depth focal`")):
+                       ("a\n", "has a line 'a'; lines must be `photo depth focal`")):
         (tmp_path / "nyu_train.txt").write_text(text)
         with pytest.raises(ValueError, match=f"nyu_train.txt {says}"):
             eval_dense.open_pairs(str(tmp_path), "depth", "TRAIN")
@@ -193,13 +191,13 @@ def test_eval_dense_kitti_on_disk(tmp_path):
     (tmp_path / "kitti_eigen_test.txt").write_text(
         "day/drive/image_02/data/7.png drive/proj_depth/groundtruth/image_02/7.png 721\nday/drive/8.png None 721\n")
     pairs = eval_dense.open_pairs(str(tmp_path), "depth", "VAL")
-    image, depth = pairs.read(0)
+    image, depth = pairs[0]
     assert (pairs.dataset, len(pairs), image.shape, depth.shape) == ("kitti", 1, (3, 352, 1216), (352, 1216))
     columns, rows = 256 * image[2].int() + image[0], 23 + torch.arange(352)[:, None].expand(-1, 1216)
     assert torch.equal(columns, 13 + torch.arange(1216, dtype=torch.int32).expand(352, -1))
     assert torch.equal(depth, (columns + 10 * rows) / 256)
-    with pytest.raises(ValueError, match="small.png is smaller than the 352x1216 pixels that KITTI"):
-        eval_dense.open_pairs(str(tmp_path), "depth", "TRAIN").read(0)
+    with pytest.raises(ValueError, match="small.png is smaller than 352x1216 pixels"):
+        eval_dense.open_pairs(str(tmp_path), "depth", "TRAIN")[0]
 
 
 def test_eval_dense_ade20k_on_disk(tmp_path, cache):
@@ -210,11 +208,11 @@ def test_eval_dense_ade20k_on_disk(tmp_path, cache):
     for split in ("TRAIN", "VAL"):
         pairs = eval_dense.open_pairs(str(tmp_path), "seg", split)
         assert (pairs.dataset, len(pairs), len(pairs.classes)) == ("ade20k", 1, 150)
-        assert pairs.read(0)[1].tolist() == [[255, 0, 1], [149, 255, 76]]
+        assert pairs[0][1].tolist() == [[255, 0, 1], [149, 255, 76]]
     raw[0, 0] = 151
     put(tmp_path / "annotations/training/a.png", raw)
-    with pytest.raises(ValueError, match="annotations/training/a.png has the label 150, but the 150 classes are num"):
-        eval_dense.open_pairs(str(tmp_path), "seg", "TRAIN").read(0)
+    with pytest.raises(ValueError, match="annotations/training/a.png has the label 150, but there are 150 classes"):
+        eval_dense.open_pairs(str(tmp_path), "seg", "TRAIN")[0]
     shutil.rmtree(tmp_path / "images/validation")
     with pytest.raises(ValueError, match="no such folder: .*images/validation"):
         eval_dense.open_pairs(str(tmp_path), "seg", "VAL")
@@ -234,7 +232,7 @@ def test_eval_dense_voc2012_on_disk(tmp_path):
     pairs, val = (eval_dense.open_pairs(str(tmp_path), "seg", split) for split in ("TRAIN", "VAL"))
     assert [Path(p).stem for p, _ in pairs.items] == ["a", "b"] and [Path(p).stem for p, _ in val.items] == ["c"]
     assert (pairs.dataset, len(pairs.classes)) == ("voc2012", 21)
-    assert all(p.read(i)[1].tolist() == labels.tolist() for p, i in ((pairs, 0), (pairs, 1), (val, 0)))
+    assert all(p[i][1].tolist() == labels.tolist() for p, i in ((pairs, 0), (pairs, 1), (val, 0)))
     shutil.rmtree(tmp_path / "SegmentationClassAug")
     with pytest.raises(ValueError, match="names 1 files that do not exist, the first: .*SegmentationClassAug/b.png"):
         eval_dense.open_pairs(str(tmp_path), "seg", "TRAIN")
@@ -255,7 +253,7 @@ def test_eval_dense_plain_folders(tmp_path, cache):
         put(tmp_path / f"labels/{part}/b.npy", noise(1, 4, 6, high=2, dtype=np.int64))
     for split in ("TRAIN", "VAL"):
         pairs = eval_dense.open_pairs(str(tmp_path), "depth", split, depth_scale=500)
-        read = {Path(pairs.describe(i)).name: pairs.read(i) for i in range(len(pairs))}
+        read = {Path(pairs.describe(i)).name: pairs[i] for i in range(len(pairs))}
         image, depth = read["a.png"]
         assert image.dtype == torch.uint16 and image.shape == (3, 4, 6)
         assert depth.tolist() == [[1.5, 0, 0, 0, 0, 70]] * 4
@@ -310,19 +308,19 @@ def spoil(root: Path, what: str) -> None:
 @pytest.mark.parametrize("task, what, text", [
     ("seg", "no partner", "images/train/00.* has no partner of the same name in .*labels/train"),
     ("seg", "no photograph", "labels/train/more.png has no partner of the same name in .*images/train"),
-    ("seg", "sizes", "images/train/00.png has 48x64 pixels, .*labels/train/00.png has 48x63; .* of one size"),
-    ("seg", "colors", r"labels/train/00.png has the shape \(48, 64, 3\).* as a gray or palette PNG"),
-    ("seg", "label", r"labels/train/00.png has the label 3, but the 3 classes are numbered from 0 to 2 \(255"),
-    ("seg", "negative", "labels/train/00.npy: labels are whole numbers, 0 or more, not int64 from -1"),
-    ("seg", "fractions", "labels/train/00.npy: labels are whole numbers, 0 or more, not float64 from 0.5"),
+    ("seg", "sizes", "images/train/00.png has 48x64 pixels, .*labels/train/00.png has 48x63; .* the same size"),
+    ("seg", "colors", r"labels/train/00.png has shape \(48, 64, 3\).* as a gray or palette PNG"),
+    ("seg", "label", r"labels/train/00.png has the label 3, but there are 3 classes, 0 to 2 \(255"),
+    ("seg", "negative", "labels/train/00.npy: labels must be integers >= 0, not int64 from -1"),
+    ("seg", "fractions", "labels/train/00.npy: labels must be integers >= 0, not float64 from 0.5"),
     ("depth", "damaged", "depth/train/00.png cannot be read"),
     ("depth", "photograph damaged", "images/train/00.png cannot be read as an image"),
-    ("seg", "no val", "has no part to evaluate with, such as images/val; name one by --val"),
-    ("depth", "no train", "has no part to train with, such as images/train"),
+    ("seg", "no val", "has no split to evaluate on, such as images/val; name one by --val"),
+    ("depth", "no train", "has no split to train on, such as images/train"),
     ("seg", "classes", "classes.txt names 0 classes; it must be 1 to 255"),
-    ("seg", "ignored", "all pixels of .*VAL.* are labeled 255, which is to be ignored"),
-    ("seg", "all ignored", "all pixels of .*TRAIN.* are labeled 255, which is to be ignored"),
-    ("depth", "unknown", "no image of .*VAL.* has a pixel with a depth in the range that is evaluated")])
+    ("seg", "ignored", "all pixels of .*VAL.* are labeled 255, which is ignored"),
+    ("seg", "all ignored", "all pixels of .*TRAIN.* are labeled 255, which is ignored"),
+    ("depth", "unknown", "no image of .*VAL.* has a pixel with a depth in the evaluated range")])
 def test_eval_dense_wrong_data_is_named(task, what, text, dense_pairs, dense_vit, desk):
     root = Path(shutil.copytree(dense_pairs, desk / "pairs"))
     spoil(root, what)
@@ -333,26 +331,27 @@ def test_eval_dense_wrong_data_is_named(task, what, text, dense_pairs, dense_vit
 
 @pytest.mark.parametrize("argv, text", [
     (("--task", "depth", "--data", "nowhere"), "no such folder: nowhere"),
-    (("--task", "depth", "--data", "."), "none of the known data sets for --task depth, and has no folders images/"),
+    (("--task", "depth", "--data", "."), "is not a known data set for --task depth, and has no folders images/"),
     (("--task", "seg", "--data", "{depth}"), "has no folders images/ and labels/; see --help"),
-    (("--task", "seg", "--decoder", "dpt"), "--decoder dpt is none of --task seg; choose linear or ms"),
-    (("--task", "depth", "--data", "{flat}", "--val", "{flat}"), "has pairs of --data .* in it; name others"),
-    (("--task", "depth", "--data", "{flat}"), "has no part to evaluate with, such as images/val; name one by --val"),
+    (("--task", "seg", "--decoder", "dpt"), "--decoder dpt is not for --task seg; use linear or ms"),
+    (("--task", "depth", "--data", "{flat}", "--val", "{flat}"), "contains pairs of --data .*; name others"),
+    (("--task", "depth", "--data", "{flat}"), "has no split to evaluate on, such as images/val; name one by --val"),
     (("--task", "seg", "--val", "{other}"), r"other \(VAL\) has other classes than .* \(TRAIN\), or in another order"),
-    (("--task", "seg", "--gradient-weight", 1), "are of --task depth"),
-    (("--task", "depth", "--scales", 1), "are of --task seg"),
-    (("--task", "depth", "--steps", 0), "must be positive"), (("--task", "depth", "--warmup", 2), "is a share, 0 to 1"),
+    (("--task", "seg", "--gradient-weight", 1), "is only for --task depth"),
+    (("--task", "depth", "--scales", 1), "is only for --task seg"),
+    (("--task", "depth", "--steps", 0), "--steps: must be 1 or more"),
+    (("--task", "depth", "--warmup", 2), "is a fraction, 0 to 1"),
     (("--task", "seg", "--ratios", 2, 1), "the smaller first"),
     (("--task", "depth", "--depth-range", 9, 1), "two positive numbers"),
-    (("--task", "seg", "--head", "x", "--lr", 1), "--lr is of training, but the head is there already"),
-    (("--task", "depth", "--decoder", "linear4"), "--channels is of --decoder dpt"),
-    (("--task", "seg", "--depth-scale", 5), "are of --task depth"),
+    (("--task", "seg", "--head", "x", "--lr", 1), "--lr is for training, but the head is given"),
+    (("--task", "depth", "--decoder", "linear4"), "--channels is only for --decoder dpt"),
+    (("--task", "seg", "--depth-scale", 5), "is only for --task depth"),
     (("--task", "depth", "--predictions", "{file}"), "is a file; name a folder"),
     (("--task", "depth", "--out", "none/x"), "--out none/x cannot be written: No such file"),
     (("--task", "depth", "--device", "tpu"), "is no device"),
     (("--task", "depth", "--head", "no.pth"), "no such dense head: no.pth"),
-    (("--task", "depth", "--lr", 1e30, "--clip", 0), "predictions for .*03.png are not finite; choose a smaller"),
-    (("--task", "seg", "--lr", 1e30, "--steps", 9, "--eval-every", 9), "the loss of step .* is .*; choose a smaller")])
+    (("--task", "depth", "--lr", 1e30, "--clip", 0), "predictions for .*03.png are not finite; use a smaller"),
+    (("--task", "seg", "--lr", 1e30, "--steps", 9, "--eval-every", 9), "the loss of step .* is .*; use a smaller")])
 def test_eval_dense_wrong_flags_are_named(argv, text, dense_pairs, dense_vit, desk):
     (desk / "file").touch()
     half = Path(shutil.copytree(dense_pairs, desk / "half"))
@@ -396,7 +395,7 @@ class Coins:
 def test_eval_dense_schedules(task, steps, warm, start):
     """Those of the configurations: cosine to 1e-8, or a straight line to 0, times a linear warm-up; Adam's first beta
     0.95, 0.85 after three tenths, 0.95."""
-    recipe = eval_dense.TRAININGS["nyu" if task == "depth" else "ms"]
+    recipe = eval_dense.TRAINING_RECIPES["nyu" if task == "depth" else "ms"]
     assert recipe.steps == steps and recipe.start == start and recipe.warmup * steps == pytest.approx(warm)
     between = lambda a, b, share: b + (a - b) * (1 + math.cos(math.pi * share)) / 2  # noqa: E731
     bottom = int(0.3 * steps) - 1
@@ -407,10 +406,10 @@ def test_eval_dense_schedules(task, steps, warm, start):
         beta = between(0.95, 0.85, t / bottom) if t <= bottom else between(
             0.85, 0.95, (t - bottom) / (steps - 1 - bottom))
         assert eval_dense.learning_rate(t, recipe._replace(steps=steps), task) == pytest.approx(rate, rel=1e-9)
-        assert eval_dense.first_beta(t, steps, task) == pytest.approx(beta if task == "depth" else 0.9, rel=1e-9)
+        assert eval_dense.beta1(t, steps, task) == pytest.approx(beta if task == "depth" else 0.9, rel=1e-9)
     for short in (1, 2, 3):  # of a few steps too
         assert all(0 < eval_dense.learning_rate(t, recipe._replace(steps=short), task) <= 1 and
-                   0.85 <= eval_dense.first_beta(t, short, task) <= 0.95 for t in range(short))
+                   0.85 <= eval_dense.beta1(t, short, task) <= 0.95 for t in range(short))
 
 
 RECIPE_ROWS = {  # steps, rate, decay, clip, crop; range of depth or short side, windows, stride, scales, ratios, flip
@@ -425,9 +424,10 @@ RECIPE_ROWS = {  # steps, rate, decay, clip, crop; range of depth or short side,
 @pytest.mark.parametrize("task, dataset, decoder", RECIPE_ROWS)
 def test_eval_dense_default_recipes(task, dataset, decoder):
     args = eval_dense.parse(["ckpt.pth", "--task", task, "--data", "x", "--decoder", decoder])
-    train = types.SimpleNamespace(dataset=dataset, read=lambda i: (None, torch.zeros(600, 1216 if dataset else 500)))
+    train = type("Photos", (), dict(dataset=dataset, __getitem__=lambda self, i: (
+        None, torch.zeros(600, 1216 if dataset else 500))))()
     job = types.SimpleNamespace(args=args, task=task, train=train)
-    eval_dense.Job.choose_recipe(job)
+    eval_dense.DenseEvaluation.choose_recipe(job)
     r = job.recipe
     row = (r.steps, r.lr, r.weight_decay, r.clip, r.crop)
     if task == "depth":
@@ -451,7 +451,7 @@ def test_eval_dense_training_follows_its_recipe(dense_pairs, dense_vit, monkeypa
     dense(dense_vit, "--data", dense_pairs, "--task", "depth", *flags, "--lr", 0.5, "--weight-decay", 0.25, "--clip",
           1e-3, "--warmup", 0.4)
     recipe = eval_dense.DEPTH._replace(steps=10, warmup=0.4)
-    assert seen == [(0.5 * eval_dense.learning_rate(t, recipe, "depth"), eval_dense.first_beta(t, 10, "depth"),
+    assert seen == [(0.5 * eval_dense.learning_rate(t, recipe, "depth"), eval_dense.beta1(t, 10, "depth"),
                      0.999, 0.25) for t in range(10)]
     assert max(norms) < 1.001e-3
     sizes = []
@@ -591,10 +591,10 @@ def test_eval_dense_samples_go_by_their_number(dense_pairs, cache):
     for task, augment, absent in (("depth", eval_dense.augment_depth, 0), (
             "seg", partial(eval_dense.augment_labels, short=40, long=99, ratios=(1, 1)), 255)):
         pairs = eval_dense.open_pairs(str(dense_pairs), task, "TRAIN")
-        make = partial(eval_dense.TrainPairs, pairs, augment, (60, 70), 7, seed=0, mean=data.MEAN, std=data.STD)
+        make = partial(eval_dense.TrainPairs, pairs, augment, (60, 70), seed=0, mean=data.MEAN, std=data.STD)
         four, two = make(batch_size=4), make(batch_size=2)
-        images, targets, error = four[1]
-        assert images.shape == (4, 3, 60, 70) and targets.shape == (4, 60, 70) and error == ""
+        images, targets = four[1]
+        assert images.shape == (4, 3, 60, 70) and targets.shape == (4, 60, 70)
         later, earlier = two[3], two[2]
         assert all(torch.equal(x, torch.cat([a, b])) for x, a, b in zip((images, targets), earlier, later))
         assert not torch.equal(make(batch_size=4, seed=1)[1][0], images)
@@ -695,14 +695,14 @@ def test_eval_dense_two_processes_and_resuming_equal_one(kind, dense_pairs, dens
     if task == "seg":
         assert head["decode_head.bn.num_batches_tracked"] == 4
 
-    evaluate, calls = eval_dense.evaluate, []
+    evaluate, calls = eval_dense.evaluate_dense, []
 
     def interrupted(job, predictions=""):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return evaluate(job, predictions)
-    monkeypatch.setattr(eval_dense, "evaluate", interrupted)
+    monkeypatch.setattr(eval_dense, "evaluate_dense", interrupted)
     start = dense_vit.rename(folder.parent / "again.pth")
     with pytest.raises(KeyboardInterrupt):
         dense(start, *flags)
@@ -716,14 +716,14 @@ def test_eval_dense_two_processes_and_resuming_equal_one(kind, dense_pairs, dens
 
 def test_eval_dense_resumes_only_what_is_its_own(dense_pairs, dense_vit, monkeypatch, capsys):
     """Other flags start anew; a save that is damaged is named; --no-resume does without."""
-    evaluate = eval_dense.evaluate
+    evaluate = eval_dense.evaluate_dense
     saves = lambda: sorted(dense_vit.parent.glob("*.resume"))  # noqa: E731
 
     def interrupted(job):
         if len(saves()) > n_before and not job.args.no_resume:
             raise KeyboardInterrupt
         return evaluate(job)
-    monkeypatch.setattr(eval_dense, "evaluate", interrupted)
+    monkeypatch.setattr(eval_dense, "evaluate_dense", interrupted)
     flags = [dense_vit, *QUICK, *TASKS["depth"], "--data", dense_pairs]
     for n_before, argv in enumerate(([], ["--lr", 0.5], ["--seed", 1], ["--no-flip"], ["--eval-crop", "garg"],
                                      ["--depth-range", 1, 7])):
@@ -752,13 +752,13 @@ def test_eval_dense_resumes_only_what_is_its_own(dense_pairs, dense_vit, monkeyp
 
 def test_eval_dense_best_head_survives_an_interruption(dense_pairs, dense_vit, monkeypatch):
     """In depth the best so far is kept, though the later ones are worse."""
-    evaluate, errors = eval_dense.evaluate, [-1, None, 5]
+    evaluate, errors = eval_dense.evaluate_dense, [-1, None, 5]
 
     def scripted(job):
         if (error := errors.pop(0)) is None:
             raise KeyboardInterrupt
         return evaluate(job) | dict(abs_rel=error)
-    monkeypatch.setattr(eval_dense, "evaluate", scripted)
+    monkeypatch.setattr(eval_dense, "evaluate_dense", scripted)
     flags = [dense_vit, *QUICK, *TASKS["depth"], "--data", dense_pairs]
     with pytest.raises(KeyboardInterrupt):
         dense(*flags)
@@ -775,7 +775,7 @@ def test_eval_dense_best_head_survives_an_interruption(dense_pairs, dense_vit, m
 def observed_predictions(network, about, pairs, flip=True):
     """Of each image of --val: what the network of the hub predicts, and the target."""
     for i in range(len(pairs)):
-        image, target = pairs.read(i)
+        image, target = pairs[i]
         if about.task == "seg":
             yield heads.segment(network, image, about.recipe).argmax(0).numpy(), target.numpy()
         else:
@@ -985,12 +985,12 @@ def test_eval_dense_folders_that_mislead(dense_pairs, dense_vit, desk):
     shutil.copytree(dense_pairs, "mine")
     first = next(Path("mine/images/train").iterdir())
     Image.open(first).save(first.with_suffix(".bmp"))
-    with pytest.raises(ValueError, match="have one name but for the suffix"):
+    with pytest.raises(ValueError, match="differ only in their extensions"):
         dense(dense_vit, *QUICK, *TASKS["seg"], "--data", "mine")
     first.with_suffix(".bmp").unlink()
     before = {p: p.read_bytes() for p in Path("mine").rglob("*.png")}
     for folder in ("mine/labels/val", "mine/images/val"):
-        with pytest.raises(ValueError, match=f"--predictions {folder} would overwrite {folder}/.*png, one of the data"):
+        with pytest.raises(ValueError, match=f"--predictions {folder} would overwrite {folder}/.*png, which is data"):
             dense(dense_vit, *QUICK, *TASKS["seg"], "--data", "mine", "--predictions", folder)
     assert {p: p.read_bytes() for p in Path("mine").rglob("*.png")} == before
     (desk / "mine/annotations").mkdir()  # of something else than ADE20K
@@ -1003,7 +1003,7 @@ def test_eval_dense_folders_that_mislead(dense_pairs, dense_vit, desk):
         eval_dense.read_depth("flat.png", 1000)
     np.save("mm.npy", np.full((9, 9), 3000, np.uint16))
     assert (eval_dense.read_depth("mm.npy", 1000) == 3).all()
-    with pytest.raises(ValueError, match="--predictions eps.png/x cannot be made in .*eps.png"):
+    with pytest.raises(ValueError, match="--predictions eps.png/x cannot be created in .*eps.png"):
         dense(dense_vit, *QUICK, *TASKS["seg"], "--data", "mine", "--predictions", "eps.png/x", "--out", "new.jsonl")
     assert not Path("new.jsonl").exists()  # a command that is refused leaves no empty file of results
     os.mkdir(dense_vit.with_name(f"{dense_vit.stem}.depth_linear_head.pth"))

@@ -14,7 +14,6 @@ import data
 import heads
 import hub
 import model
-import visualize
 from tests.common import as_released, assert_close, dense_close, fill_by_names, golden_dense, hub_vit, randn, randomize
 
 # What the two notebooks of the release show. The weights do not come along: see hub.py on where to put them.
@@ -41,7 +40,7 @@ def test_notebook_depth():
     their 256 apart, all but one pixel in a hundred."""
     official("dinov2_vits14_pretrain.pth", "dinov2_vits14_nyu_dpt_head.pth")
     network, _ = hub.load_dense("dinov2_vits14", "nyu_dpt")
-    meters = torch.from_numpy(visualize.depth_of(network, notebook("example_640x480").permute(2, 0, 1), RULES))
+    meters = heads.predict_depth(network, notebook("example_640x480").permute(2, 0, 1), RULES["mean"], RULES["std"])
     gray = 255 * (meters - meters.min()) / (meters.max() - meters.min())
     near = (gray - notebook("depth_nyu_dpt_vits14_u8")).abs() <= 2
     assert near.float().mean() >= 0.99, f"{near.float().mean():.1%} of the pixels"
@@ -53,7 +52,7 @@ def test_notebook_depth_before_it_is_resized():
     millimeter."""
     official("dinov2_vits14_pretrain.pth", "dinov2_vits14_nyu_dpt_head.pth")
     network, _ = hub.load_dense("dinov2_vits14", "nyu_dpt")
-    x = visualize.normalize(notebook("example_640x480").permute(2, 0, 1)[None] / 255, RULES["mean"], RULES["std"])
+    x = data.normalize(notebook("example_640x480").permute(2, 0, 1)[None] / 255, RULES["mean"], RULES["std"])
     out = network.decode_head(network.features(x))
     assert out.shape == (1, 1, 576, 736)
     expected = [[3.3576, 3.4741, 3.4345], [3.4324, 3.5012, 3.2775], [3.2560, 3.3563, 3.2354]]
@@ -92,8 +91,8 @@ def test_heads_linear_depth_golden(name, layers):
         kept_by(head.conv_depth, keep, "logits")
         dense_close(f"{name}/out_{kind}", head(features))
     x, logits = keep["logits"]
-    dense_close(f"{name}/feat", heads.resize(x, (20, 28))[:, ::97])
-    dense_close(f"{name}/logit_nobins", heads.resize(logits, (20, 28))[:, ::17])
+    dense_close(f"{name}/feat", heads.bilinear(x, (20, 28))[:, ::97])
+    dense_close(f"{name}/logit_nobins", heads.bilinear(logits, (20, 28))[:, ::17])
     assert x.shape[-2:] == (5, 7)  # the convolution sees the small map: 16 times less memory than officially
 
 
@@ -182,7 +181,7 @@ def test_heads_slide_and_views_golden():
     dense_close("seg_slide_tta_toy/crop_logits", network(at("img")[..., :50, :56]))
     whole = [heads.slide(network, at(name), 56, 28, batch) for name, batch in (("img", 3), ("img2", 1))]
     dense_close("seg_slide_tta_toy/slide_norescale", whole[0])
-    views = [heads.resize(x, (71, 59)) for x in whole]
+    views = [heads.bilinear(x, (71, 59)) for x in whole]
     dense_close("seg_slide_tta_toy/slide_rescale", views[0])
     first, second = views[0].softmax(1), views[1].softmax(1).flip(-1)
     dense_close("seg_slide_tta_toy/prob1", first)
@@ -200,10 +199,10 @@ def test_heads_segment_is_these_steps(tmp_path):
     mean, std = torch.tensor(data.MEAN)[:, None, None], torch.tensor(data.STD)[:, None, None]
     views = []
     for size in ((40, 57), (60, 86)):
-        x = (heads.resize_bytes(photo, size) / 255 - mean) / std
+        x = (heads.resize_as_opencv(photo, size) / 255 - mean) / std
         for flip in (False, True):
             y = heads.slide(network, (x.flip(-1) if flip else x)[None], 28, 21)
-            y = heads.resize(y, (37, 53)).softmax(1)[0]
+            y = heads.bilinear(y, (37, 53)).softmax(1)[0]
             views.append(y.flip(-1) if flip else y)
     found = heads.segment(network, photo, recipe)
     assert_close(found, torch.stack(views).mean(0), 1e-6)
@@ -211,8 +210,8 @@ def test_heads_segment_is_these_steps(tmp_path):
     deep = heads.segment(network, data.widen(photo), recipe)
     assert_close(deep, found, 1e-3)
     stretched = heads.Recipe(40, 70, 64, 64, multiple=32)  # to sides of 64 and 64
-    view = (heads.resize_bytes(heads.resize_bytes(photo, (40, 57)), (64, 64)) / 255 - mean) / std
-    expected = heads.resize(heads.slide(network, view[None], 64, 64), (37, 53)).softmax(1)[0]
+    view = (heads.resize_as_opencv(heads.resize_as_opencv(photo, (40, 57)), (64, 64)) / 255 - mean) / std
+    expected = heads.bilinear(heads.slide(network, view[None], 64, 64), (37, 53)).softmax(1)[0]
     assert_close(heads.segment(network, photo, stretched), expected, 1e-6)
 
 
@@ -224,9 +223,9 @@ def test_heads_sizes_are_those_of_mmcv():
     for key in golden_dense.keys("preprocess_mmcv/rescale_"):
         if not key.startswith("size"):
             long, short = map(int, key.split("_"))
-            found = heads.resize_bytes(photo, heads.scaled_size(37, 53, long, short)).permute(1, 2, 0)
+            found = heads.resize_as_opencv(photo, heads.scaled_size(37, 53, long, short)).permute(1, 2, 0)
             assert_close(found, golden_dense[f"preprocess_mmcv/rescale_{key}"].float(), 1)
-    assert_close(heads.resize_bytes(photo, (64, 64)).permute(1, 2, 0),
+    assert_close(heads.resize_as_opencv(photo, (64, 64)).permute(1, 2, 0),
                  golden_dense["preprocess_mmcv/resize_to_multiple32"].float(), 1)
     rgb = photo.flip(0)[None]
     assert_close(data.normalize(data.to_float(rgb))[0].permute(1, 2, 0),
@@ -237,7 +236,7 @@ def test_heads_segmentation_loss_golden():
     loss = heads.segmentation_loss(golden_dense["seg_loss/logit"], golden_dense["seg_loss/label"][:, 0])
     dense_close("seg_loss/loss_ce", loss)
     labels = golden_dense["seg_loss/label"][:, 0]
-    right = (heads.resize(golden_dense["seg_loss/logit"], (8, 10)).argmax(1) == labels)[labels != 255]
+    right = (heads.bilinear(golden_dense["seg_loss/logit"], (8, 10)).argmax(1) == labels)[labels != 255]
     dense_close("seg_loss/acc_seg", 100 * right.float().mean())
     ignored = torch.full((2, 8, 10), 255, dtype=torch.uint8)
     assert heads.segmentation_loss(golden_dense["seg_loss/logit"], ignored) == 0

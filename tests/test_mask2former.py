@@ -80,7 +80,8 @@ def test_m2f_decoders_golden(m2f):
     dense_close("m2f_reduced/head_cls", logits)
     dense_close("m2f_reduced/head_mask", masks)
     dense_close("m2f_reduced/head_forward_test", mask2former.class_maps(*outputs[-1]))
-    blocked = [(mask2former.resize(m, maps[i % 3].shape[-2:]) < 0).flatten(2).all(-1) for i, m in enumerate(masks[:-1])]
+    blocked = [(mask2former.bilinear(m, maps[i % 3].shape[-2:]) < 0).flatten(2).all(-1)
+               for i, m in enumerate(masks[:-1])]
     assert torch.cat(blocked).any()  # these numbers do tell what happens to queries with empty masks
 
 
@@ -89,7 +90,7 @@ def test_m2f_whole_golden(m2f):
     """A whole image, then overlapping windows, enlarged to the original size, and their label map."""
     images = golden_dense["m2f_reduced/img"]
     dense_close("m2f_reduced/e2e_encode_decode", m2f(images))
-    values = heads.resize(heads.slide(m2f, images, 64, 32, batch_size=1), (50, 77))
+    values = heads.bilinear(heads.slide(m2f, images, 64, 32, batch_size=1), (50, 77))
     dense_close("m2f_reduced/e2e_slide_rescale", values)
     dense_close("m2f_reduced/e2e_prob", values.softmax(1))
     assert (values.argmax(1) != golden_dense["m2f_reduced/e2e_pred"]).float().mean() <= 1e-3
@@ -236,7 +237,7 @@ def test_m2f_loss_of_labels_without_classes_and_out_of_range():
     with torch.autocast("cpu", torch.bfloat16):
         assert mask2former.total_loss([(x.bfloat16(), m.bfloat16()) for x, m in outputs], labels).dtype == torch.float32
     labels[0, 0, 0] = 5
-    with pytest.raises(ValueError, match="labels 5 to 5, but the network has classes 0 to 4; give pixels"):
+    with pytest.raises(ValueError, match="labels 5 to 5, but the network has classes 0 to 4; label pixels"):
         mask2former.total_loss(outputs, labels)
     with pytest.raises(ValueError, match=r"one map per image, \(2, H, W\)"):
         mask2former.total_loss(outputs, labels[:1])

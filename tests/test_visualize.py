@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
+import data
 import heads
 import hub
 import visualize
@@ -33,22 +34,22 @@ def with_registers(tmp_path_factory) -> Path:
 def test_visual_principal_equals_svd():
     """Directions are those of the SVD of all rows, however they are parted, with the largest entry positive."""
     x = randn(0, (300, 7))[0] * torch.tensor([5.0, 4, 3, 2, 1, 1, 1]) @ randn(1, (7, 7))[0] + 3
-    mean, directions = visualize.principal([x[:11], x[11:250], x[250:]])
+    mean, directions = visualize.principal_directions([x[:11], x[11:250], x[250:]])
     expected = np.linalg.svd(x.double().numpy() - x.double().numpy().mean(0), full_matrices=False)[2][:3].T  # (7, 3)
     assert_close(mean, x.double().mean(0), 1e-12)
     assert_close(directions.abs(), np.abs(expected), 1e-9)
     assert_close((directions * torch.tensor(expected)).sum(0).abs(), torch.ones(3), 1e-9)
     assert (directions.gather(0, directions.abs().argmax(0)[None]) > 0).all()
     for sign in (1, -1):  # the rows of a mirrored set have the same directions
-        assert_close(visualize.principal([sign * x])[1], directions, 1e-9)
+        assert_close(visualize.principal_directions([sign * x])[1], directions, 1e-9)
 
     flat = randn(2, (50, 2))[0] @ randn(3, (2, 7))[0]  # two dimensions only
-    directions = visualize.principal([flat])[1]
+    directions = visualize.principal_directions([flat])[1]
     assert_close(directions.norm(dim=0), torch.tensor([1.0, 1, 0]), 1e-9)
     with pytest.raises(ValueError, match="all patches have the same features"):
-        visualize.principal([torch.full((9, 7), 0.3).half()])
+        visualize.principal_directions([torch.full((9, 7), 0.3).half()])
     with pytest.raises(ValueError, match="2 dimension.*too few for 3 colors"):
-        visualize.principal([x[:, :2]])
+        visualize.principal_directions([x[:, :2]])
 
 
 def test_visual_otsu_parts_two_heaps():
@@ -61,8 +62,8 @@ def test_visual_otsu_parts_two_heaps():
         low, high = centers[centers < t], centers[centers > t]
         within[t] = len(low) * low.var() + len(high) * high.var() if len(low) and len(high) else np.inf
     best = [t for t, v in within.items() if v <= min(within.values()) * (1 + 1e-9)]
-    assert visualize.otsu(values) == pytest.approx(np.mean(best), abs=1e-9) and 0.4 < np.mean(best) < 0.65
-    assert visualize.otsu(np.array([0.1] * 30 + [0.9] * 5)) == pytest.approx(0.5, abs=1 / 128)
+    assert visualize.otsu_threshold(values) == pytest.approx(np.mean(best), abs=1e-9) and 0.4 < np.mean(best) < 0.65
+    assert visualize.otsu_threshold(np.array([0.1] * 30 + [0.9] * 5)) == pytest.approx(0.5, abs=1 / 128)
 
 
 def test_visual_foreground_is_the_object():
@@ -72,11 +73,11 @@ def test_visual_foreground_is_the_object():
     inside[0, 1:4, 2:7] = inside[1, 3:6, 3:5] = True
     for flip in (False, True):  # whichever kind has the higher component
         parts = list(kinds[(inside ^ flip).long()] + 0.05 * noise)
-        assert torch.equal(torch.stack(visualize.foreground_of(parts)), inside)
-        sides = {which: torch.stack(visualize.foreground_of(parts, which)) for which in ("high", "low", "all")}
+        assert torch.equal(torch.stack(visualize.foreground_masks(parts)), inside)
+        sides = {which: torch.stack(visualize.foreground_masks(parts, which)) for which in ("high", "low", "all")}
         assert sides["all"].all() and torch.equal(sides["high"], ~sides["low"])
         assert any(torch.equal(sides[which], inside) for which in ("high", "low"))
-        assert [sum(int(m.sum()) for m in visualize.foreground_of(parts, "high", t)) for t in (0.0, 1.0)] == [95, 0]
+        assert [sum(int(m.sum()) for m in visualize.foreground_masks(parts, "high", t)) for t in (0.0, 1.0)] == [95, 0]
         for drawn, mask in zip(visualize.pca_colors(parts), inside.numpy()):
             assert drawn.dtype == np.uint8 and (drawn[~mask] == 0).all() and (drawn[mask].max(-1) > 0).mean() > 0.9
     with pytest.raises(ValueError, match="^0 patches are foreground"):
@@ -129,16 +130,14 @@ FITTED = [(how, size, shape) for how in ("crop", "pad", "resize") for size in ([
 @pytest.mark.parametrize("how, size, shape", FITTED)
 def test_visual_a_pixel_is_found_in_its_patch(how, size, shape, with_registers, desk):
     """A spot on an image lies, in what the network sees, where patch_at() says, whatever the fit and the shape."""
-    args = visualize.parse(["similarity", "a.png", "--model", str(with_registers), "--device", "cpu", "--at", "0,0",
-                            "--fit", how, "--size", *size])
-    viewer = visualize.Viewer(args)
+    viewer = visualize.Viewer(str(with_registers), "cpu", how, list(map(int, size)))
     for x, y in ((shape[1] // 2, shape[0] // 2), (shape[1] // 2 - 14, shape[0] // 2 + 9)):
         pixels = np.zeros((*shape, 3), np.uint8)
         pixels[y - 2 : y + 3, x - 2 : x + 3] = 255
         Image.fromarray(pixels).save("a.png")
-        seen = viewer.see("a.png")
+        seen = viewer.read("a.png")
         across, down, row, column = visualize.patch_at(seen, x, y, 14)
-        white = np.where(seen.image[0].numpy() > 190, 1.0, 0.0)  # the color of what is added is 124
+        white = np.where(seen.pixels[0].numpy() > 190, 1.0, 0.0)  # the color of what is added is 124
         ys, xs = (np.arange(n) + 0.5 for n in white.shape)
         middle = white.sum(1) @ ys / white.sum(), white.sum(0) @ xs / white.sum()
         assert middle == pytest.approx((down, across), abs=0.8)
@@ -149,9 +148,8 @@ def test_visual_a_pixel_is_found_in_its_patch(how, size, shape, with_registers, 
 def test_visual_pixels_that_are_not_there(with_registers, desk):
     """The corner pixels of an image are in, those beyond are not, and what --fit crop cuts away is told."""
     write_images(desk, ["a.png"], (61, 93))  # crop to 56x84 cuts 2 and 3 rows, 4 and 5 columns
-    seen = {how: visualize.Viewer(visualize.parse([
-        "similarity", "a.png", "--model", str(with_registers), "--device", "cpu", "--at", "0,0", "--size", "0", "--fit",
-        how])).see("a.png") for how in ("crop", "pad", "resize")}
+    seen = {how: visualize.Viewer(str(with_registers), "cpu", how, [0]).read("a.png")
+            for how in ("crop", "pad", "resize")}
     find = lambda how, x, y: visualize.patch_at(seen[how], x, y, 14)[2:]  # noqa: E731
     for how, last in (("pad", (4, 6)), ("resize", (3, 6))):
         assert find(how, 0, 0) == (0, 0) and find(how, 92, 60) == last
@@ -160,7 +158,7 @@ def test_visual_pixels_that_are_not_there(with_registers, desk):
         try:
             kept.append((x, *find("crop", x, 30)))
         except ValueError as error:
-            assert str(error) == f"--at {x},30 was cut away from a.png; choose --fit pad or --fit resize"
+            assert str(error) == f"--at {x},30 was cropped away from a.png; use --fit pad or --fit resize"
     first = kept[0][0]
     assert first in (4, 5) and kept == [(first + i, kept[0][1], i // 14) for i in range(84)]
     for x, y in ((93, 0), (0, 61), (-1, 0), (0, -1), (60, 92)):
@@ -172,8 +170,8 @@ def test_visual_pixels_that_are_not_there(with_registers, desk):
 def test_visual_similarity_is_one_at_the_pixel(how, trained, desk, monkeypatch):
     """Cosines to the patch of the pixel: 1 there and less elsewhere, in the image itself and in others."""
     write_images(desk, ["a.png", "b.png"], (30, 50))
-    maps, real = [], support.draw.heat
-    monkeypatch.setattr(support.draw, "heat", lambda v, low, high: maps.append((v, low, high)) or real(v, low, high))
+    maps, real = [], support.draw.heat_colors
+    monkeypatch.setattr(visualize, "heat_colors", lambda *args: maps.append(args) or real(*args))
     draw("similarity", "a.png", "b.png", "--model", trained / "ckpt.pth", "--device", "cpu", "--at", "31,17",
          "--size", 0, "--fit", how, "--out", "s.png")
     grid, at = {"crop": ((7, 12), (4, 7)), "pad": ((8, 13), (4, 8)), "resize": ((8, 12), (4, 7))}[how]
@@ -242,9 +240,9 @@ def test_visual_read_run(trained, desk):
     partly = write_run(desk / "partly", *records, end='{"step": 8, "los')
     assert visualize.read_run(str(partly)) == dict(loss=[(0, 4.0), (5, 2.0)])
     damaged = write_run(desk / "damaged", records[0], end='{"step": 6, "lo\n{"step": 7, "loss": 1.0}\n')
-    with pytest.raises(ValueError, match="metrics.jsonl, line 2 is no record"):
+    with pytest.raises(ValueError, match="metrics.jsonl, line 2, is not a training record"):
         visualize.read_run(str(damaged))
-    with pytest.raises(ValueError, match="holds no finite number yet"):
+    with pytest.raises(ValueError, match="holds no finite value yet"):
         visualize.read_run(str(write_run(desk / "empty", end='{"st')))
     with pytest.raises(ValueError, match="holds no finite"):
         visualize.read_run(str(write_run(desk / "nan", dict(step=0, loss=math.nan), dict(step=1, loss=None))))
@@ -252,11 +250,11 @@ def test_visual_read_run(trained, desk):
 
 def test_visual_curves_go_through_their_points():
     """Lines have their color where their values are, and the picture is white elsewhere; raw pixels are dashed."""
-    rgb = [tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in support.draw.COLORS]
+    rgb = [tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in support.draw.PALETTE]
     runs = {"a": dict(loss=[(0, 0.0), (50, 10.0), (100, 0.0)],
                       knn=[(0, 40.0), (100, 80.0)], knn_raw_pixels=[(0, 60.0)]),
             "b": dict(loss=[(0, 10.0), (100, 10.0)])}
-    picture = visualize.draw_curves(runs)
+    picture = support.draw.draw_curves(visualize.panels_of(runs))
     assert picture.size == (1520, 542)
     found = np.asarray(picture).astype(int)
     left, right, top, bottom = 74, 724, 66, 484  # of the first diagram
@@ -276,7 +274,8 @@ def test_visual_curves_go_through_their_points():
     assert 0.2 < np.mean([d < 80 for d in along]) < 0.8  # dashes
     for step in (15, 35, 70):
         assert distance(760 + place(step, step / 100)[0], place(step, step / 100)[1], rgb[0]) < 60, step
-    assert visualize.draw_curves({"a": dict(loss=[(0, 1.0)])}).size == (760, 542)  # a single step
+    single = visualize.panels_of({"a": dict(loss=[(0, 1.0)])})  # a single step
+    assert support.draw.draw_curves(single).size == (760, 542)
 
 
 def test_visual_pca_command(trained, desk, capsys):
@@ -298,9 +297,9 @@ def test_visual_pca_command(trained, desk, capsys):
     cells = pixels_of("one/a.png")
     assert np.array_equal(cells, cells[::4, ::4].repeat(4, 0).repeat(4, 1))
     assert len(np.unique(cells.reshape(-1, 3), axis=0)) > 20
-    assert visualize.file_names(["x/a.png", "y/a.png", "y/b.jpg"]) == ["x_a", "y_a", "y_b"]
-    assert visualize.file_names(["x/a.png", "x/a.jpg"]) == ["000000_a", "000001_a"]
-    assert "sheet" not in visualize.file_names(["x/sheet.png", "x/a.png"])
+    assert support.draw.picture_names(["x/a.png", "y/a.png", "y/b.jpg"]) == ["x_a", "y_a", "y_b"]
+    assert support.draw.picture_names(["x/a.png", "x/a.jpg"]) == ["000000_a", "000001_a"]
+    assert "sheet" not in support.draw.picture_names(["x/sheet.png", "x/a.png"])
 
 
 def test_visual_attention_command(with_registers, desk):
@@ -313,9 +312,9 @@ def test_visual_attention_command(with_registers, desk):
     shown = pixels_of("at.png")[12 + 23 :, left : left + 252][:168]
     assert np.array_equal(shown[1::3, 1::3], pixels_of("a.png"))
     cell = pixels_of("at.png")[12 + 23 :, left + 264 :][:168, :252]  # the mean of the heads, 4x6 patches
-    maps = visualize.attention_of(hub.load(with_registers), visualize.normalize(
+    maps = visualize.attention_of(hub.load(with_registers), data.normalize(
         torch.tensor(pixels_of("a.png")).permute(2, 0, 1)[None] / 255), 0)[0].mean(0)[5:].unflatten(0, (4, 6)).numpy()
-    expected = support.draw.heat(maps, 0, maps.max()).repeat(42, 0).repeat(42, 1)
+    expected = support.draw.heat_colors(maps, 0, maps.max()).repeat(42, 0).repeat(42, 1)
     assert np.abs(cell - expected).max() <= 1
 
 
@@ -368,33 +367,33 @@ MODEL = ["--model", "{ckpt}", "--device", "cpu"]
     (["pca", "a.png", "bad.png", *MODEL], "bad.png cannot be read as an image"),
     (["pca", "only_bad", *MODEL], "none of the 1 images can be used; the last: .*x.png"),
     (["attention", "small.png", *MODEL, "--size", "0"], "small.png: an image of 3x3 pixels is less than one patch"),
-    (["pca", "a.png", *MODEL, "--size", "16", "16", "16"], "--size takes the short side"),
-    (["pca", "a.png", *MODEL, "--size", "-8"], "--size takes the short side"),
+    (["pca", "a.png", *MODEL, "--size", "16", "16", "16"], "--size is the short side"),
+    (["pca", "a.png", *MODEL, "--size", "-8"], "--size is the short side"),
     (["pca", "a.png", *MODEL, "--size", "16", "18"], "size 18 is no multiple of the patch size 4; the nearest is 16"),
-    (["pca", "a.png", *MODEL, "--threshold", "1.5"], "--threshold lies between 0 and 1"),
-    (["pca", "a.png", *MODEL, "--foreground", "all", "--threshold", "0.5"], "has no use with --foreground all"),
+    (["pca", "a.png", *MODEL, "--threshold", "1.5"], "--threshold must be between 0 and 1"),
+    (["pca", "a.png", *MODEL, "--foreground", "all", "--threshold", "0.5"], "has no effect with --foreground all"),
     (["pca", "a.png", *MODEL, "--foreground", "high", "--threshold", "1"], "0 patches are foreground"),
     (["pca", "a.png", *MODEL, "--foreground", "high", "--threshold", "1", "--out", "new"], "0 patches are foreground"),
     (["pca", "a.png", "--model", "missing.pth"], "no such checkpoint: missing.pth"),
     (["pca", "a.png", *MODEL, "--out", "only_bad/.."], "would overwrite the images"),
-    (["pca", "a.png", *MODEL, "--out", "bad.png/new"], "cannot be written; name a folder"),
+    (["pca", "a.png", *MODEL, "--out", "bad.png/new"], "cannot be written; choose another folder"),
     (["pca", "a.png", *MODEL, "--out", "a.png"], "--out a.png would overwrite the images"),
     (["similarity", "a.png", *MODEL, "--at", "1,1", "--out", "./a.png"], "a.png would overwrite the images"),
-    (["attention", "a.png", *MODEL, "--out", "out.jpg"], "--out out.jpg is no .png file"),
-    (["attention", "a.png", *MODEL, "--out", "only_bad"], "--out only_bad is no .png file.*only_bad/picture.png"),
+    (["attention", "a.png", *MODEL, "--out", "out.jpg"], "--out out.jpg is not a .png file"),
+    (["attention", "a.png", *MODEL, "--out", "only_bad"], "--out only_bad is not a .png file.*only_bad/picture.png"),
     (["attention", "a.png", *MODEL, "--block", "99"], "--block 99 does not exist; the model has 0 to "),
     (["attention", "a.png", *MODEL, "--block", "-99"], "--block -99 does not exist"),
     (["similarity", "a.png", *MODEL], "required: --at"),
     (["similarity", "a.png", *MODEL, "--at", "7"], "argument --at"),
     (["similarity", "a.png", *MODEL, "--at", "32,5"], "--at 32,5 lies outside a.png, which is 32 pixels wide"),
-    (["similarity", "wide.png", *MODEL, "--at", "0,5", "--size", "16", "16"], "--at 0,5 was cut away from wide.png"),
+    (["similarity", "wide.png", *MODEL, "--at", "0,5", "--size", "16", "16"], "0,5 was cropped away from wide.png"),
     (["neighbors", *MODEL, "--k", "0"], "--k must be 1 to 24"),
     (["neighbors", *MODEL, "--queries", "0"], "--queries or the images 1 to 96"),
     (["neighbors", "a.png", *MODEL, "--data", "missing"], "missing"),
     (["curves", "only_bad"], "only_bad/metrics.jsonl cannot be read; name the --out folder of a run"),
     (["curves", "{run}", "{run}"], "is named twice"),
     (["curves", *["{run}"] * 9], "9 runs are too many"),
-    (["curves", "{run}", "--out", "curves.svg"], "--out curves.svg is no .png file"),
+    (["curves", "{run}", "--out", "curves.svg"], "--out curves.svg is not a .png file"),
 ])
 def test_visual_mistakes_are_named_and_write_nothing(argv, text, trained, desk):
     write_images(desk, ["a.png"])
@@ -440,12 +439,16 @@ def test_visual_depth_colors_are_magma_from_its_light_end():
 
 def test_visual_depth_files_are_millimeters(tmp_path):
     depth = np.array([[0, 0.0014, 0.0016], [1.2344, 65.535, 80]], np.float32)
-    visualize.save_depth(tmp_path / "new/d.png", depth)
+    support.draw.save_depth(tmp_path / "new/d.png", depth)
     with Image.open(tmp_path / "new/d.png") as image:
         assert image.mode.startswith("I;16") and np.asarray(image).tolist() == [[0, 1, 2], [1234, 65535, 65535]]
     again = np.random.default_rng(0).uniform(0.001, 60, (50, 70)).astype(np.float32)
-    visualize.save_depth(tmp_path / "d.png", again)
+    support.draw.save_depth(tmp_path / "d.png", again)
     assert np.abs(pixels_of(tmp_path / "d.png") / 1000 - again).max() <= 0.00051
+
+
+def depth_of(network, image: torch.Tensor, rules: dict, size: int = 0, flip: bool = False) -> np.ndarray:
+    return heads.predict_depth(network, image, rules["mean"], rules["std"], size, flip).numpy()
 
 
 class Redness(torch.nn.Module):
@@ -468,15 +471,15 @@ def test_visual_depth_is_where_the_pixels_are():
     image[:, 5:10, 40:52] = 255
     across = torch.linspace(0, 1, 61).expand(37, 61)
     red = image[0] / 255
-    assert_close(visualize.depth_of(network, image, rules), red + across, 1e-5)
+    assert_close(depth_of(network, image, rules), red + across, 1e-5)
     deep = (image.int() * 257).to(torch.uint16)
-    assert_close(visualize.depth_of(network, deep, rules), red + across, 1e-5)
-    assert_close(visualize.depth_of(network, image, rules, flip=True), red + 0.5, 1e-5)
+    assert_close(depth_of(network, deep, rules), red + across, 1e-5)
+    assert_close(depth_of(network, image, rules, flip=True), red + 0.5, 1e-5)
     gray = {k: v[:1] for k, v in rules.items()}
-    assert_close(visualize.depth_of(Redness(gray), image[:1], gray), red + across, 1e-5)
+    assert_close(depth_of(Redness(gray), image[:1], gray), red + across, 1e-5)
     network.seen.clear()
     for size in (20, 90):
-        smooth = visualize.depth_of(network, image, rules, size)
+        smooth = depth_of(network, image, rules, size)
         assert smooth.shape == (37, 61) and np.abs(smooth - (red + across).numpy()).mean() < 0.05
         assert np.abs(smooth[6:9, 43:49] - 1 - across[6:9, 43:49].numpy()).max() < 0.2
     assert network.seen == [(20, 33), (90, 148)]
@@ -505,11 +508,11 @@ def test_visual_depth_command(trained, dense_files, desk, capsys):
     (desk / "in/bad.png").write_bytes(b"no image")
     flags = ["--model", trained / "ckpt.pth", "--device", "cpu", "--head", dense_files / "x_nyu_linear4_head.pth"]
     network, _ = hub.load_dense(trained / "ckpt.pth", dense_files / "x_nyu_linear4_head.pth")
-    rules = visualize.load(trained / "ckpt.pth", CPU)[1]
+    rules = visualize.load_model(trained / "ckpt.pth", CPU)[1]
     images = [support.images.read_image(f"in/{name}.png") for name in ("a", "sub/b")]
-    meters = [visualize.depth_of(network, image, rules) for image in images]
+    meters = [depth_of(network, image, rules) for image in images]
     with torch.inference_mode():
-        own = network(visualize.normalize(images[0][None] / 255, rules["mean"], rules["std"]))[0, 0]
+        own = network(data.normalize(images[0][None] / 255, rules["mean"], rules["std"]))[0, 0]
     assert_close(meters[0], own, 1e-5)
     drawn = [support.draw.depth_colors(m, m.min(), m.max()) for m in meters]
 
@@ -529,7 +532,7 @@ def test_visual_depth_command(trained, dense_files, desk, capsys):
         assert np.abs(pixels_of(f"new/{name}_depth.png") / 1000 - m).max() < 0.00051
     near, far = meters[0].min() - 0.5, meters[0].max() + 1
     draw("depth", "in/a.png", *flags, "--out", "fixed", "--near", near, "--far", far, "--flip", "--size", 16)
-    other = visualize.depth_of(network, images[0], rules, 16, True)
+    other = depth_of(network, images[0], rules, 16, True)
     assert np.abs(other - meters[0]).max() > 0.01 * np.ptp(meters[0])
     assert np.array_equal(pixels_of("fixed/a.png"), support.draw.depth_colors(other, near, far))
 
@@ -537,15 +540,15 @@ def test_visual_depth_command(trained, dense_files, desk, capsys):
     ckpt["config"] |= dict(mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5))  # a run on other images
     torch.save(ckpt, "other.pth")
     draw("depth", "in/a.png", "--model", "other.pth", *flags[2:], "--out", "other")
-    other = visualize.depth_of(network, images[0], {k: ckpt["config"][k] for k in ("mean", "std")})
+    other = depth_of(network, images[0], {k: ckpt["config"][k] for k in ("mean", "std")})
     assert np.abs(other - meters[0]).max() > 0.01 * np.ptp(meters[0])
     assert np.array_equal(pixels_of("other/a.png"), support.draw.depth_colors(other, other.min(), other.max()))
     draw("depth", "in/a.png", *flags[:-1], dense_files / "unknown.pth", "--depth-range", 2, 3, "--out", "range")
     assert 2000 <= pixels_of("range/a_depth.png").min() <= pixels_of("range/a_depth.png").max() <= 3000
     draw("depth", "in/a.png", *flags[:-1], dense_files / "x_kitti_dpt_head.pth", "--far", 0.0001, "--out", "dpt")
     assert (pixels_of("dpt/a_depth.png") >= 1).all()
-    assert visualize.file_names(["x/a.png", "x/a_depth.png"], "_depth") == ["000000_a", "000001_a_depth"]
-    assert visualize.file_names(["x/a.png", "x/a_depth.png"], "_labels") == ["a", "a_depth"]
+    assert support.draw.picture_names(["x/a.png", "x/a_depth.png"], "_depth") == ["000000_a", "000001_a_depth"]
+    assert support.draw.picture_names(["x/a.png", "x/a_depth.png"], "_labels") == ["a", "a_depth"]
 
 
 def test_visual_segment_labels_and_legend(tmp_path):
@@ -557,23 +560,23 @@ def test_visual_segment_labels_and_legend(tmp_path):
     assert drawn.dtype == np.uint8 and drawn.shape == (20, 50, 3)
     assert {k: drawn[labels == k][0].tolist() for k in (0, 7, 15, 20, 255)} == {
         0: [0, 0, 0], 7: [128, 128, 128], 15: [192, 128, 128], 20: [0, 64, 128], 255: [255] * 3}
-    visualize.save_labels(tmp_path / "l.png", labels, colors)
+    support.draw.save_labels(tmp_path / "l.png", labels, colors)
     with Image.open(tmp_path / "l.png") as image:
         assert image.mode == "P" and np.array_equal(np.asarray(image), labels)
         assert np.array_equal(np.asarray(image.convert("RGB")), drawn)
     with pytest.raises(ValueError, match="holds 256 classes, not 300"):
-        visualize.save_labels(tmp_path / "m.png", labels, [(0, 0, 0)] * 300)
+        support.draw.save_labels(tmp_path / "m.png", labels, [(0, 0, 0)] * 300)
 
-    texts, real = [], visualize.ImageDraw.ImageDraw.text
+    texts, real = [], ImageDraw.ImageDraw.text
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(visualize.ImageDraw.ImageDraw, "text", lambda self, place, text, *args, **kwargs: (
+        patch.setattr(ImageDraw.ImageDraw, "text", lambda self, place, text, *args, **kwargs: (
             texts.append((place, text)), real(self, place, text, *args, **kwargs)))
         shown = support.draw.legend(labels, heads.CLASSES["voc2012"], colors)
         support.draw.legend(labels, heads.CLASSES["voc2012"], colors, 2)
     assert [text for _, text in texts] == ["74.3 %", "person", "22.2 %", "background", "3.3 %", "tvmonitor", "0.1 %",
                                            "car", "74.3 %", "person", "22.2 %", "background", "3.4 %", "and 2 more"]
-    assert shown.size == (support.draw.LEGEND, 4 * 23) and [shown.getpixel((9, 23 * row + 9)) for row in range(4)] == [
-        colors[k] for k in (15, 0, 20, 7)]
+    assert shown.size == (support.draw.LEGEND_WIDTH, 4 * 23)
+    assert [shown.getpixel((9, 23 * row + 9)) for row in range(4)] == [colors[k] for k in (15, 0, 20, 7)]
     assert {x for (x, y), _ in texts} == {76, 86} and [y for (x, y), _ in texts[:8:2]] == [16, 39, 62, 85]
     nothing = support.draw.legend(np.full((3, 3), 255), ["a"], [(1, 2, 3)])
     assert nothing.getextrema() == ((255, 255),) * 3
@@ -589,7 +592,7 @@ def test_visual_segment_command(trained, dense_files, desk, monkeypatch):
     draw("segment", "a.png", "b.png", *flags, "--out", "new")
     assert {p.name for p in Path("new").iterdir()} == {"a.png", "a_labels.png", "b.png", "b_labels.png", "sheet.png"}
     network, about = hub.load_dense(trained / "ckpt.pth", files)
-    rules = visualize.load(trained / "ckpt.pth", CPU)[1]
+    rules = visualize.load_model(trained / "ckpt.pth", CPU)[1]
     for name in "ab":
         image = support.images.read_image(f"{name}.png")
         labels = real(network, image, about.recipe._replace(short=32), rules["mean"], rules["std"]).argmax(0).numpy()
@@ -597,7 +600,7 @@ def test_visual_segment_command(trained, dense_files, desk, monkeypatch):
         colors = support.draw.label_colors(labels, about.colors)
         mixed = 0.6 * colors + 0.4 * image.permute(1, 2, 0).numpy()
         assert np.abs(pixels_of(f"new/{name}.png") - mixed).max() <= 1
-    assert size_of("new/sheet.png") == (12 + 2 * 492 + support.draw.LEGEND + 12, 12 + 2 * (12 + 23 + 288))
+    assert size_of("new/sheet.png") == (12 + 2 * 492 + support.draw.LEGEND_WIDTH + 12, 12 + 2 * (12 + 23 + 288))
     cell = pixels_of("new/sheet.png")[12 + 23 + 323 :, 12 + 492 :][:288, :480]  # of b
     assert np.array_equal(cell, pixels_of("new/b.png").repeat(12, 0).repeat(12, 1))
 
@@ -616,10 +619,10 @@ def test_visual_segment_command(trained, dense_files, desk, monkeypatch):
 
 
 @pytest.mark.parametrize("argv, text", [
-    (["depth", "a.png", "--model", "{ckpt}"], "ckpt.pth is a backbone; name its head by --head.*nyu_dpt or kitti_dpt"),
-    (["segment", "a.png", "--model", "{ckpt}"], "is a backbone; name its head by --head.*ade20k_ms or voc2012_ms"),
-    (["depth", "a.png", *MODEL, "--head", "{dense}/x_voc2012_linear_head.pth"], "of segmentation.*command segment"),
-    (["segment", "a.png", *MODEL, "--head", "{dense}/x_kitti_dpt_head.pth"], "is a head of depth.*the command depth"),
+    (["depth", "a.png", "--model", "{ckpt}"], "ckpt.pth is a backbone; give its head by --head.*nyu_dpt or kitti_dpt"),
+    (["segment", "a.png", "--model", "{ckpt}"], "is a backbone; give its head by --head.*ade20k_ms or voc2012_ms"),
+    (["depth", "a.png", *MODEL, "--head", "{dense}/x_voc2012_linear_head.pth"], "segmentation head; use: .* segment"),
+    (["segment", "a.png", *MODEL, "--head", "{dense}/x_kitti_dpt_head.pth"], "depth head; use: .* depth"),
     (["depth", "a.png", *MODEL, "--head", "{dense}/unknown.pth"], "does not say for which depths it is; give"),
     (["depth", "a.png", *MODEL, "--head", "nyu_dpt"], "nyu_dpt is a head of the released"),
     (["depth", "a.png", *MODEL, "--head", "{dense}/nan_nyu_linear_head.pth"], "are not finite: the checkpoint"),
@@ -627,9 +630,9 @@ def test_visual_segment_command(trained, dense_files, desk, monkeypatch):
     (["depth", "a.png", *MODEL, "--head", "x", "--near", "3", "--far", "2"], "--near and --far are meters"),
     (["depth", "a.png", *MODEL, "--head", "x", "--far", "nan"], "--near and --far are meters"),
     (["depth", "a.png", *MODEL, "--head", "x", "--size", "-1"], "--size is a side in pixels"),
-    (["segment", "a.png", *MODEL, "--head", "x", "--opacity", "1.5"], "--opacity lies between 0 and 1"),
-    (["segment", "a.png", *MODEL, "--head", "{dense}/x_ade20k_ms_head.pth", "--scales", "6"], "6 is none of 1 to 5"),
-    (["segment", "a.png", *MODEL, "--head", "{dense}/x_ade20k_ms_head.pth", "--scales", "0"], "0 is none of 1 to 5"),
+    (["segment", "a.png", *MODEL, "--head", "x", "--opacity", "1.5"], "--opacity is between 0 and 1"),
+    (["segment", "a.png", *MODEL, "--head", "{dense}/x_ade20k_ms_head.pth", "--scales", "6"], "1 to 5, .* not 6"),
+    (["segment", "a.png", *MODEL, "--head", "{dense}/x_ade20k_ms_head.pth", "--scales", "0"], "1 to 5, .* not 0"),
     (["segment", "a.png", *MODEL, "--head", "x", "--depth-range", "1", "2"], "unknown argument '--depth-range'"),
     (["depth", "bad.png", *MODEL, "--head", "{dense}/x_kitti_dpt_head.pth", "--out", "new"], "bad.png cannot be read"),
     (["depth", "a.png", *MODEL, "--head", "x", "--out", "a.png"], "--out a.png would overwrite the images"),
