@@ -223,7 +223,7 @@ def test_hub_names_what_does_not_fit(tmp_path):
     del weights["norm.bias"], hf["encoder.layer.1.attention.attention.key.weight"]
     whole = hub_vit().state_dict()
     for ckpt, text in (
-        (weights, "x.pth is from another architecture: keys 1 missing, such as norm.bias"),
+        (weights, "x.pth is for a different architecture: weights 1 missing, such as norm.bias"),
         (hf, "1 missing, such as blocks.1.attn.qkv.weight; 2 unexpected, such as blocks.1.attn.q.weight"),
         (whole | {"neck.0.weight": torch.ones(2)}, "1 unexpected, such as neck.0.weight"),
         (whole | {"blocks.2.mlp.fc1.weight": torch.ones(9, 128)}, "of another shape, such as blocks.2.mlp.fc1.weight"),
@@ -257,7 +257,7 @@ def test_hub_refuses_code_and_what_is_no_checkpoint(tmp_path):
     torch.save(dict(teacher=Payload()), tmp_path / "pytorch_model.bin")
     (tmp_path / "empty").mkdir()
     for spec, text in ((tmp_path, "pytorch_model.bin holds pickled code, not just weights: refused"),
-                       (tmp_path / "empty", "empty is a folder; name the checkpoint in it, as .*empty/ckpt.pth"),
+                       (tmp_path / "empty", "empty is a folder; name .* in it, such as .*empty/ckpt.pth"),
                        (tmp_path / "none.pth", r"no such checkpoint: .*none.pth; give a file, .*\[_reg\]$"),
                        ("dinov2_vitx14_reg", "no such checkpoint: .* did you mean dinov2_vit.14_reg?"),
                        ("\0", "no such checkpoint")):
@@ -392,7 +392,7 @@ def test_hub_entry_points_load(tmp_path, monkeypatch):
         points["dinov2_vits14_lc"](layers=1, weights=str(file))
     with pytest.raises(ValueError, match="1 or 4 layers, not 2"):
         points["dinov2_vits14_lc"](layers=2)
-    with pytest.raises(ValueError, match="from another architecture"):
+    with pytest.raises(ValueError, match="for a different architecture"):
         points["dinov2_vits14"](img_size=224)
 
 
