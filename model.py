@@ -81,7 +81,7 @@ class PatchEmbed(nn.Module):
         height, width, p = *x.shape[-2:], self.patch_size[0]
         if height % p or width % p:
             better = f"{max(height // p, 1) * p}x{max(width // p, 1) * p}"
-            raise ValueError(f"image size {height}x{width} is not a multiple of the patch size {p}; use {better}")
+            raise ValueError(f"{height}x{width} pixels is not a multiple of the patch size {p}; resize or crop to {better}")
         return self.norm(self.proj(x).flatten(2).transpose(1, 2))  # (B, h*w, D)
 
 
