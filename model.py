@@ -81,7 +81,7 @@ class PatchEmbed(nn.Module):
         height, width, p = *x.shape[-2:], self.patch_size[0]
         if height % p or width % p:
             better = f"{max(height // p, 1) * p}x{max(width // p, 1) * p}"
-            raise ValueError(f"{height}x{width} pixels is not a multiple of the patch size {p}; resize or crop to {better}")
+            raise ValueError(f"{height}x{width} is not a multiple of the patch size {p}; resize or crop to {better}")
         return self.norm(self.proj(x).flatten(2).transpose(1, 2))  # (B, h*w, D)
 
 
@@ -490,7 +490,7 @@ def load_strictly(model: nn.Module, weights: dict[str, Tensor], path: str, assig
     if missing or unexpected or shapes:
         faults = [f"{len(keys)} {what}, such as {min(keys)}" for what, keys in
                   (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)) if keys]
-        raise ValueError(f"{path} is for a different architecture: weights {'; '.join(faults)}")
+        raise ValueError(f"{path} is from another architecture: keys {'; '.join(faults)}")
     model.load_state_dict(weights, assign=assign)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import data
+import export
 import hub
 import model
 import support.images
@@ -192,7 +193,7 @@ def test_hub_safetensors(tmp_path, monkeypatch):
         patch.setitem(sys.modules, "safetensors.torch", None)
         hub.load(path)
     safetensors = pytest.importorskip("safetensors.torch")
-    with pytest.raises(ValueError, match="model.safetensors is truncated or is no safetensors file"):
+    with pytest.raises(ValueError, match="model.safetensors is truncated or not a safetensors file"):
         hub.load(path)
     safetensors.save_file(as_transformers(vit.state_dict()), path)
     for spec in (path, tmp_path):
@@ -223,7 +224,7 @@ def test_hub_names_what_does_not_fit(tmp_path):
     del weights["norm.bias"], hf["encoder.layer.1.attention.attention.key.weight"]
     whole = hub_vit().state_dict()
     for ckpt, text in (
-        (weights, "x.pth is for a different architecture: weights 1 missing, such as norm.bias"),
+        (weights, "x.pth is from another architecture: keys 1 missing, such as norm.bias"),
         (hf, "1 missing, such as blocks.1.attn.qkv.weight; 2 unexpected, such as blocks.1.attn.q.weight"),
         (whole | {"neck.0.weight": torch.ones(2)}, "1 unexpected, such as neck.0.weight"),
         (whole | {"blocks.2.mlp.fc1.weight": torch.ones(9, 128)}, "of another shape, such as blocks.2.mlp.fc1.weight"),
@@ -232,7 +233,7 @@ def test_hub_names_what_does_not_fit(tmp_path):
         (whole | {"module.norm.bias": torch.ones(128)}, "holds norm.bias twice, the second time as module.norm.bias"),
         (whole | {"blocks.0.attn.q.bias": torch.ones(128)}, "unexpected, such as blocks.0.attn.q.bias"),
         (as_transformers(whole) | {"blocks.0.attn.qkv.bias": torch.ones(384)}, "unexpected, such as blocks.0.attn.k.b"),
-        (dict(fc=torch.ones(2)), "no DINOv2 backbone: cls_token, pos_embed, .* missing .*its entries: fc"),
+        (dict(fc=torch.ones(2)), "no DINOv2 backbone: cls_token, pos_embed, .* missing .*it starts with: fc"),
         (dict(model=dict(fc=torch.ones(2))), "holds no DINOv2 backbone"),
         (dict(teacher=torch.ones(2)), "holds no DINOv2 backbone"),
         ({1: torch.ones(2)}, "holds no DINOv2 backbone"),
@@ -296,7 +297,7 @@ def test_hub_download(tmp_path, monkeypatch):
     whole = file.read_bytes()
     for content in (whole[: len(whole) // 2], b"<html>Please log in</html>"):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match="could not be downloaded .*truncated"):
+        with pytest.raises(ValueError, match="could not download .*truncated"):
             hub.load("dinov2_vitb14")
         assert list((tmp_path / "home/hub/checkpoints").iterdir()) == []
     file.write_bytes(whole)
@@ -329,12 +330,12 @@ def test_hub_classifier(layers, tmp_path):
 def test_hub_classifier_errors(tmp_path):
     torch.save(hub_vit().state_dict(), tmp_path / "vit.pth")
     for head, text in (
-        (dict(weight=torch.zeros(5, 768), bias=torch.zeros(5)), "takes 768 features, those of this one, 128 wide"),
+        (dict(weight=torch.zeros(5, 768), bias=torch.zeros(5)), "takes 768 features; this one, 128 wide"),
         (dict(weight=torch.zeros(5, 256)), "holds no linear head"),
         (dict(weight=torch.zeros(5, 256), bias=torch.zeros(4)), "holds no linear head"),
         (dict(weight=torch.zeros(5), bias=torch.zeros(5)), "holds no linear head"),
         (dict(weight=torch.zeros(5, 256), bias=torch.zeros(5), scale=torch.ones(1)), "holds no linear head"),
-        (hub_vit().state_dict(), "holds no linear head.*its entries: cls_token, pos_embed"),
+        (hub_vit().state_dict(), "holds no linear head.*it starts with: cls_token, pos_embed"),
         (dict(weight=Payload()), "holds pickled code"),
     ):
         torch.save(head, tmp_path / "head.pth")
@@ -356,14 +357,14 @@ def test_hub_entry_points(tmp_path, monkeypatch):
         rule = (vit.interpolate_offset, vit.interpolate_antialias)
         assert rule == ((0.0, True) if name.endswith("_reg") else (0.1, False))
     assert points["dinov2_vits14"](pretrained=False, drop_path_rate=0.5).blocks[-1].drop_path == 0.5
-    with pytest.raises(NotImplementedError, match="dinotxt_tet1280d20h24l is not here"):
+    with pytest.raises(NotImplementedError, match="dinotxt_tet1280d20h24l is not available here"):
         points["dinov2_vitl14_reg4_dinotxt_tet1280d20h24l"](pretrained=False)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(hub, "URL", "file:///nowhere")
     for kwargs, file in ((dict(), "dinov2_vits14_reg4_pretrain"), (dict(weights="LVD142M"), "dinov2_vits14_reg4_pre")):
         with pytest.raises(ValueError, match=f"file:///nowhere/dinov2_vits14/{file}.* put it at {tmp_path}"):
             points["dinov2_vits14_reg"](**kwargs)
-    for kwargs, text in ((dict(weights="XRay"), "neither 'LVD142M', the released ones, nor a file"),
+    for kwargs, text in ((dict(weights="XRay"), "is neither 'LVD142M' .released. nor an existing file"),
                          (dict(weights=os.devnull), "no PyTorch|not a PyTorch")):
         with pytest.raises(ValueError, match=text):
             points["dinov2_vits14"](**kwargs)
@@ -392,22 +393,31 @@ def test_hub_entry_points_load(tmp_path, monkeypatch):
         points["dinov2_vits14_lc"](layers=1, weights=str(file))
     with pytest.raises(ValueError, match="1 or 4 layers, not 2"):
         points["dinov2_vits14_lc"](layers=2)
-    with pytest.raises(ValueError, match="for a different architecture"):
+    with pytest.raises(ValueError, match="from another architecture"):
         points["dinov2_vits14"](img_size=224)
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_hub_by_torch_hub_beside_modules_of_the_same_names(order, tmp_path):
-    """From a foreign folder, whose own modules of our names are imported before or after."""
-    for name in ("model", "data", "losses", "train", "hub"):
-        (tmp_path / f"{name}.py").write_text(f"mine = {name!r}")
-    mine = "import model, data, losses, train, hub\nassert hub.mine == 'hub' and model.mine == 'model'\n"
-    load = (f"import torch, copy, pickle\nvit, linear = (torch.hub.load({str(HERE)!r}, n, source='local', "
+@pytest.mark.parametrize("kind", ["package", "file"])
+def test_hub_by_torch_hub_beside_modules_of_the_same_names(order, kind, tmp_path):
+    """From a foreign folder whose modules have our names, and are imported before or after. Nothing else changes."""
+    names = ("model", "data", "losses", "train", "hub", "heads", "mask2former", "export", "hubconf")
+    files = [f"{name}.py" for name in names] + (
+        ["support/__init__.py", "support/cli.py"] if kind == "package" else ["support.py"])
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("mine = __name__")
+    modules = [file[:-3].replace("/__init__", "").replace("/", ".") for file in files]
+    mine = f"import sys\nfor name in {modules}:\n    assert __import__(name) and sys.modules[name].mine == name\n"
+    load = (f"import torch, copy, pickle\nbefore, path = set(sys.modules), list(sys.path)\n"
+            f"vit, linear = (torch.hub.load({str(HERE)!r}, n, source='local', "
             "pretrained=False) for n in ('dinov2_vits14', 'dinov2_vits14_reg_lc'))\n"
             "assert vit(torch.zeros(1, 3, 28, 28)).shape == (1, 384) and type(linear.backbone) is type(vit)\n"
-            "pickle.loads(pickle.dumps(copy.deepcopy(vit)))\n")
-    check = "import sys\nassert 'torchvision' not in sys.modules and model.mine == 'model'\n" + mine
-    code = mine + load + check if order == "before" else load + mine + check
+            "pickle.loads(pickle.dumps(copy.deepcopy(vit)))\n"
+            "added = {n for n in set(sys.modules) - before if str(HERE) in (sys.modules[n].__dict__.get('__file__') or '')}\n"
+            "assert added and all(n.startswith('_dinov2_') for n in added) and sys.path == path\n"
+            "assert 'torchvision' not in sys.modules and 'PIL' not in sys.modules\n").replace("str(HERE)", repr(str(HERE)))
+    code = mine + load + mine if order == "before" else "import sys\n" + load + mine
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
@@ -421,14 +431,14 @@ def test_hub_convert_there_and_back(to, registers, ffn, tmp_path, capsys):
     vit, images = hub_vit(registers, ffn), randn(1, (2, 3, 56, 56))[0]
     out = tmp_path / {"official": "b.pth", "safetensors": "b.safetensors", "timm": "b.pth", "hf": "b"}[to]
     torch.save(dict(teacher=prefixed("backbone.", vit.state_dict())), tmp_path / "a.pth")
-    hub.main(["convert", str(tmp_path / "a.pth"), str(out), "--to", to])
+    export.main(["convert", str(tmp_path / "a.pth"), str(out), "--to", to])
     told = capsys.readouterr()
     assert f"layout {to}" in told.out and ("at others" in told.err) == (not registers and to in ("timm", "hf"))
     assert hub.layout_of(hub.read(out)[1]) == dict(timm="timm", hf="transformers").get(to, "official")
     again = hub.load(out)
     assert_close(again(images), vit(images), 1e-5 if to == "timm" and registers else 0)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["a.pth", out.name])
-    hub.main(["convert", str(out), str(tmp_path / "c.pth"), "--to", "official"])
+    export.main(["convert", str(out), str(tmp_path / "c.pth"), "--to", "official"])
     assert_close(hub.load(tmp_path / "c.pth")(images), vit(images), 1e-5 if to == "timm" and registers else 0)
 
 
@@ -437,19 +447,19 @@ def test_hub_convert_is_read_by_transformers_and_timm(trained, tmp_path):
     vit, images = randomize(hub.load(trained / "ckpt.pth")), randn(1, (2, 3, 12, 12))[0]
     ckpt = torch.load(trained / "ckpt.pth", weights_only=True)
     torch.save(ckpt | dict(teacher=prefixed("backbone.", vit.state_dict())), tmp_path / "a.pth")
-    hub.main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "hf"), "--to", "hf"])
+    export.main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "hf"), "--to", "hf"])
     theirs = transformers.AutoModel.from_pretrained(tmp_path / "hf").eval()
     assert_close(theirs(images).last_hidden_state[:, 0].detach(), vit(images), 1e-5)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
     assert processor.crop_size["height"] == 12 and processor.size["shortest_edge"] == 12
     assert_close(hub.load(tmp_path / "hf")(images), vit(images), 0)  # 2 heads, 32 wide
-    with pytest.raises(ValueError, match="2 heads for a width of .* use --to hf"):
-        hub.main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "b.pth"), "--to", "official"])
+    with pytest.raises(ValueError, match="2 heads for a width of .*; use --to hf"):
+        export.main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "b.pth"), "--to", "official"])
     for registers in (0, 4):
         big = timm.create_model(f"vit_small_patch14_{'reg4_' * bool(registers)}dinov2", pretrained=False)
         torch.save(hub.backbone(f"dinov2_vits14{'_reg' * bool(registers)}", pretrained=False).state_dict(),
                    tmp_path / "s.pth")
-        hub.main(["convert", str(tmp_path / "s.pth"), str(tmp_path / "t.pth"), "--to", "timm"])
+        export.main(["convert", str(tmp_path / "s.pth"), str(tmp_path / "t.pth"), "--to", "timm"])
         big.load_state_dict(torch.load(tmp_path / "t.pth", weights_only=True))
         x = randn(1, (1, 3, 518, 518))[0]
         assert_close(big.eval()(x).detach(), hub.load(tmp_path / "s.pth")(x).detach(), 1e-5)
@@ -464,10 +474,10 @@ def test_hub_info(trained, tmp_path, capsys):
                for k, v in shapes.items()}
     torch.save(dict(teacher=chunked), tmp_path / "s.pth")
     for path, texts in (
-        (trained / "ckpt.pth", ("layout       train.py", "digits, ", "2 heads, MLP", "left out")),
+        (trained / "ckpt.pth", ("layout       train.py", "digits, ", "2 heads, MLP", "ignored")),
         (tmp_path / "a.pth", ("official", "128 wide, 3 blocks, 2 heads, SwiGLU, 4 registers", "with antialiasing")),
         (tmp_path / "head.pth", ("7 classes, 1,920 features: 4 CLS of a backbone 384 wide",)),
-        (tmp_path / "s.pth", ("official, blocks in chunks", "22,056,576 in float16", "same as      dinov2_vits14,")),
+        (tmp_path / "s.pth", ("official, blocks in chunks", "22,056,576 in float16", "shapes of    dinov2_vits14")),
     ):
         hub.main(["info", str(path)])
         told = capsys.readouterr().out
@@ -484,12 +494,12 @@ def test_hub_features(tmp_path, cache, capsys):
     for k in ("b.png", "sub/a.png", "sub/c.png"):
         paths[k] = photos / k
     model_flags = ["--model", str(tmp_path / "vit.pth"), "--batch-size", "2", "--num-workers", "0"]
-    hub.main(["features", str(photos), str(tmp_path / "own.png"), *model_flags, "--out", str(tmp_path / "f.npz")])
+    export.main(["features", str(photos), str(tmp_path / "own.png"), *model_flags, "--out", str(tmp_path / "f.npz")])
     assert "4 images" in (told := capsys.readouterr()).out and "bad.png cannot be read" in told.err
     stacked = np.load(tmp_path / "f.npz")
     assert [Path(f).name for f in stacked["files"]] == ["b.png", "a.png", "c.png", "own.png"]
     assert stacked["cls"].shape == (4, 128) and stacked["patches"].shape == (4, 4, 4, 128)
-    hub.main(["features", str(photos), str(tmp_path / "own.png"), *model_flags, "--out", str(tmp_path / "each"),
+    export.main(["features", str(photos), str(tmp_path / "own.png"), *model_flags, "--out", str(tmp_path / "each"),
               "--size", "0", "--fit", "pad"])
     for i, (path, name) in enumerate(((tmp_path / "own.png", "own.png"), (photos / "sub/c.png", "photos/sub/c.png"))):
         one = np.load(tmp_path / f"each/{name}.npz")
@@ -510,7 +520,7 @@ def test_hub_features(tmp_path, cache, capsys):
         ([str(tmp_path / "own.png"), "--fit", "stretch"], "invalid choice: 'stretch'"),
     ):
         with pytest.raises(ValueError, match=text):
-            hub.main(["features", *argv, *model_flags, "--out", str(tmp_path / "g.npz")])
+            export.main(["features", *argv, *model_flags, "--out", str(tmp_path / "g.npz")])
     assert not list(tmp_path.glob("*g.npz*")) and sorted(p.name for p in (tmp_path / "each").rglob("*.npz")) == [
         "a.png.npz", "b.png.npz", "c.png.npz", "own.png.npz"]
 
@@ -520,13 +530,13 @@ def test_hub_export(suffix, tmp_path, capsys):
     """A program for images of one size, not square, and batches of any; its outputs are the model's."""
     vit, out = hub_vit(4), tmp_path / f"vit{suffix}"
     torch.save(vit.state_dict(), tmp_path / "vit.pth")
-    argv = ["export", str(out), "--model", str(tmp_path / "vit.pth"), "--size", "42", "70"]
+    argv = ["program", str(out), "--model", str(tmp_path / "vit.pth"), "--size", "42", "70"]
     if suffix == ".onnx":
         if importlib.util.find_spec("onnxscript") is None:
             with pytest.raises(ValueError, match="pip install onnx onnxscript onnxruntime"):
-                hub.main(argv)
+                export.main(argv)
         onnxruntime = pytest.importorskip("onnxruntime")
-    hub.main(argv)
+    export.main(argv)
     assert "on batches of 1, 2 and 3 images 42x70" in capsys.readouterr().out
     images = randn(1, (5, 3, 42, 70))[0]
     if suffix == ".pt2":
@@ -547,9 +557,9 @@ def test_hub_refuses_features_that_are_not_finite(tmp_path):
     write_images(tmp_path, ["a.png"])
     flags = ["--model", str(tmp_path / "nan.pth")]
     for argv in (["features", str(tmp_path / "a.png"), "--out", str(tmp_path / "f.npz")],
-                 ["export", str(tmp_path / "f.pt2"), "--size", "28"]):
+                 ["program", str(tmp_path / "f.pt2"), "--size", "28"]):
         with pytest.raises(ValueError, match="nan.pth are not finite"):
-            hub.main([*argv, *flags])
+            export.main([*argv, *flags])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "nan.pth"]
 
 
@@ -557,21 +567,24 @@ def test_hub_command_errors(tmp_path):
     torch.save(hub_vit().state_dict(), tmp_path / "vit.pth")
     vit = str(tmp_path / "vit.pth")
     for argv, text in (
-        (["inform", vit], "unknown command 'inform', did you mean info?"),
-        (["info", "none.pth"], "no such checkpoint: none.pth"),
-        (["convert", vit, vit, "--to", "official"], "is the file to convert"),
+        (["info", vit], "unknown command 'info'.*; commands: convert, features, program"),
+        (["convert", vit, vit, "--to", "official"], "is the file to convert; choose another name"),
         (["convert", vit, str(tmp_path / "b.txt"), "--to", "timm"], "must end in .pth or .safetensors"),
         (["convert", vit, str(tmp_path / "b.pth"), "--to", "safetensors"], "must end in .safetensors"),
         (["convert", vit, str(tmp_path), "--to", "hf"], "exists; name a new folder"),
         (["convert", vit, "/proc/b.pth", "--to", "official"], "/proc/b.pth could not be written"),
-        (["export", "b.pt", "--model", vit], "must be a file that ends in .onnx or .pt2"),
+        (["program", "b.pt", "--model", vit], "must be a file that ends in .onnx or .pt2"),
         (["convert", vit, f"{vit}/b.pth", "--to", "official"], "vit.pth/b.pth could not be written"),
         (["features", str(HERE / "pictures"), "--model", vit, "--device", "meta", "--out", "f.npz"], "'meta' is no dev"),
-        (["export", "b.pt2", "--model", vit, "--size", "50"], "multiples of this model's patch size, 14"),
-        (["features", "a.png", "--model", vit, "--out", vit], "is no file that ends in .npz, and no folder"),
-        (["features", "a.png", "--model", vit, "--out", "f.txt"], "is no file that ends in .npz, and no folder"),
+        (["program", "b.pt2", "--model", vit, "--size", "50"], "multiples of this model's patch size, 14"),
+        (["features", "a.png", "--model", vit, "--out", vit], "must be a file that ends in .npz, or a folder"),
+        (["features", "a.png", "--model", vit, "--out", "f.txt"], "must be a file that ends in .npz, or a folder"),
         (["features", "a.png", "--out", "f.npz"], "required: --model"),
     ):
+        with pytest.raises(ValueError, match=text):
+            export.main(argv)
+    for argv, text in ((["inform", vit], "unknown command 'inform', did you mean info?"),
+                       (["info", "none.pth"], "no such checkpoint: none.pth")):
         with pytest.raises(ValueError, match=text):
             hub.main(argv)
     assert [p.name for p in tmp_path.iterdir()] == ["vit.pth"]
