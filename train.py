@@ -1,17 +1,17 @@
-"""Self-supervised training of DINOv2, whole: presets, the method, sharding, checkpoints.
+"""Self-supervised training of DINOv2: the recipes, the method, the loop.
 
     python train.py                                                         # 1,437 scanned digits on a CPU, minutes
     python train.py --preset vits16_short --data /my/photos --batch-size 256           # one GPU, a folder of photos
     torchrun --nproc-per-node 8 train.py --preset vitb16_short --data ImageNet:split=TRAIN:root=/data/imagenet
     torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py \\
         --preset vitl16_short --data ImageNet:split=TRAIN:root=/data/imagenet       # the official ViT-L/16 recipe
-    python train.py --preset vitl14 --help                                  # every field, its meaning, its value there
+    python train.py --preset vitl14 --help                # every setting, what it means, and its value in that preset
 
-The method is step_losses(), the recipe is Config and PRESETS. `--batch-size` counts the images of all processes, and
-`--gradient-accumulation-steps` has each of them compute its share in parts: the same command on 1, 8 or 32 GPUs is the same run. Output, in
---out: ckpt.pth (teacher and config, all that evaluations need), metrics.jsonl, resume/ (to continue),
-eval/training_N/teacher_checkpoint.pth. Running the same command again continues the run, after whatever ended it, on
-any number of processes. SIGTERM, SIGUSR1 and Ctrl-C save it first.
+The method is step_losses() and train_step(); the recipe is Config and PRESETS. `--batch-size` is the global batch, so
+the same command is the same experiment on 1, 8 or 32 GPUs; `--gradient-accumulation-steps` lets fewer GPUs hold it.
+A run writes to --out: ckpt.pth (the teacher and its config: all that evaluations need), metrics.jsonl, resume/ (the
+full state) and eval/training_N/teacher_checkpoint.pth. Type the same command again to continue, whatever ended the run
+and on any number of GPUs. SIGTERM, SIGUSR1 and Ctrl-C save first.
 
 DINOv2: Oquab et al. 2023, arXiv 2304.07193. Apache License 2.0.
 """
@@ -31,6 +31,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin
 
 import numpy as np
 import torch
@@ -67,108 +68,115 @@ from support.sources import InMemory, eval_specs, open_source
 # ----------------------------------------------------------------------------------------------------------------------
 # Recipe. The defaults are the official defaults (ssl_default_config, which is vitl16_short); presets are differences.
 
+Share, Shares = Annotated[float, (0, 1)], Annotated[tuple, (0, 1)]  # a type and the smallest and largest value allowed
+PositiveShares = Annotated[tuple, (1e-6, 1)]
+Count = Annotated[int, (1, math.inf)]
+Whole = Annotated[int, (0, math.inf)]
+Positive = Annotated[float, (0, math.inf)]
+Temperature = Annotated[float, (1e-3, 10)]
+
 
 @dataclass(frozen=True)
 class Config:
     # data
-    data: str = "ImageNet:split=TRAIN"  # a folder, a list, tars, ImageNet:split=…:root=…, A*0.7,B*0.3: see data.py
-    in_chans: int = 3  # channels of the images; with other than 3, hue, saturation and gray stay as they are
-    mean: tuple = MEAN  # per channel, in [0, 1]; measure your own by: python data.py stats DATA
-    std: tuple = STD  # likewise
-    max_bad_share: float = 0.1  # the run stops if more of the images cannot be read
+    data: str = "ImageNet:split=TRAIN"  # a folder, a list, tars, a data set, A*0.7,B*0.3: see support/sources.py
+    in_chans: Count = 3  # image channels; if not 3, hue, saturation and grayscale augmentation are off
+    mean: Shares = MEAN  # per channel, in [0, 1]; measure your own with: python -m support.sources stats DATA
+    std: PositiveShares = STD  # likewise
+    max_bad_share: Share = 0.1  # stop if more than this share of the images cannot be read
     eval_train: str = ""  # labeled images for k-NN; empty: the TRAIN split of --data
-    eval_val: str = ""  # labeled images to classify; empty: the VAL split of --data, or leave one out
-    eval_resize: int = 256  # evaluation: short side in pixels, before ...
-    eval_crop: int = 224  # ... the central square of this side is cut out
-    batch_size: int = 2048  # images per step over all processes; official 64 x 32 GPUs
-    group_size: int = 64  # images that share a mask quota and a KoLeo search; official: the batch of one GPU
-    num_workers: int = -1  # data loading processes per training process; -1: as many as there are cores; 0: none
-    seed: int = 0  # of weights, order, crops, colors, masks and dropped paths
+    eval_val: str = ""  # labeled images to classify; empty: the VAL split of --data, or leave-one-out
+    eval_resize: Count = 256  # evaluation: resize the short side to this many pixels, then ...
+    eval_crop: Count = 224  # ... crop the central square of this side
+    batch_size: Count = 2048  # images per optimizer step over all GPUs; official: 64 per GPU x 32
+    group_size: Count = 64  # images that share a mask quota and a KoLeo search; official: the batch per GPU
+    num_workers: Annotated[int, (-1, math.inf)] = -1  # data-loading workers per GPU; -1: one per CPU core; 0: none
+    seed: Annotated[int, (0, 2**63 - 1)] = 0  # of weights, order, crops, colors, masks and stochastic depth
     # crops
-    global_crops_size: int = 224  # side in pixels of the 2 global crops, which teacher and student see
-    global_crops_scale: tuple = (0.32, 1.0)  # share of the image's area; on tiny images 0.5 1 or more
-    local_crops_number: int = 8  # local crops per image, which only the student sees
-    local_crops_size: int = 96  # side in pixels of the local crops
-    local_crops_scale: tuple = (0.05, 0.32)  # share of the image's area
-    flip_prob: float = 0.5  # probability of mirroring a crop; 0 where left and right matter, as for digits
-    jitter_prob: float = 0.8  # probability of color jitter
-    jitter: tuple = (0.4, 0.4, 0.2, 0.1)  # largest change of brightness, contrast, saturation, hue
-    gray_prob: float = 0.2  # probability of turning gray
-    blur_probs: tuple = (0.0, 0.9, 0.5)  # of blurring global crop 1, 2, local; the paper's 1.0 0.1 0.5 got inverted
-    solarize_prob: float = 0.2  # probability of solarizing global crop 2
+    global_crops_size: Count = 224  # side in pixels of the 2 global crops, seen by teacher and student
+    global_crops_scale: PositiveShares = (0.32, 1.0)  # share of the image area; tiny images need 0.5 1 or so
+    local_crops_number: Count = 8  # local crops per image, seen by the student only
+    local_crops_size: Count = 96  # side in pixels of the local crops
+    local_crops_scale: PositiveShares = (0.05, 0.32)  # share of the image area
+    flip_prob: Share = 0.5  # horizontal flip; 0 where left and right matter, as for digits
+    jitter_prob: Share = 0.8  # color jitter
+    jitter: Annotated[tuple, (0, 1)] = (0.4, 0.4, 0.2, 0.1)  # largest change of brightness, contrast, saturation, hue
+    gray_prob: Share = 0.2  # grayscale
+    blur_probs: Shares = (0.0, 0.9, 0.5)  # of global crop 1, 2, local crops; the paper's 1.0 0.1 0.5 got inverted
+    solarize_prob: Share = 0.2  # of global crop 2
     # backbone
-    arch: str = "vit_large"  # one of vit_nano, vit_micro, vit_tiny, vit_small, vit_base, vit_large, vit_giant2
-    patch_size: int = 16  # side of a patch in pixels; must divide all crop sizes
-    ffn_layer: str = "mlp"  # mlp, swiglu, swiglufused (the same) or identity
-    qkv_bias: bool = True  # bias in the query, key, value projection
-    proj_bias: bool = True  # bias in the attention's output projection
+    arch: Literal[tuple(ARCHS)] = "vit_large"  # see model.ARCHS
+    patch_size: Count = 16  # side of a patch in pixels; must divide all crop sizes
+    ffn_layer: Literal["mlp", "swiglu", "swiglufused", "identity"] = "mlp"  # swiglu and swiglufused are the same
+    qkv_bias: bool = True  # bias in the query, key and value projection
+    proj_bias: bool = True  # bias in the output projection of attention
     ffn_bias: bool = True  # bias in the feed-forward layers
-    layerscale: float = 1e-5  # LayerScale start, 0 for none; small nets learn faster with 1
-    drop_path_rate: float = 0.3  # stochastic depth of the student; 0 for ViT-S and smaller
-    drop_path_uniform: bool = True  # the same rate in all blocks, or rising from 0
-    num_register_tokens: int = 0  # 4 for cleaner attention maps (Darcet et al. 2023)
-    interpolate_antialias: bool = False  # how the position table is resized to the local crops
-    interpolate_offset: float = 0.1  # likewise; 0.1 as in the official recipes
-    init_std: float = 0.02  # spread of new Linear weights; narrow networks want about 1 / sqrt(width)
-    pos_embed_std: float = 0.02  # spread of new position embeddings; short runs want that of the patch embeddings, 0.5
-    init: str = ""  # start student and teacher from the backbone in this checkpoint; its architecture must be the same
+    layerscale: Positive = 1e-5  # initial LayerScale, 0 for none; small networks learn faster with 1
+    drop_path_rate: Annotated[float, (0, 0.99)] = 0.3  # stochastic depth of the student; 0 for ViT-S and smaller
+    drop_path_uniform: bool = True  # the same rate in all blocks, or rising linearly from 0
+    num_register_tokens: Whole = 0  # 4 for cleaner attention maps (Darcet et al. 2023)
+    interpolate_antialias: bool = False  # antialias when the position embedding is resized to the local crops
+    interpolate_offset: float = 0.1  # added to the grid size when it is resized; 0.1 in the official recipes
+    init_std: Positive = 0.02  # std of new Linear weights; narrow networks want about 1 / sqrt(width)
+    pos_embed_std: Positive = 0.02  # std of new position embeddings; short runs want that of the patch embeddings, 0.5
+    init: str = ""  # start student and teacher from the backbone in this checkpoint, of the same architecture
     # heads
-    head_n_prototypes: int = 65536  # K; small data wants few, about 10 times the number of classes
-    head_bottleneck_dim: int = 256  # width before the prototypes
-    head_nlayers: int = 3  # layers of the projection MLP
-    head_hidden_dim: int = 2048  # their width
-    ibot_separate_head: bool = False  # patches get a head of their own, of the next four fields; else they share
-    ibot_head_n_prototypes: int = 65536  # K of the separate head
-    ibot_head_bottleneck_dim: int = 256  # its width before the prototypes
-    ibot_head_nlayers: int = 3  # its layers
-    ibot_head_hidden_dim: int = 2048  # their width
+    head_n_prototypes: Count = 65536  # K; small data wants few, about 10 times the number of classes
+    head_bottleneck_dim: Count = 256  # width before the prototypes
+    head_nlayers: Count = 3  # layers of the projection MLP
+    head_hidden_dim: Count = 2048  # its hidden width
+    ibot_separate_head: bool = False  # give patches a head of their own, set by the next four fields
+    ibot_head_n_prototypes: Count = 65536  # K of the iBOT head
+    ibot_head_bottleneck_dim: Count = 256  # its width before the prototypes
+    ibot_head_nlayers: Count = 3  # its layers
+    ibot_head_hidden_dim: Count = 2048  # its hidden width
     # losses
-    dino_loss_weight: float = 1.0  # CLS tokens of one crop against those of another
-    ibot_loss_weight: float = 1.0  # masked patches against the teacher's view of them; 0 for none
-    koleo_loss_weight: float = 0.1  # spreads the features of a group of images; no effect if --group-size is 1
-    mask_sample_probability: float = 0.5  # share of the global crops that are masked
-    mask_ratio_min_max: tuple = (0.1, 0.5)  # share of their patches
-    centering: str = "centering"  # how targets are kept from collapsing: centering or sinkhorn_knopp
+    dino_loss_weight: Positive = 1.0  # CLS tokens of one crop against those of another
+    ibot_loss_weight: Positive = 1.0  # masked patches against the teacher's view of them; 0 for none
+    koleo_loss_weight: Positive = 0.1  # spreads the features within a group; no effect if --group-size is 1
+    mask_sample_probability: Share = 0.5  # share of the global crops that are masked
+    mask_ratio_min_max: Shares = (0.1, 0.5)  # share of their patches that is masked
+    centering: Literal["centering", "sinkhorn_knopp"] = "centering"  # what keeps the targets from collapsing
     # teacher
-    momentum_teacher: float = 0.992  # the teacher is the running mean of the student; short runs want less
-    final_momentum_teacher: float = 1.0  # reached along a cosine
-    warmup_teacher_temp: float = 0.04  # sharpness of the targets at first; if they stay uniform, lower it
-    teacher_temp: float = 0.07  # and after ...
-    warmup_teacher_temp_steps: int = 37500  # ... this many steps
+    momentum_teacher: Share = 0.992  # EMA momentum of the teacher; short runs want less
+    final_momentum_teacher: Share = 1.0  # reached along a cosine
+    warmup_teacher_temp: Temperature = 0.04  # temperature of the targets at first; lower it if they stay uniform
+    teacher_temp: Temperature = 0.07  # and after ...
+    warmup_teacher_temp_steps: Whole = 37500  # ... this many steps
     # optimizer
-    steps: int = 125_000  # optimizer steps of the whole run; all schedules count steps
-    warmup_steps: int = 12_500  # the learning rate rises linearly over these, then falls along a cosine
-    lr: float = 4e-3  # for a batch of 1024; scaled by sqrt(batch_size / 1024)
-    min_lr: float = 1e-6  # at the end, not scaled
-    weight_decay: float = 0.04  # at the start
-    weight_decay_end: float = 0.4  # at the end
-    layerwise_decay: float = 0.9  # each block's lr over that of the block above
-    patch_embed_lr_mult: float = 0.2  # additional factor for the patch embedding
-    clip_grad: float = 3.0  # largest gradient norm, separately for backbone and heads; 0 for no limit
-    freeze_last_layer_steps: int = 1250  # steps during which the prototypes have lr 0
-    betas: tuple = (0.9, 0.999)  # of AdamW
+    steps: Count = 125_000  # optimizer steps of the whole run; all schedules count steps
+    warmup_steps: Whole = 12_500  # linear warmup of the learning rate, followed by a cosine
+    lr: Positive = 4e-3  # for a batch of 1024; scaled by sqrt(batch_size / 1024)
+    min_lr: Positive = 1e-6  # at the end, not scaled
+    weight_decay: Positive = 0.04  # at the start
+    weight_decay_end: Positive = 0.4  # at the end
+    layerwise_decay: Positive = 0.9  # learning rate of each block over that of the block above
+    patch_embed_lr_mult: Positive = 0.2  # additional factor for the patch embedding
+    clip_grad: Positive = 3.0  # largest gradient norm, separately for the backbone and each head; 0 for no limit
+    freeze_last_layer_steps: Whole = 1250  # steps during which the prototypes are frozen
+    betas: Annotated[tuple, (0, 0.999999)] = (0.9, 0.999)  # of AdamW
     # machine
-    device: str = "auto"  # auto, cpu, cuda, mps
-    dtype: str = "auto"  # of backbone weights and activations in the step: bf16, fp32, auto: bf16 on a GPU
+    device: str = "auto"  # auto, cpu or cuda
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of the backbone's compute; auto: bf16 on a GPU
     compile: bool = False  # torch.compile each block; a minute to start, faster steps
     kernels: bool = False  # attention by kernels/attention.cu: bf16 on an NVIDIA GPU; nvcc compiles it once
-    gradient_accumulation_steps: int = 1  # parts of a GPU's share of the batch; less memory, same result
-    activation_checkpointing: str = "none"  # none; selective: all but matrix products; full: blocks keep only inputs
-    sharding: str = "zero2"  # ddp, zero2, zero3 or hsdp: what each GPU holds of weights and optimizer, docs/scaling.md
-    deterministic: bool = False  # the same run twice gives the same bits; slower on a GPU
+    gradient_accumulation_steps: Count = 1  # forward and backward passes per optimizer step; same result, less memory
+    activation_checkpointing: Literal[CHECKPOINTING] = "none"  # recompute in backward: all but matmuls, or all
+    sharding: Literal[SHARDINGS] = "zero2"  # DDP, ZeRO-2, ZeRO-3, or HSDP: ZeRO-2 within each machine, see docs
+    deterministic: bool = False  # the same bits from run to run; slower on a GPU
     # output
     out: str = "out"  # folder for everything this run writes
-    log_every: int = 10  # steps between lines of metrics.jsonl
-    eval_every: int = 0  # steps between k-NN evaluations, also at step 0 and at the end; 0 for none
-    export_every: int = 12_500  # steps between eval/training_N/teacher_checkpoint.pth; 0 for none
-    save_every: int = 3750  # steps between saves of ckpt.pth and resume/, also at the end
-    save_minutes: float = 30.0  # a save also when the last one is this old; 0: by steps alone
-    save_patience: float = 60.0  # minutes during which saves may fail (full disk, …) and are retried; then it stops
-    keep: int = 3  # saves kept in resume/
-    max_nonfinite: int = 10  # steps with non-finite loss or gradient are skipped; after so many in a row the run stops
+    log_every: Count = 10  # steps between lines of metrics.jsonl
+    eval_every: Whole = 0  # steps between k-NN evaluations, also at step 0 and at the end; 0 for none
+    export_every: Whole = 12_500  # steps between eval/training_N/teacher_checkpoint.pth; 0 for none
+    save_every: Count = 3750  # steps between saves of ckpt.pth and resume/, also at the end
+    save_minutes: Positive = 30.0  # also save when the last save is this old; 0: by steps alone
+    save_patience: Positive = 60.0  # minutes to retry failing saves (full disk, ...) before the run stops
+    keep: Count = 3  # saves kept in resume/
+    max_nonfinite: Count = 10  # stop after so many skipped steps (non-finite loss or gradient) in a row
 
 
-SMALL = dict(  # for networks that see tiny images on a laptop: judge by k-NN, not by the loss
+SMALL = dict(  # for small networks on tiny images on a laptop; judge them by k-NN, not by the loss
     num_workers=1, flip_prob=0.0, jitter=(0.3, 0.3, 0.0, 0.0), gray_prob=0.0, blur_probs=(0.0, 0.0, 0.0),
     solarize_prob=0.0, layerscale=1.0, init_std=0.1, pos_embed_std=0.5, drop_path_rate=0.0, layerwise_decay=1.0,
     patch_embed_lr_mult=1.0, centering="sinkhorn_knopp", head_hidden_dim=128, head_bottleneck_dim=32,
@@ -186,12 +194,12 @@ PRESETS = {
         local_crops_scale=(0.3, 0.7), arch="vit_nano", patch_size=7, head_n_prototypes=256, momentum_teacher=0.992,
         warmup_teacher_temp=0.03, teacher_temp=0.04, warmup_teacher_temp_steps=3200, steps=6400, warmup_steps=400,
         lr=1.2e-2, eval_every=1600, save_every=1600),
-    # ViT-S/16 and ViT-B/16 by the ViT-L/16 recipe; no official counterpart, accuracy not yet measured here
+    # ViT-S/16 and ViT-B/16 by the ViT-L/16 recipe; no official counterpart, accuracy not yet measured
     "vits16_short": dict(arch="vit_small", drop_path_rate=0.0, batch_size=1024),
     "vitb16_short": dict(arch="vit_base", drop_path_rate=0.1, batch_size=1024),
-    # official: 32 A100, a day, ImageNet-1k: k-NN 81.6, linear 82.9
+    # official: 32 A100, one day, ImageNet-1k: k-NN 81.6, linear 82.9
     "vitl16_short": dict(),
-    # official: 96 A100, 3.3 days, ImageNet-22k: k-NN 82.0, linear 84.5. Note SwiGLU: the released ViT-L is an MLP one
+    # official: 96 A100, 3.3 days, ImageNet-22k: k-NN 82.0, linear 84.5. Note SwiGLU: the released ViT-L has an MLP
     "vitl14": dict(
         data="ImageNet22k", batch_size=32 * 96, group_size=32, local_crops_size=98, patch_size=14,
         ffn_layer="swiglufused", drop_path_rate=0.4, head_n_prototypes=131072, head_bottleneck_dim=384,
@@ -201,15 +209,10 @@ PRESETS = {
 # official: 12 images per GPU, number of GPUs not stated; 256 of them make the paper's batch of 3k
 PRESETS["vitg14"] = PRESETS["vitl14"] | dict(arch="vit_giant2", batch_size=12 * 256, group_size=12)
 
-CHANGEABLE = {  # without --resume: not what is computed, but where, how long and what is written
+CHANGEABLE = {  # a run continues with other values of these; any other change needs --resume
     "out", "steps", "num_workers", "gradient_accumulation_steps", "device", "compile", "kernels",
-    "activation_checkpointing", "sharding", "deterministic", "log_every", "eval_every", "export_every", "save_every", "save_minutes", "save_patience", "keep", "max_nonfinite",
-    "max_bad_share"}
-
-
-def field_comments() -> dict[str, str]:
-    """{field: its trailing comment}: the comments in Config are the help of the command line."""
-    return dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(Config), re.MULTILINE))
+    "activation_checkpointing", "sharding", "deterministic", "log_every", "eval_every", "export_every", "save_every",
+    "save_minutes", "save_patience", "keep", "max_nonfinite", "max_bad_share"}
 
 
 def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
@@ -217,75 +220,53 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     parser = Parser(__doc__, usage="train.py [--preset NAME] [--resume | --overwrite] [--any-field-below VALUE ...]")
     parser.add_argument("--preset", default="digits", help=f"one of {', '.join(PRESETS)} (default digits)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out although the config changed")
-    parser.add_argument("--overwrite", action="store_true", help="delete the run in --out and start anew")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run in --out and start over")
     given = sys.argv[1:] if argv is None else argv  # the other defaults, also those --help shows, depend on the preset
     preset = parser.parse_known_args([a for a in given if a not in ("-h", "--help")])[0].preset
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; presets: {', '.join(PRESETS)}")
     defaults = Config(**PRESETS[preset])
-
-    comments = field_comments()
+    comments = dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(Config), re.MULTILINE))  # are the help
     for field in dataclasses.fields(Config):
-        value = getattr(defaults, field.name)
-        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type, metavar="X")
-        if field.type is tuple:
-            kind = dict(type=float, nargs="+" if field.name in ("mean", "std") else len(value), metavar="X")
-        text = f"{comments[field.name]} (default {value})".replace("%", "%%")
-        parser.add_argument("--" + field.name.replace("_", "-"), default=value, help=text, **kind)
+        default, kind = getattr(defaults, field.name), plain_type(field)
+        if kind is bool:
+            options = dict(action=argparse.BooleanOptionalAction)
+        elif kind is tuple:
+            options = dict(type=float, nargs="+" if field.name in ("mean", "std") else len(default), metavar="X")
+        else:
+            options = dict(type=kind, metavar="X")
+        choices = f"one of {', '.join(get_args(field.type))}; " if get_origin(field.type) is Literal else ""
+        text = f"{choices}{comments[field.name]} (default {default})".replace("%", "%%")
+        parser.add_argument("--" + field.name.replace("_", "-"), default=default, help=text, **options)
     args = parser.parse_args(argv)
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    for field, ours in (("mean", MEAN), ("std", STD)):  # ImageNet's, in gray, for every channel of other images
+    for field, ours in (("mean", MEAN), ("std", STD)):  # for other images, ImageNet's in gray, for every channel
         if values["in_chans"] != 3 and values[field] == ours:
             values[field] = (round(sum(ours) / 3, 3),) * values["in_chans"]
     return Config(**values), args
 
 
-RANGES = {field: (0.0, 1.0) for field in (
-    "flip_prob", "jitter_prob", "jitter", "gray_prob", "blur_probs", "solarize_prob", "mask_sample_probability",
-    "mask_ratio_min_max", "momentum_teacher", "final_momentum_teacher", "max_bad_share", "mean")}
-RANGES |= {field: (1, math.inf) for field in (
-    "in_chans", "batch_size", "group_size", "patch_size", "steps", "log_every", "save_every", "keep",
-    "gradient_accumulation_steps", "max_nonfinite", "local_crops_number", "head_nlayers", "head_n_prototypes", "head_bottleneck_dim",
-    "head_hidden_dim", "ibot_head_nlayers", "ibot_head_n_prototypes", "ibot_head_bottleneck_dim",
-    "ibot_head_hidden_dim")}
-RANGES |= {field: (0.0, math.inf) for field in (
-    "warmup_steps", "warmup_teacher_temp_steps", "freeze_last_layer_steps", "eval_every", "export_every",
-    "num_register_tokens", "layerscale", "init_std", "pos_embed_std", "dino_loss_weight", "ibot_loss_weight",
-    "koleo_loss_weight", "lr", "min_lr", "weight_decay", "weight_decay_end", "layerwise_decay", "patch_embed_lr_mult",
-    "clip_grad", "save_minutes", "save_patience")}
-RANGES |= dict(global_crops_scale=(1e-6, 1.0), local_crops_scale=(1e-6, 1.0), teacher_temp=(1e-3, 10.0),
-               warmup_teacher_temp=(1e-3, 10.0), drop_path_rate=(0.0, 0.99), betas=(0.0, 0.999999), std=(1e-6, 1.0),
-               seed=(0, 2**63 - 1), num_workers=(-1, math.inf))
+def plain_type(field: dataclasses.Field) -> type:
+    """bool, int, float, str or tuple, without the limits of Annotated and the choices of Literal."""
+    return str if get_origin(field.type) is Literal else getattr(field.type, "__origin__", field.type)
 
 
 def check(cfg: Config, n_ranks: int) -> None:
     """Raises ValueError, naming flag and fix, for values that cannot work, alone or together."""
-    for field in ("data", "out"):
-        if not getattr(cfg, field):
-            raise ValueError(f"--{field} must not be empty")
-    for field, (least, most) in RANGES.items():
-        value = getattr(cfg, field)
-        if not all(least <= v <= most for v in (value if isinstance(value, tuple) else [value])):
-            fits = f"lie between {least} and {most}" if most < math.inf else f"be {least:g} or more"
-            raise ValueError(f"--{field.replace('_', '-')} must {fits}, got {value}")
+    for field in dataclasses.fields(Config):
+        check_field("--" + field.name.replace("_", "-"), getattr(cfg, field.name), field.type)
     for field in ("mean", "std"):
         if len(getattr(cfg, field)) != cfg.in_chans:
             raise ValueError(f"--{field} has {len(getattr(cfg, field))} values, --in-chans is {cfg.in_chans}; give one "
-                             f"per channel: python data.py stats {cfg.data} --in-chans {cfg.in_chans} measures them")
+                             f"per channel; python -m support.sources stats {cfg.data} --in-chans {cfg.in_chans} "
+                             "measures them")
     for field in ("global_crops_size", "local_crops_size", "eval_crop"):
         size, p = getattr(cfg, field), cfg.patch_size
         if size < p or size % p:
             fits = " or ".join(str(n * p) for n in (size // p, size // p + 1) if n > 0)
             raise ValueError(f"--{field.replace('_', '-')} {size} is not a multiple of --patch-size {p}; use {fits}")
     check_groups(cfg.batch_size, cfg.group_size, n_ranks, cfg.gradient_accumulation_steps)
-    choices = dict(centering=("centering", "sinkhorn_knopp"), dtype=("auto", "bf16", "fp32"), arch=tuple(ARCHS),
-                   ffn_layer=("mlp", "swiglu", "swiglufused", "identity"),
-                   activation_checkpointing=CHECKPOINTING, sharding=SHARDINGS)
-    for field, allowed in choices.items():
-        if (value := getattr(cfg, field)) not in allowed:
-            flag = "--" + field.replace("_", "-")
-            raise ValueError(f"{flag} {value!r}{nearest(value, allowed)}; one of {', '.join(allowed)}")
     if cfg.warmup_steps > cfg.steps:
         raise ValueError(f"--warmup-steps {cfg.warmup_steps} is more than --steps {cfg.steps}; lower it too")
     for field in ("global_crops_scale", "local_crops_scale", "mask_ratio_min_max"):
@@ -293,6 +274,19 @@ def check(cfg: Config, n_ranks: int) -> None:
             raise ValueError(f"--{field.replace('_', '-')} wants the smaller value first, got {getattr(cfg, field)}")
     if cfg.eval_resize < cfg.eval_crop:
         raise ValueError(f"--eval-resize {cfg.eval_resize} is less than --eval-crop {cfg.eval_crop}")
+
+
+def check_field(flag: str, value, kind) -> None:
+    """Raises ValueError for a value outside the limits or choices that its type states, and for an empty name."""
+    if get_origin(kind) is Literal and value not in (choices := get_args(kind)):
+        raise ValueError(f"{flag} {value!r}{nearest(value, choices)}; one of {', '.join(choices)}")
+    if get_origin(kind) is Annotated:
+        least, most = kind.__metadata__[0]
+        if not all(least <= v <= most for v in (value if isinstance(value, tuple) else [value])):
+            fits = f"lie between {least:g} and {most:g}" if most < math.inf else f"be {least:g} or more"
+            raise ValueError(f"{flag} must {fits}, got {value}")
+    if flag in ("--data", "--out") and not value:
+        raise ValueError(f"{flag} must not be empty")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
