@@ -396,8 +396,8 @@ def read_dense_head(path: str | Path, backbone: DinoVisionTransformer, depth_ran
     else:
         limits = depth_range or notes.get("depth_range") or RANGES.get(dataset)
         if limits is None:
-            raise ValueError(f"{path} does not say which depths it was trained for; give their range in meters, such as "
-                             "0.001 10, which heads for NYU have (0.001 80: KITTI)")
+            raise ValueError(f"{path} does not say which depths it was trained for; give their range in meters, "
+                             "such as 0.001 10, which heads for NYU have (0.001 80: KITTI)")
         about, arguments = About("depth", dataset), dict(min_depth=limits[0], max_depth=limits[1])
         if dpt:
             make, arguments["channels"] = DPTHead, len(weights["convs.0.conv.weight"])

@@ -6,8 +6,8 @@
 
 The files here have plain names, such as model.py, and a caller may have modules of the same names. So ours are imported
 under private names (_dinov2_model, _dinov2_hub, ...), and the caller's modules stay untouched, whether they were
-imported before or come after. A pickled whole model can therefore be read only by a process that has called torch.hub.load; use
-state_dict() to avoid that. Apache License 2.0.
+imported before or come after. A pickled whole model can therefore be read only by a process that has called
+torch.hub.load; use state_dict() to avoid that. Apache License 2.0.
 """
 import importlib.util as _util
 import os as _os
