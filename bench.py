@@ -220,7 +220,7 @@ def bench_save(args, device: torch.device) -> list[dict]:
         def step() -> tuple[float, float]:
             """Seconds of a bare step, and of the guards after it."""
             begin = time.perf_counter()
-            metrics, finite = train.train_step(state.student, state.teacher, state.optimizer, batch, cfg, now,
+            metrics, finite = train.train_step(state.student, state.teacher, state.optimizers, batch, cfg, now,
                                                state.centers)
             if device.type == "cuda":
                 torch.cuda.synchronize()
@@ -365,8 +365,8 @@ def activations(cfg: train.Config, images: int, dtype: torch.dtype, way: str) ->
 
 @cache
 def other_bytes(cfg: train.Config, images: int) -> float:
-    """Bytes beside blocks and weights while the losses are computed: what the heads keep, three tables of logits
-    (float32, a part of the rows) and with Sinkhorn-Knopp one of all masked patches, prototypes and their gradient, the
+    """Bytes beside blocks and weights while the losses are computed: what the heads keep, five tables of logits
+    (float32, a chunk of the rows) and with Sinkhorn-Knopp one of all masked patches, prototypes and their gradient, the
     crops of this step and of the next one."""
     total, rows = 0.0, head_rows(cfg, 2 + cfg.local_crops_number)
     stored = head_rows(cfg, 0) if cfg.centering == "sinkhorn_knopp" else {}
@@ -377,7 +377,7 @@ def other_bytes(cfg: train.Config, images: int) -> float:
             features = torch.empty(n, network["backbone"].embed_dim)
             total += kept_bytes(lambda: F.normalize(head.mlp(features), dim=-1))  # noqa: B023 called at once
             n_prototypes = len(head.last_layer.weight_v)
-            total += 3 * 4 * min(n * n_prototypes, losses.PART["cuda"]) + 2 * 4 * head.last_layer.weight_v.numel()
+            total += 5 * 4 * min(n * n_prototypes, losses.CHUNK_ELEMENTS["cuda"]) + 2 * 4 * head.last_layer.weight_v.numel()
             total += 4 * n_prototypes * images * stored.get(name, 0)
     pixels = 2 * cfg.global_crops_size**2 + cfg.local_crops_number * cfg.local_crops_size**2
     return total + 2 * 4 * cfg.in_chans * images * pixels
@@ -475,7 +475,7 @@ def measure_steps(cfg: train.Config, results) -> None:
                                                         is_training=True, drop_orders=orders))
     now = dict(lr=0.0, last_layer_lr=0.0, weight_decay=0.0, momentum=1.0, teacher_temp=cfg.teacher_temp)
     for _ in range(2):
-        train.train_step(state.student, state.teacher, state.optimizer, [batch], cfg, now, state.centers)
+        train.train_step(state.student, state.teacher, state.optimizers, [batch], cfg, now, state.centers)
     results.put((kept, 1e9 * (peak_memory(cpu) - before)))
     train.dist.destroy_process_group()
 
@@ -805,7 +805,7 @@ class Training:
 
     def step(self, parts: list[data.Batch]) -> None:
         state = self.state
-        train.train_step(state.student, state.teacher, state.optimizer, parts, self.cfg, self.schedule, state.centers)
+        train.train_step(state.student, state.teacher, state.optimizers, parts, self.cfg, self.schedule, state.centers)
 
     def timed(self) -> float:
         """Seconds of a step whose crops are ready."""
@@ -907,11 +907,11 @@ def train_processes() -> int:
 # heads: heads and losses alone
 
 
-HEAD_WAYS = ("train.py: part after part", "the definitions in losses.py, autograd", "F.linear_cross_entropy, autograd")
+HEAD_WAYS = ("train.py: losses.py in chunks", "losses.py on all logits", "F.linear_cross_entropy")
 
 
 class Features(nn.Module):
-    """Stands where the backbone is: whatever the crops, these features come out, into which gradients go."""
+    """Stands in for the backbone: returns the same features whatever the crops, and takes their gradients."""
 
     def __init__(self, cfg: train.Config):
         super().__init__()
@@ -947,8 +947,8 @@ def masked_batch(cfg: train.Config, device: torch.device) -> data.Batch:
 
 
 def loss_by_definition(student, teacher, batch: data.Batch, cfg: train.Config, centers: dict, whole: bool = True):
-    """What teacher_targets() and step_losses() compute, from tables of all logits and all targets; but for `whole`, the
-    student's logits are left to F.linear_cross_entropy."""
+    """The loss of step_losses() on whole tables of logits and targets. Unless `whole`, F.linear_cross_entropy takes the
+    place of the student's logits and of the losses on them."""
     temp, n = cfg.teacher_temp, cfg.batch_size
     names = "dino_head", "ibot_head" if "ibot_head" in student else "dino_head"
     target = (lambda x, center: losses.softmax_center(x, center, temp)) if cfg.centering == "centering" else (
@@ -978,14 +978,14 @@ def loss_by_definition(student, teacher, batch: data.Batch, cfg: train.Config, c
 
 
 def heads_and_losses(way: str, args, device: torch.device):
-    """What computes the loss from features, and its gradients in the student's heads and features."""
+    """A function that computes the loss from features, and its gradients in the student's heads and features."""
     cfg = args.cfg
     student, teacher = heads_alone(cfg).to(device), heads_alone(cfg).to(device).requires_grad_(False)
     batch, centers = masked_batch(cfg, device), train.build_centers(cfg, device)
 
     def ours() -> torch.Tensor:
-        targets = next(train.teacher_targets(teacher, [batch], cfg, cfg.teacher_temp, centers, {}))
-        return train.step_losses(student, batch, targets, cfg)[0]
+        targets, _ = train.teacher_targets(teacher, [batch], cfg, cfg.teacher_temp, centers)
+        return train.step_losses(student, batch, targets.pop(), cfg)[0]
 
     by_definition = partial(loss_by_definition, student, teacher, batch, cfg, centers, whole=way == HEAD_WAYS[1])
 
@@ -999,8 +999,8 @@ def heads_and_losses(way: str, args, device: torch.device):
 
 
 def bench_heads(args, device: torch.device) -> list[dict]:
-    """Rows of {way, s, times_ours, GB, times_ours_GB, loss}, which take turns, each time in a new process, of which the
-    second call counts. GB: beyond weights and features."""
+    """Rows of {way, s, times_ours, GB, times_ours_GB, loss}. The ways take turns, each in a new process, whose second
+    call is timed. GB: peak beyond weights and features."""
     ways = HEAD_WAYS if hasattr(F, "linear_cross_entropy") else HEAD_WAYS[:2]  # from torch 2.13 on
     ways, twice = ways[: 1 if args.ours_only else None], Namespace(**vars(args) | dict(repeats=2))
     turns = [bench_memory(heads_and_losses, ways, twice, device) for _ in range(args.repeats)]

@@ -471,9 +471,9 @@ def test_losses_sinkhorn_balances():
 
 
 @pytest.fixture
-def small_parts(monkeypatch):
-    """Matrices in parts of a few rows, the last one smaller."""
-    monkeypatch.setattr(losses, "PART", dict(cpu=40))
+def small_chunks(monkeypatch):
+    """Chunks of five rows of 8 logits or less."""
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", dict(cpu=40))
 
 
 def factors(n_prototypes: int, *rows: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -483,42 +483,50 @@ def factors(n_prototypes: int, *rows: int) -> tuple[torch.Tensor, list[torch.Ten
     return vectors[0], vectors[1:]
 
 
-def test_losses_prototype_loss_is_the_definitions(small_parts):
-    """Value, losses of the rows and gradients equal those of dino_loss() + ibot_loss() by autograd, although no part
-    has more than five rows; also by the compiled part, and for no masked patches at all."""
-    prototypes, (cls, patches, teacher) = factors(8, 12, 11, 23)
-    prototypes, cls, patches = (x.float().requires_grad_() for x in (prototypes, cls, patches))
+def test_losses_in_chunks_are_the_definitions(small_chunks):
+    """Values and gradients equal those of dino_loss() + ibot_loss() on all logits, although no chunk has more than five
+    rows; with one table of prototypes or two, compiled, and without any masked patch."""
+    prototypes, (cls, patches, teacher, others) = factors(8, 12, 11, 23, 8)
+    leaves = prototypes, others, cls, patches = [x.float().requires_grad_() for x in (prototypes, others, cls, patches)]
     targets = losses.softmax_center(teacher.float() @ prototypes.detach().T, torch.zeros(8), 0.1)
-    patch_targets, weight = targets[12:], torch.rand(11)
-    for n in (11, 0):
-        inputs = prototypes, cls, patches
-        dino = losses.dino_loss((cls @ prototypes.T).view(3, 4, 8), targets[:12].view(3, 4, 8)[:1])
-        ibot = losses.ibot_loss((patches @ prototypes.T)[:n], patch_targets[:n], weight[:n], n_crops=5)
-        expected = torch.autograd.grad(0.3 * (dino + ibot), inputs)
-        lazy = losses.Rows((n, 8), CPU, patch_targets[:n].__getitem__)
-        for part in (losses.part_loss, torch.compile(losses.part_loss, backend="aot_eager", dynamic=True)):
-            loss, rows = losses.prototype_loss(prototypes, [
-                (cls, targets[:4].repeat(3, 1), torch.full((12,), 1 / 4)), (patches[:n], lazy, weight[:n] / 5)],
-                part_loss=part)
-            assert_close(loss, dino + ibot, 1e-6)
-            assert_close(rows[0].sum(), dino, 1e-6)
-            assert [len(x) for x in rows] == [12, n] and not any(x.requires_grad for x in rows)
-            for got, want in zip(torch.autograd.grad(0.3 * loss, inputs, retain_graph=True), expected):
-                assert_close(got, want, 1e-6)
-            with pytest.raises(RuntimeError, match="already differentiated"):
-                torch.autograd.grad(loss, inputs)
+    cls_targets, patch_targets, weight = targets[:8].view(2, 4, 8), targets[12:], torch.rand(11)
+    compiled = [torch.compile(f, backend="aot_eager", dynamic=True) for f in (losses.dino_loss, losses.ibot_loss)]
+    for n, table, (dino_loss, ibot_loss) in itertools.product(
+            (11, 0), (prototypes, others), ((losses.dino_loss, losses.ibot_loss), compiled)):
+        def dino(logits, images):
+            assert logits.shape[0] == 3 and logits.shape[1:] == cls_targets[0, images].shape and logits.numel() <= 40
+            return dino_loss(logits, cls_targets[:, images]) * logits.shape[1] / 4
+
+        def ibot(logits, rows):
+            assert logits.shape == patch_targets[rows].shape and logits.numel() <= 40
+            return ibot_loss(logits, patch_targets[rows], weight[rows], n_crops=5)
+
+        one = losses.dino_loss((cls @ prototypes.T).view(3, 4, 8), cls_targets)
+        two = losses.ibot_loss((patches @ table.T)[:n], patch_targets[:n], weight[:n], n_crops=5)
+        expected = torch.autograd.grad(0.3 * (one + two), leaves, allow_unused=True)
+        loss, terms = losses.chunked_losses([(cls.view(3, 4, 6), prototypes, dino), (patches[:n], table, ibot)])
+        assert_close(loss, one + two, 1e-5)
+        assert_close(terms[0], one, 1e-5)
+        assert_close(terms[1], two, 1e-5)
+        assert not any(x.requires_grad for x in terms)
+        for got, want in zip(torch.autograd.grad(0.3 * loss, leaves, retain_graph=True, allow_unused=True), expected):
+            assert (got is None and want is None) or assert_close(got, want, 1e-6) is None
+        with pytest.raises(RuntimeError, match="already differentiated"):
+            torch.autograd.grad(loss, leaves, allow_unused=True)
 
 
-def test_losses_prototype_loss_holds_few_rows():
+def test_losses_in_chunks_hold_few_rows():
     """No tensor of a loss over 300 x 5,000 logits is as large as they are."""
     prototypes, (tokens, teacher) = factors(5_000, 300, 300)
     prototypes, tokens = prototypes.float().requires_grad_(), tokens.float().requires_grad_()
     largest = LargestTensor()
     with pytest.MonkeyPatch.context() as patch, largest:
-        patch.setattr(losses, "PART", dict(cpu=50_000))
-        logits = losses.logits_of(teacher.float(), prototypes.detach())
+        patch.setattr(losses, "CHUNK_ELEMENTS", dict(cpu=50_000))
+        logits = losses.lazy_logits(teacher.float(), prototypes.detach())
         targets = logits.map(lambda x: losses.softmax_center(x, torch.zeros(5_000), 0.1))
-        losses.prototype_loss(prototypes, [(tokens, targets, torch.rand(300))])[0].backward()
+        weight = torch.rand(300)
+        losses.chunked_losses([(tokens, prototypes, lambda logits, rows: losses.ibot_loss(
+            logits, targets[rows], weight[rows], 2))])[0].backward()
     assert largest.numel <= max(50_000, prototypes.numel())
     with largest:
         losses.cross_entropy(tokens @ prototypes.T, torch.rand(300, 5_000))
@@ -536,17 +544,20 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
         return out
 
 
-def test_losses_sinkhorn_targets_of_parts(small_parts):
-    """Stored or computed anew in each iteration, whole or in parts of a few rows: the targets are those of
-    sinkhorn_knopp(), also where some parts have no rows."""
-    prototypes, batches = factors(8, 13, 0, 7)
-    batches = [losses.logits_of(x.float(), prototypes.float()) for x in batches]
-    together = losses.sinkhorn_knopp(torch.cat([logits[:] for logits in batches]), 0.05)
-    joined = losses.Rows((20, 8), CPU, torch.cat([logits[:] for logits in batches]).__getitem__)
-    for found in (losses.sinkhorn_targets(batches, 0.05), losses.sinkhorn_targets([joined], 0.05)):
+def test_losses_sinkhorn_of_lazy_logits(small_chunks):
+    """Kept in memory or recomputed in each iteration, whole or as several batches, one of them empty: the targets are
+    those of all logits in one tensor, which stays as it is."""
+    prototypes, tokens = factors(8, 13, 0, 7)
+    batches = [losses.lazy_logits(x, prototypes) for x in tokens]
+    logits = torch.cat(tokens).float() @ prototypes.float().T
+    before, expected = logits.clone(), losses.sinkhorn_knopp(logits, 0.05)
+    assert torch.equal(logits, before)
+    for found in (losses.sinkhorn_knopp(batches, 0.05),
+                  losses.sinkhorn_knopp([losses.lazy_logits(torch.cat(tokens), prototypes)], 0.05)):
         for _ in range(2):  # asking again gives the same
-            assert_close(torch.cat([x[rows] for x in found for rows in losses.parts(x)]), together, 1e-6)
-    assert_close(together.sum(1), torch.ones(20), 1e-5)
+            rows = [x[rows] for x in found for rows in losses.row_chunks(*x.shape, x.device)]
+            assert_close(torch.cat(rows), expected, 1e-6)
+    assert_close(expected.sum(1), torch.ones(20), 1e-5)
 
 
 def test_losses_center_total_without_logits():
@@ -1143,7 +1154,7 @@ def test_train_steps_golden(case, switches, tiny_arch, monkeypatch):
     student, teacher = golden_networks(cfg)
     if switches:
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-        monkeypatch.setattr(losses, "PART", dict(cpu=80))
+        monkeypatch.setattr(losses, "CHUNK_ELEMENTS", dict(cpu=80))
         train.compiled.cache_clear()
         alone = types.SimpleNamespace(size=lambda: 1)
         support.parallel.shard(student, alone, torch.float32, cfg.activation_checkpointing, cfg.compile)
@@ -1160,7 +1171,7 @@ def test_train_steps_golden(case, switches, tiny_arch, monkeypatch):
         monkeypatch.setattr(train, "clip_gradients", record_then_clip)
         torch.manual_seed(1000 + step)  # the dropped paths
         batch = golden_batch(generator, golden[f"train/masks/{step}"])
-        ours, finite = train.train_step(student, teacher, optimizer, [batch], cfg, golden_schedule(now), centers)
+        ours, finite = train.train_step(student, teacher, [optimizer], [batch], cfg, golden_schedule(now), centers)
         assert finite
         check_losses(f"train/{case}/{step}/", ours)
         for part in golden.keys(f"train/{case}/{step}/norm/"):
@@ -1202,7 +1213,7 @@ def two_process_checks(rank: int, folder: str) -> None:
         centers, generator = train.build_centers(cfg, CPU), torch.Generator().manual_seed(71)
         for step, now in enumerate(golden.json("train2/sched")):
             batches = [golden_batch(generator, golden[f"train2/masks/{step}/{r}"]) for r in range(2)]
-            ours, _ = train.train_step(student, teacher, optimizer, batches[rank : rank + 1], cfg, golden_schedule(now),
+            ours, _ = train.train_step(student, teacher, [optimizer], batches[rank : rank + 1], cfg, golden_schedule(now),
                                        centers)
             check_losses(f"train2/{case}/{step}/{rank}/", ours)
             for part in golden.keys(f"train2/{case}/{step}/norm/"):
@@ -1379,7 +1390,7 @@ def small_step(**changes):
     batches = train.training_batches(cfg, support.sources.open_source(cfg.data), 0, 1)
     parts = [data.prepare(batches[i], CPU) for i in range(cfg.gradient_accumulation_steps)]
     now = {k: float(v[100]) for k, v in train.schedules(cfg).items()}
-    return partial(train.train_step, student, teacher, optimizer, parts, cfg, now, centers)
+    return partial(train.train_step, student, teacher, [optimizer], parts, cfg, now, centers)
 
 
 @pytest.mark.parametrize("accum", [1, 2])
@@ -1572,7 +1583,7 @@ def test_accumulation_gives_what_one_part_gives(centering, separate):
         for step in range(2):
             parts = [data.prepare(batches[step * accum + i], CPU) for i in range(accum)]
             now = {k: float(v[step]) for k, v in schedule.items()}
-            results.append(train.train_step(student, teacher, optimizer, parts, cfg, now, centers)[0])
+            results.append(train.train_step(student, teacher, [optimizer], parts, cfg, now, centers)[0])
         return results, centers, student.state_dict() | teacher.state_dict()
 
     (losses_1, centers_1, weights_1), others = steps(1), [steps(2), steps(4)]
@@ -1666,7 +1677,7 @@ def test_nonfinite_step_changes_nothing_but_the_teacher():
     good = data.prepare(batches[0], CPU)
 
     def step(batch):
-        return train.train_step(student, teacher, optimizer, [batch], cfg, now, centers)[1].item()
+        return train.train_step(student, teacher, [optimizer], [batch], cfg, now, centers)[1].item()
 
     def state():
         moments = {f"{i}.{k}": v.clone() for i, s in enumerate(optimizer.state.values()) for k, v in s.items()}

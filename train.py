@@ -45,20 +45,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
+import losses
 from data import (
     MEAN, STD, Batch, Prefetcher, TrainBatches, Unreadable, augment, augment_at_once, check_groups, keep_memory,
     prepare, train_loader)
 from eval_knn import evaluate, knn_accuracy
-from losses import (
-    Rows, center_total, koleo_loss, logits_of, part_loss, prototype_loss, sinkhorn_targets, softmax_center,
-    update_center)
 from model import ARCHS, FORMAT, DINOHead, build, init_linear, load_backbone, load_strictly
 from support.cli import Parser, nearest
 from support.draw import draw_batch
 from support.images import reason
 from support.parallel import (
-    CHECKPOINTING, SHARDINGS, Agreement, Failed, be_deterministic, load_kernel, local_shards, mean_over_processes,
-    n_replicas, pick_device, reduce_across_replicas, shard, start_processes, together, why, worker_count)
+    CHECKPOINTING, SHARDINGS, Agreement, Failed, all_reduce_in_backward, be_deterministic, load_kernel, local_shards,
+    mean_over_processes, n_replicas, pick_device, shard, start_processes, together, why, worker_count)
 from support.run import (
     Log, NonFinite, OutputLock, Saver, StopSignals, TooManyBad, check_metadata, check_output, claim_output, restarted,
     same_command, summary, take_output, verify)
@@ -311,8 +309,9 @@ def schedules(cfg: Config) -> dict[str, np.ndarray]:
         teacher_temp=np.concatenate([warm, np.full(cfg.steps - len(warm), cfg.teacher_temp)]))
 
 
-def param_groups(student: nn.ModuleDict, cfg: Config) -> list[dict]:
-    """Parameters with equal (lr_mult, wd_mult, is_last_layer), in order of first appearance.
+def param_groups(student: nn.ModuleDict, cfg: Config, matrices: bool | None = None) -> list[dict]:
+    """Parameters with equal (lr_mult, wd_mult, is_last_layer), in order of first appearance. `matrices` selects the
+    weight matrices of the blocks (True), all other parameters (False), or both (None).
 
     The lr of a block is layerwise_decay times that of the block above; tokens and patch embedding lie below block 0.
     Biases, norms and LayerScale are not decayed; tokens, positions and the prototypes' weight_g are.
@@ -321,9 +320,11 @@ def param_groups(student: nn.ModuleDict, cfg: Config) -> list[dict]:
     for part, module in student.items():
         depth = module.n_blocks if part == "backbone" else 0
         for name, p in module.named_parameters():
+            if matrices is not None and matrices != (name.startswith("blocks.") and p.ndim == 2):
+                continue
             key = param_options(name, depth, cfg.layerwise_decay, cfg.patch_embed_lr_mult)
             group = dict(zip(("lr_mult", "wd_mult", "is_last_layer"), key))
-            sharded = isinstance(p, DTensor)  # of which a fused optimizer takes all or none at a time
+            sharded = isinstance(p, DTensor)  # a fused optimizer does not take a mixture
             groups.setdefault((*key, sharded), group | dict(params=[]))["params"].append(p)
     return list(groups.values())
 
@@ -375,9 +376,9 @@ def build_centers(cfg: Config, device: torch.device) -> dict[str, Tensor]:
     return dict(cls=torch.zeros(cfg.head_n_prototypes, device=device), patch=torch.zeros(k_patch, device=device))
 
 
-def project(network: nn.ModuleDict, cls: Tensor, patches: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Factors of the logits of CLS tokens (rows, D) and of masked patches (M, D), through one shared head or one each:
-    for both, projected tokens (rows, d) and prototypes (K, d), float32."""
+def head_outputs(network: nn.ModuleDict, cls: Tensor, patches: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The two factors of the logits of CLS tokens (rows, D) and of masked patches (M, D), by one shared head or a head
+    for each: tokens in the bottleneck (rows, d) or (M, d), and prototypes (K, d), all float32."""
     cls, patches = cls.float(), patches.float()
     if "ibot_head" in network:
         return [network["dino_head"](cls, factored=True), network["ibot_head"](patches, factored=True)]
@@ -385,100 +386,102 @@ def project(network: nn.ModuleDict, cls: Tensor, patches: Tensor) -> list[tuple[
     return [(part, prototypes) for part in tokens.split([len(cls), len(patches)])]
 
 
-def masked_patches(batch: Batch, cfg: Config) -> Tensor:
-    """(M,) positions of the masked patches; none without the iBOT loss."""
-    return batch.mask_index if cfg.ibot_loss_weight > 0 else batch.mask_index[:0]
+def masked_patches(out: dict[str, Tensor], batch: Batch, cfg: Config) -> Tensor:
+    """(M, D) features of the masked patches; none without the iBOT loss."""
+    index = batch.mask_index if cfg.ibot_loss_weight > 0 else batch.mask_index[:0]
+    return out["x_norm_patchtokens"].flatten(0, 1)[index]
 
 
-def teacher_targets(teacher: nn.ModuleDict, batches: list[Batch], cfg: Config, temp: float, centers: dict[str, Tensor],
-                    totals: dict[str, Tensor]):
-    """Probabilities over the prototypes, for one batch after the other: of both crops' CLS (2, B, K), and of the masked
-    patches Rows (M, K), computed a few at a time. The teacher sees the crops without masks.
+@torch.no_grad()
+def teacher_targets(
+        teacher: nn.ModuleDict, batches: list[Batch], cfg: Config, temp: float, centers: dict[str, Tensor],
+) -> tuple[list[tuple[losses.LazyRows, losses.LazyRows]], dict[str, Tensor]]:
+    """What the student should predict: for each batch, probabilities over the prototypes for the CLS tokens of both
+    global crops (2B, K) and for the masked patches (M, K). The teacher sees the global crops without masks.
 
-    `batches` are the parts of one process's share of a step. Centering treats each row alone; what update_center() will
-    want of the rows is added up in `totals`. Sinkhorn-Knopp balances the rows of all parts of all processes.
+    `batches` are the gradient accumulation steps of one process. Sinkhorn-Knopp balances the rows of all batches of all
+    processes. Centering treats each row by itself; the totals for update_center() are returned, too.
     """
-    @torch.no_grad()
-    def factors(batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    tokens, prototypes = dict(cls=[], patch=[]), {}
+    for batch in batches:
         out = teacher["backbone"](batch.global_crops, is_training=True)
-        patches = out["x_norm_patchtokens"].flatten(0, 1)[masked_patches(batch, cfg)]  # (M, D)
-        return project(teacher, out["x_norm_clstoken"], patches)
-
-    def centered(name: str, tokens: Tensor, prototypes: Tensor) -> Rows:
-        totals[name] = totals.get(name, 0) + center_total(tokens, prototypes)
-        return logits_of(tokens, prototypes).map(partial(softmax_center, center=centers[name], temp=temp))
-
-    @torch.no_grad()
-    def whole_cls(cls: Rows, patches: Rows) -> tuple[Tensor, Rows]:
-        return cls[:].unflatten(0, (2, -1)), patches
-
-    # Nothing here may hold on to what was yielded: it may be as large as the logits, and the backward pass wants room.
-    if cfg.centering == "centering":
-        for batch in batches:
-            yield whole_cls(*(centered(name, *pair) for name, pair in zip(("cls", "patch"), factors(batch))))
+        factors = head_outputs(teacher, out["x_norm_clstoken"], masked_patches(out, batch, cfg))
+        for name, (rows, table) in zip(tokens, factors):
+            tokens[name].append(rows)
+            prototypes[name] = table  # the same for each batch: keep one
+    logits = {name: [losses.lazy_logits(rows, prototypes[name]) for rows in tokens[name]] for name in tokens}
+    if cfg.centering == "sinkhorn_knopp":
+        targets, totals = [losses.sinkhorn_knopp(z, temp) for z in logits.values()], {}
     else:
-        cls, patches = (sinkhorn_targets(list(parts), temp) for parts in zip(*(
-            [logits_of(*pair) for pair in factors(batch)] for batch in batches)))
-        while cls:
-            yield whole_cls(cls.pop(0), patches.pop(0))
+        targets = [[z.map(partial(losses.softmax_center, center=centers[name], temp=temp)) for z in logits[name]]
+                   for name in logits]
+        totals = {name: losses.center_total(torch.cat(tokens[name]), prototypes[name]) for name in tokens}
+    return list(zip(*targets)), totals
 
 
-def step_losses(student: nn.ModuleDict, batch: Batch, targets: tuple[Tensor, Tensor | Rows],
+def step_losses(student: nn.ModuleDict, batch: Batch, targets: tuple[losses.LazyRows, losses.LazyRows],
                 cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
-    """The DINOv2 loss of one process's batch, (), and its four terms, weighted, without gradient.
+    """The DINOv2 loss of one process's batch, (), and its four weighted terms, without gradient.
 
     With L local crops there are 2L + 2 pairs (student crop, teacher crop) of different crops of the same image; the
-    DINO terms are the mean over these pairs. Since the loss of a pair is linear in the target, each student crop is
-    compared once, with the sum of its targets. Rows of a batch are crop-major: (L+2)*B rows unflatten to (L+2, B).
-    `targets` are the teacher's. All terms are means over images or groups of them, so the loss of a whole step is the
-    mean over its parts, and over processes. What the terms are, is dino_loss() and ibot_loss() in losses.py.
+    DINO terms are the mean over these pairs. Rows of a batch are crop-major: L*B rows unflatten to (L, B). All terms
+    are means over images or groups of images, so the loss of a step is the mean over its gradient accumulation steps
+    and over processes. `targets` are those of teacher_targets().
     """
     n_images, n_local = len(batch.samples), len(batch.local_crops) // len(batch.samples)
-    targets, patch_targets = targets  # (2, B, K), (M, K)
+    n_pairs, n_crops = 2 * n_local + 2, 2 * n_images
 
     # The student sees the global crops through masks, and the local crops, in one pass.
     orders = None if batch.global_orders is None else [batch.global_orders, batch.local_orders]
     with record_function("student"):
         out, out_local = student["backbone"]([batch.global_crops, batch.local_crops], [batch.masks, None],
                                              is_training=True, drop_orders=orders)
-    cls, cls_local = out["x_norm_clstoken"], out_local["x_norm_clstoken"]  # (2B, D), (L*B, D)
-    patches = out["x_norm_patchtokens"].flatten(0, 1)[masked_patches(batch, cfg)]  # (M, D)
-    (cls_tokens, prototypes), (patch_tokens, patch_prototypes) = project(student, torch.cat([cls_local, cls]), patches)
+    cls = out["x_norm_clstoken"]  # (2B, D)
+    (cls_tokens, prototypes), (patch_tokens, patch_prototypes) = head_outputs(
+        student, torch.cat([out_local["x_norm_clstoken"], cls]), masked_patches(out, batch, cfg))
+    local, both = cls_tokens.unflatten(0, (-1, n_images)).split([n_local, 2])  # (L, B, d), (2, B, d)
+    cls_targets, patch_targets = targets[0][:].unflatten(0, (2, n_images)), targets[1]  # (2, B, K), (M, K)
+    dino_loss, ibot_loss = (compiled(f) if cfg.compile else f for f in (losses.dino_loss, losses.ibot_loss))
+
+    # The logits exist for a few images or masked patches at a time, which contribute to the means over all of them.
+    def dino(targets: Tensor, logits: Tensor, images: slice) -> Tensor:  # targets (T, B, K), logits (L, b, K)
+        share = logits.shape[1] / n_images
+        return cfg.dino_loss_weight * share * dino_loss(logits, targets[:, images]) / n_pairs
+
+    def ibot(logits: Tensor, rows: slice) -> Tensor:  # (m, K)
+        return cfg.ibot_loss_weight * ibot_loss(logits, patch_targets[rows], batch.mask_weight[rows], n_crops)
 
     # Every local crop against both teacher crops; every global crop against the other one, never against itself.
-    sums = torch.stack([targets.sum(0), targets[1], targets[0]]).flatten(0, 1)  # (3B, K)
-    rows = torch.arange(len(cls_tokens), device=cls.device)
-    which = (rows // n_images - n_local + 1).clamp(min=0) * n_images + rows % n_images  # ((L+2)*B,) rows of `sums`
-    cls_targets = Rows((len(which), sums.shape[1]), sums.device, lambda rows: sums[which[rows]])
-    cls_weight = torch.full_like(cls_tokens[:, 0], cfg.dino_loss_weight / ((2 * n_local + 2) * n_images))
-    n_crops = 2 * n_images  # with or without a mask
-    patch_weight = batch.mask_weight[: len(patches)] * (cfg.ibot_loss_weight / n_crops)  # (M,)
-    losses = [(cls_tokens, cls_targets, cls_weight), (patch_tokens, patch_targets, patch_weight)]
-    compare = partial(prototype_loss, part_loss=compiled(part_loss) if cfg.compile else part_loss)
-    if "ibot_head" in student:
-        (loss, (cls_rows,)), (patch_loss, (patch_rows,)) = map(compare, (prototypes, patch_prototypes), zip(losses))
-        loss = loss + patch_loss
-    else:
-        loss, (cls_rows, patch_rows) = compare(prototypes, losses)
-
-    n = n_local * n_images
-    terms = dict(dino_local=cls_rows[:n].sum(), dino_global=cls_rows[n:].sum())
+    loss, (dino_local, dino_first, dino_second, patch) = losses.chunked_losses([
+        (local, prototypes, partial(dino, cls_targets)),
+        (both[:1], prototypes, partial(dino, cls_targets[1:])),
+        (both[1:], prototypes, partial(dino, cls_targets[:1])),
+        (patch_tokens, patch_prototypes, ibot)])
+    terms = dict(dino_local=dino_local, dino_global=dino_first + dino_second)
     if cfg.ibot_loss_weight > 0:
-        terms["ibot"] = patch_rows.sum()
+        terms["ibot"] = patch
     if cfg.koleo_loss_weight > 0:
-        koleo = sum(koleo_loss(crop, cfg.group_size) for crop in cls.chunk(2))  # an image's two crops may be close
+        koleo = sum(losses.koleo_loss(crop, cfg.group_size) for crop in cls.chunk(2))  # an image's crops may be close
         loss = loss + cfg.koleo_loss_weight * koleo
         terms["koleo"] = cfg.koleo_loss_weight * koleo.detach()
     return loss, terms
 
 
 @functools.cache
-def compiled(function):
-    return torch.compile(function, dynamic=True)  # the number of masked patches differs from step to step
+def compiled(loss):
+    """The loss, compiled for any number of rows: that of masked patches varies from step to step. Slices are copied,
+    because torch.compile would compile again for those that begin elsewhere in their tensor."""
+    graph = torch.compile(loss, fullgraph=True, dynamic=True)
+
+    def alone(x):
+        is_slice = torch.is_tensor(x) and x.nbytes < x.untyped_storage().nbytes()
+        return x.clone(memory_format=torch.contiguous_format) if is_slice else x
+
+    return lambda *arguments: graph(*map(alone, arguments))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Optimization, on the shards each process holds
+# Optimization: everything here works on the shards that each process holds
 
 
 @torch.no_grad()
@@ -490,9 +493,9 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 @torch.no_grad()
 def clip_gradients(modules: dict[str, nn.Module], max_norm: float, loss: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Scales the gradients of each module to a joint L2 norm of at most max_norm (0: no limit). Returns the norms
-    before, over all shards, and whether all gradients and the `loss` of all processes are finite, (): both the same on
-    all processes. Where several copies of the weights exist, all of them are added up and divided by their number:
-    sums within each copy could differ in their rounding, and the copies with them."""
+    before clipping, over all shards, and whether all gradients and every process's `loss` are finite, (): the same on
+    all processes. With several replicas, the sums over all of them are divided by their number: sums within each
+    replica could be rounded differently, and the replicas would drift apart."""
     grads = {name: local_shards(p.grad for p in m.parameters() if p.grad is not None) for name, m in modules.items()}
     squares = [torch.stack(torch._foreach_norm(g)).square().sum() for g in grads.values()]
     sums = torch.stack([*squares, loss.float()])
@@ -505,42 +508,63 @@ def clip_gradients(modules: dict[str, nn.Module], max_norm: float, loss: Tensor)
     return norms, sums.isfinite().all()
 
 
-def apply_schedule(optimizer: torch.optim.Optimizer, now: dict[str, float]) -> None:
-    for group in optimizer.param_groups:
+def build_optimizers(student: nn.ModuleDict, cfg: Config) -> list[torch.optim.Optimizer]:
+    """The official recipe has one optimizer. Others of torch.optim do, too, as long as each parameter belongs to one:
+
+        [torch.optim.Muon(param_groups(student, cfg, matrices=True), lr=0.0),
+         torch.optim.AdamW(param_groups(student, cfg, matrices=False), lr=0.0, betas=cfg.betas, fused=True)]
+
+    apply_schedule() sets the learning rate and the weight decay of every group at every step.
+    """
+    return [torch.optim.AdamW(param_groups(student, cfg), lr=0.0, betas=cfg.betas, fused=True)]
+
+
+def apply_schedule(optimizers: list[torch.optim.Optimizer], now: dict[str, float]) -> None:
+    for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
         group["lr"] = now["last_layer_lr" if group["is_last_layer"] else "lr"] * group["lr_mult"]
         group["weight_decay"] = now["weight_decay"] * group["wd_mult"]
 
 
-def train_step(student, teacher, optimizer, batches: list[Batch], cfg: Config, now: dict[str, float],
-               centers: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-    """One optimizer step over the parts of this process's share, and the teacher's update after it. Returns the loss
-    terms of the share with the gradient norms, and whether all was finite on all processes, ().
+def step_if_finite(optimizers: list[torch.optim.Optimizer], finite: Tensor) -> None:
+    """Changes nothing if `finite`, (), is false. A fused optimizer reads that on the device, from found_inf, as with
+    torch.amp. For others, and for a first step, which creates the optimizer's state, the host waits for the answer."""
+    for optimizer in optimizers:
+        if optimizer.defaults.get("fused") and optimizer.state:
+            optimizer.found_inf = 1.0 - finite.float()
+            optimizer.step()
+        elif finite:
+            optimizer.step()
 
-    If it was not, the step is skipped: student, optimizer and centers stay as they are. The decision stays on the
-    device, which is not waited for. The parts of a step that record_function() names are those of traces and of
-    `bench.py train`.
+
+def train_step(student: nn.ModuleDict, teacher: nn.ModuleDict, optimizers: list[torch.optim.Optimizer],
+               batches: list[Batch], cfg: Config, now: dict[str, float],
+               centers: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """One optimizer step on this process's share of the global batch, then the EMA update of the teacher. `batches` are
+    the gradient accumulation steps. Returns the loss terms and gradient norms, and whether all of it was finite on all
+    processes, ().
+
+    If it was not, the step is skipped: student, optimizers and centers stay as they are. The names in record_function()
+    are those in profiler traces and in `bench.py train`.
     """
-    apply_schedule(optimizer, now)
-    optimizer.zero_grad(set_to_none=True)
-    terms, totals = {}, {}
-    all_targets = teacher_targets(teacher, batches, cfg, now["teacher_temp"], centers, totals)
+    apply_schedule(optimizers, now)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    with record_function("teacher"):
+        targets, totals = teacher_targets(teacher, batches, cfg, now["teacher_temp"], centers)
+    terms = {}
     for batch in batches:
-        reduce_across_replicas(student, batch is batches[-1])
-        with record_function("teacher"):
-            targets = next(all_targets)
-        with record_function("heads and losses"):
-            loss, part = step_losses(student, batch, targets, cfg)
-        del targets  # for the backward pass wants room
+        all_reduce_in_backward(student, batch is batches[-1])
+        with record_function("heads and losses"):  # nothing keeps the targets: the backward pass needs the memory
+            loss, parts = step_losses(student, batch, targets.pop(0), cfg)
         with record_function("backward"):
             (loss / len(batches)).backward()
-        terms = {k: terms.get(k, 0) + v / len(batches) for k, v in part.items()}
+        terms = {k: terms.get(k, 0) + v / len(batches) for k, v in parts.items()}
     with record_function("clip and optimizer"):
         norms, finite = clip_gradients(student, cfg.clip_grad, sum(terms.values()))
-        optimizer.found_inf = 1.0 - finite.float()  # as torch.amp does it: a fused optimizer then changes nothing
-        optimizer.step()
+        step_if_finite(optimizers, finite)
     for name, total in totals.items():
         before = centers[name].clone()
-        update_center(centers[name], total)
+        losses.update_center(centers[name], total)
         centers[name].copy_(torch.where(finite, centers[name], before))
     with record_function("teacher's average"):
         update_teacher(teacher, student, now["momentum"])
@@ -588,20 +612,64 @@ class TrainState:
         self.n_shards = mesh.shape[-1]  # processes that hold one copy of the weights; the first ones save it
         shard(self.student.to(device), mesh, dtype, cfg.activation_checkpointing, cfg.compile, mode=cfg.sharding)
         shard(self.teacher.to(device), mesh, dtype, compile_blocks=cfg.compile, with_backward=False)
-        self.optimizer = torch.optim.AdamW(param_groups(self.student, cfg), lr=0.0, betas=cfg.betas, fused=True)
+        self.optimizers = build_optimizers(self.student, cfg)
         self.centers = build_centers(cfg, device)
 
-        for p in self.student.parameters():  # what AdamW would make at its first step; here it can be loaded into
-            step = torch.zeros((), dtype=torch.float32, device=device)
-            self.optimizer.state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of the run themselves, no copies: saving reads them, loading fills them. Nothing else is saved,
-        so that nothing but tensors need be read."""
-        named = dict(self.student.named_parameters())
-        moments = {key: {name: self.optimizer.state[p][key] for name, p in named.items()}
-                   for key in ("step", "exp_avg", "exp_avg_sq")}
-        return dict(student=named, teacher=dict(self.teacher.named_parameters()), centers=self.centers) | moments
+        """{part: {name: tensor}}, no copies: saving reads them, loading fills them. Nothing but tensors is saved, so
+        that nothing else need be read."""
+        return self.networks() | self.optimizer_tensors()
+
+    def networks(self) -> dict[str, dict[str, Tensor]]:
+        return dict(student=dict(self.student.named_parameters()), teacher=dict(self.teacher.named_parameters()),
+                    centers=self.centers)
+
+    def optimizer_state(self) -> dict[str, dict]:
+        """{parameter: its state}, for the parameters that have had a gradient."""
+        states = [optimizer.state for optimizer in self.optimizers]
+        return {name: state[p] for name, p in self.student.named_parameters() for state in states if p in state}
+
+    def optimizer_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """{entry of the state, as exp_avg: {parameter: tensor}}. Numbers become tensors; None is left out."""
+        tensors: dict[str, dict[str, Tensor]] = {}
+        for name, entries in self.optimizer_state().items():
+            for key, value in entries.items():
+                if value is not None:
+                    value = value if torch.is_tensor(value) else torch.tensor(value, dtype=torch.float64)
+                    tensors.setdefault(key, {})[name] = value
+        return tensors
+
+    def create_optimizer_state(self) -> None:
+        """Has each optimizer create its own state for all parameters, in a step with zero gradients and lr 0."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
+                for p in group["params"]:
+                    p.grad = torch.zeros_like(p)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def load(self, save: Path) -> None:
+        """Fills networks, centers and optimizers from a save. Raises ValueError if other optimizers made it."""
+        self.create_optimizer_state()
+        saved = dcp.FileSystemReader(save).read_metadata().state_dict_metadata.keys()
+        saved = {name for name in saved if name.partition(".")[0] not in self.networks()}
+        created = [(key, name, t) for key, named in self.optimizer_tensors().items() for name, t in named.items()]
+        with_state = {name for key, name, _ in created if f"{key}.{name}" in saved}
+        created = {f"{key}.{name}": (key, name, t) for key, name, t in created if name in with_state}
+        if saved != created.keys():
+            raise ValueError(f"its optimizer is another: {min(saved ^ created.keys())}")
+        tensors = self.networks()
+        for key, name, tensor in created.values():
+            tensors.setdefault(key, {})[name] = tensor
+        dcp.load(tensors, checkpoint_id=str(save))
+        for name, entries in self.optimizer_state().items():
+            entries.update({key: type(value)(tensors[key][name].item()) for key, value in entries.items()
+                            if isinstance(value, (int, float)) and name in with_state})
+        for optimizer in self.optimizers:  # parameters that had no gradient yet start without state
+            for name, p in self.student.named_parameters():
+                if name not in with_state:
+                    optimizer.state.pop(p, None)
 
     def load_newest(self, folder: Path) -> tuple[dict, list[str]]:
         """Loads the newest save that is whole, made by any number of processes. Returns what its file `complete` says,
@@ -622,7 +690,7 @@ class TrainState:
                 continue
             try:
                 check_metadata(folder / name / ".metadata")
-                dcp.load(self.tensors(), checkpoint_id=str(folder / name))
+                self.load(folder / name)
             except (Exception, CheckpointException) as error:  # a foreign save can fail in any way
                 raise ValueError(f"{folder / name} cannot be continued from ({why(error)}), although it is whole: "
                                  f"if settings have changed, go back to those in {folder.parent}/config.json") from None
@@ -818,7 +886,7 @@ def train(run: Run) -> None:
                 look_at_first(batch[0], cfg, log)
             log.new_bad += itertools.chain.from_iterable(part.bad for part in batch)
             now = {name: float(values[step]) for name, values in schedule.items()}
-            metrics, finite = train_step(state.student, state.teacher, state.optimizer, batch, cfg, now, state.centers)
+            metrics, finite = train_step(state.student, state.teacher, state.optimizers, batch, cfg, now, state.centers)
 
             done = step + 1
             log.bar.update()

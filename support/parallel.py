@@ -202,7 +202,7 @@ def n_replicas(module: nn.Module) -> int:
     return p.device_mesh.size(0) if isinstance(p, DTensor) and p.device_mesh.ndim == 2 else 1
 
 
-def reduce_across_replicas(student: nn.ModuleDict, wanted: bool) -> None:
+def all_reduce_in_backward(student: nn.ModuleDict, wanted: bool) -> None:
     """Whether the next backward pass adds up the gradients of several copies of the weights: that of the last part of a
     step does, for all parts."""
     for module in student.values():

@@ -324,7 +324,7 @@ class MetadataOnly(pickle.Unpickler):
         known = {"torch.distributed.checkpoint.metadata": (
             "Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex",
             "StorageMeta", "_MEM_FORMAT_ENCODING"), "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-            "torch": ("Size", "float32"), "torch.serialization": ("_get_layout",),
+            "torch": ("Size", "float32", "float64"), "torch.serialization": ("_get_layout",),
             "pathlib": ("PosixPath", "WindowsPath"), "pathlib._local": ("PosixPath", "WindowsPath")}
         if name in known.get(module, ()):  # exact names: a dotted one would reach through the module to others
             return super().find_class(module, name)
