@@ -7,8 +7,8 @@
                                                 # matrix product, memory, and where the time goes; takes all flags of
                                                 # train.py: --preset, --compile, --arch, --dtype, ...
     python bench.py train --profile trace.json  # also a trace for chrome://tracing and the slowest operators
-    python bench.py heads --batch-size 64 --head-n-prototypes 131072 --centering sinkhorn_knopp  # only heads and losses,
-                                                # in chunks against all logits at once; takes all flags of train.py
+    python bench.py heads --batch-size 64 --head-n-prototypes 131072 --centering sinkhorn_knopp  # heads and losses, in
+                                                # chunks against all logits at once; takes all flags of train.py
     python bench.py attention                   # attention on both crop sizes, by each backend; all flags of train.py
     python bench.py gpu --out gpu               # all benchmarks for one GPU, in ten minutes; --list shows which
     python bench.py save                        # the cost of saving and guarding a run of ViT-S/16
@@ -85,14 +85,15 @@ import support.sources
 
 
 def measure(functions: dict, repeats: int, least: float = 0.5) -> dict[str, list[float]]:
-    """{name: function} -> {name: seconds per call, `repeats` times}. The functions take turns; each turn starts with an
-    untimed warm-up call and lasts at least `least` seconds."""
+    """{name: function} -> {name: seconds per call, `repeats` times}. The functions take turns; a turn lasts at least
+    `least` seconds and starts with an untimed warm-up call, functions that take longer than that only in the first."""
     seconds = {name: [] for name in functions}
     for _, (name, function) in tqdm(itertools.product(range(repeats), functions.items()), disable=None,
                                     total=repeats * len(functions), desc="measuring", leave=False):
-        function()
+        if not seconds[name] or seconds[name][-1] < least:
+            function()
         calls, start = 0, time.perf_counter()
-        while time.perf_counter() - start < least:
+        while not calls or time.perf_counter() - start < least:
             function()
             calls += 1
         seconds[name].append((time.perf_counter() - start) / calls)
@@ -588,16 +589,13 @@ def bench_knn(args, device: torch.device) -> list[dict]:
             "eval_knn.py": lambda: eval_knn.knn_accuracy(bank, labels, queries, answers)}
     if not args.ours_only:
         ways |= {"topk and one-hot votes, as officially": officially, "scikit-learn, k = 200 only": by_sklearn}
-    seconds, peak = {name: [] for name in ways}, {}
-    for _, (name, way) in tqdm(itertools.product(range(args.repeats), ways.items()), desc="measuring", leave=False,
-                               total=args.repeats * len(ways), disable=None):
-        way = synchronized(way, device)
-        if not seconds[name]:
-            way()  # warm-up
-        start = time.perf_counter()
-        way()
-        seconds[name].append(time.perf_counter() - start)
+    peak = {}
+
+    def call(name: str) -> None:
+        synchronized(ways[name], device)()
         peak.setdefault(name, peak_memory(device))  # including the ways before this one
+
+    seconds = measure({name: partial(call, name) for name in ways}, args.repeats, least=0)
     return [row | dict(GB=peak[row["way"]]) for row in ratios(seconds, "times_product", "s")]
 
 
@@ -944,7 +942,8 @@ def heads_alone(cfg: train.Config) -> nn.ModuleDict:
 
 def masked_batch(cfg: train.Config, device: torch.device) -> data.Batch:
     """A batch with the masks of step 0 and crops without pixels."""
-    batches = train.training_batches(replace(cfg, gradient_accumulation_steps=1), Namespace(channels=cfg.in_chans), 0, 1)
+    cfg = replace(cfg, gradient_accumulation_steps=1)
+    batches = train.training_batches(cfg, Namespace(channels=cfg.in_chans), 0, 1)
     masks = torch.from_numpy(batches.masks_of(0, range(cfg.batch_size // cfg.group_size)))
     index, weight = data.mask_weights(masks)
     crops = [torch.empty(n * cfg.batch_size, 0) for n in (2, cfg.local_crops_number)]

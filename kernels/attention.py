@@ -1,6 +1,6 @@
 """CUDA kernels for self-attention on packed crops (attention.cu). Optional: used only with `train.py --kernels`.
 
-    python kernels/attention.py                  # on a GPU: build, compare with float64, time against PyTorch's own
+    python kernels/attention.py                  # on a GPU: build, compare with float64; `bench.py attention` times it
     python kernels/attention.py --emulate        # on any CPU: run the kernels thread by thread, compare with float64
     python kernels/attention.py --compile-only   # needs nvcc but no GPU: registers, spills, shared memory
 
@@ -26,7 +26,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
@@ -313,46 +312,6 @@ def compare_all(device: str, cases, set_order=None) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Times
-
-BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
-            "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
-SWEEP = [([512], [37]), ([512], [50]), ([128], [197]), ([128], [257]), ([16], [1370]), ([128, 512], [197, 37])]
-
-
-def milliseconds(function, qkv: Tensor, grad: Tensor, runs) -> float:
-    """Median time of a forward and backward pass, over 20 rounds after 5 of warm-up."""
-    times = []
-    for _ in range(25):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        leaf = qkv.detach().requires_grad_()
-        start.record()
-        function(leaf, *runs, qkv.shape[3] ** -0.5).backward(grad)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times[5:])[10]
-
-
-def sweep(heads: int = 16) -> None:
-    """Prints the times, from qkv to its gradient, of the kernels and of each of PyTorch's backends that runs."""
-    print(f"\nms of forward + backward, bfloat16, {heads} heads of 64; {torch.cuda.get_device_name()}; x = theirs/ours")
-    for runs in tqdm(SWEEP, desc="timing", disable=None):
-        tokens = sum(b * n for b, n in zip(*runs))
-        qkv = torch.randn(tokens, 3, heads, 64, device="cuda", dtype=torch.bfloat16)
-        grad = torch.randn(tokens, heads, 64, device="cuda", dtype=torch.bfloat16)
-        ours, columns = milliseconds(attend, qkv, grad, runs), []
-        for name, backend in BACKENDS.items():
-            try:
-                with sdpa_kernel(backend):
-                    theirs = milliseconds(pytorch_attention, qkv, grad, runs)
-                columns.append(f"{name} {theirs:7.3f} ({theirs / ours:.2f} x)")
-            except RuntimeError:  # the backend does not support it, or is out of memory
-                columns.append(f"{name}       –         ")
-        tqdm.write(f"{' + '.join(f'{b} x {n}' for b, n in zip(*runs)):20} ours {ours:7.3f} ms   {'   '.join(columns)}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Registers, spills, shared memory
 
 
@@ -394,10 +353,7 @@ def main(argv=None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if not compare_all("cuda", CASES + LARGE_CASES):
-        return 1
-    sweep()
-    return 0
+    return 1 - compare_all("cuda", CASES + LARGE_CASES)
 
 
 if __name__ == "__main__":
