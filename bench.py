@@ -1,33 +1,25 @@
 """Benchmarks. Every performance figure in the README and docs/ names one of these commands, hardware and versions.
 
-    python bench.py data                        # images per second and core: each stage, a data-loading worker, all of
-                                                # the pipeline, and torchvision's augmentations in the official order
-    python bench.py data --data /my/photos      # on your images instead of scikit-learn's two photographs
-    python bench.py train --batch-size 8        # training steps of ViT-S/16: images per second, FLOP/s relative to a
-                                                # matrix product, memory, and where the time goes; takes all flags of
-                                                # train.py: --preset, --compile, --arch, --dtype, ...
-    python bench.py train --profile trace.json  # also a trace for chrome://tracing and the slowest operators
-    python bench.py heads --batch-size 64 --head-n-prototypes 131072 --centering sinkhorn_knopp  # heads and losses, in
-                                                # chunks against all logits at once; takes all flags of train.py
-    python bench.py attention                   # attention on both crop sizes, by each backend; all flags of train.py
-    python bench.py gpu --out gpu               # all benchmarks for one GPU, in ten minutes; --list shows which
-    python bench.py save                        # the cost of saving and guarding a run of ViT-S/16
-    python bench.py save --preset digits        # or of another preset
-    python bench.py scale                       # ViT-S, B, L and g on 8, 32 and 256 GPUs: communication, time, memory,
-                                                # calculated, not measured; --preset vitl14 for only one of them
-    python bench.py scale --preset digits --check  # the calculated memory against that of real steps, on this CPU
-    python bench.py knn --repeats 3             # exact k-NN against the matrix product alone, the official code's way,
-                                                # and scikit-learn
-    python bench.py knn --ours-only --images 1281167 --dim 1024 --queries 512  # memory at the size of ImageNet-1k
-    python bench.py logreg --every 4            # 45 values of C at once, against every 4th of them by scikit-learn
-    python bench.py linear                      # a step of the grid of 52 classifiers, against 52 modules and autograd
-    python bench.py hub --name dinov2_vitg14    # loading a file of that size, against reading its bytes; imports
-    python bench.py dense                       # a linear depth head: convolution before or after upsampling
-    python bench.py m2f --repeats 1             # Mask2Former on ViT-g, 896x896 pixels: minutes on a CPU, 11 GB
-    python bench.py data --json                 # the table as JSON
+    python bench.py data          # images per second and core: each stage, a data-loading worker, the whole pipeline, and
+                                  # torchvision's augmentations in the official order; --data: your own images
+    python bench.py train         # training steps of ViT-S/16: images per second, FLOP/s relative to a matrix product,
+                                  # memory, where the time goes; --profile trace.json: also a trace and slow operators
+    python bench.py heads         # only heads and losses, in chunks against all logits at once
+    python bench.py attention     # attention on both crop sizes, by each backend of PyTorch and by kernels/attention.py
+    python bench.py gpu           # all benchmarks for one GPU, in ten minutes; --list shows which
+    python bench.py save          # the cost of saving and guarding a run of ViT-S/16, or of another --preset
+    python bench.py scale         # ViT-S, B, L and g on 8, 32 and 256 GPUs: communication, time and memory, calculated;
+                                  # --preset vitl14: one of them; --check: the memory against real steps on this CPU
+    python bench.py knn           # exact k-NN against the matrix product alone, the official code's way, scikit-learn
+    python bench.py logreg        # 45 values of C at once, against scikit-learn; --every 4: against every 4th of them
+    python bench.py linear        # a step of the grid of 52 classifiers, against 52 modules and autograd
+    python bench.py hub           # loading a file as large as ViT-g's, against reading its bytes; imports
+    python bench.py dense         # a linear depth head: convolution before or after upsampling
+    python bench.py m2f           # Mask2Former on ViT-g, 896x896 pixels: minutes on a CPU, 11 GB
 
-The alternatives of a table take turns, several times over, so ratios hold on a noisy machine too: compare those. `data`
-uses one core. GPU figures appear where there is a GPU. Apache License 2.0.
+`train`, `heads` and `attention` take all flags of train.py (--preset, --batch-size, --compile, ...); --json prints the
+table as JSON. The alternatives of a table take turns, several times over, so that ratios hold on a noisy machine too:
+compare those. `data` uses one core. GPU figures appear where there is a GPU. Apache License 2.0.
 """
 import contextlib
 import ctypes
@@ -64,6 +56,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms as T
 from tqdm import tqdm
 
@@ -323,28 +316,25 @@ def head_rows(cfg: train.Config, crops: int) -> dict[str, float]:
     return dict(dino_head=crops, ibot_head=masked) if cfg.ibot_separate_head else dict(dino_head=crops + masked)
 
 
+@cache
 def pass_flops(cfg: train.Config) -> tuple[float, float]:
     """FLOPs per image of a forward pass of the teacher and of the student: matrix products and attention, counting a
     multiply-add as two, as if there were no stochastic depth."""
     with torch.device("meta"):
-        network = train.build_network(cfg)
-    backbone = network["backbone"]
+        network = train.build_network(cfg).eval()
 
-    def per_row(module) -> int:  # of its matrices
-        return 2 * sum(p.numel() for p in module.parameters() if p.ndim > 1 and p[0].numel() > 1)
+    def flops(module: nn.Module, *shape: int) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            module(torch.empty(shape, device="meta"))
+        return counter.get_total_flops()
 
-    def forward(*crops: tuple[int, int]) -> float:
-        rows = head_rows(cfg, sum(number for number, _ in crops))
-        flops = sum(rows[name] * per_row(network[name]) for name in rows.keys() & network.keys())
-        for number, side in crops:
-            patches = (side // cfg.patch_size) ** 2
-            tokens = 1 + cfg.num_register_tokens + patches
-            flops += number * (tokens * per_row(backbone.blocks) + patches * per_row(backbone.patch_embed)
-                               + 4 * backbone.n_blocks * backbone.embed_dim * tokens**2)
-        return flops
-
-    both = 2, cfg.global_crops_size
-    return forward(both), forward(both, (cfg.local_crops_number, cfg.local_crops_size))
+    n, sides = cfg.local_crops_number, (cfg.global_crops_size, cfg.local_crops_size)
+    globals_, locals_ = (flops(network["backbone"], 1, cfg.in_chans, side, side) for side in sides)
+    per_row = {name: flops(head, 1, network["backbone"].embed_dim) for name, head in network.items()
+               if name != "backbone"}
+    teacher, student = (sum(rows[name] * per_row[name] for name in rows.keys() & per_row.keys())
+                        for rows in (head_rows(cfg, 2), head_rows(cfg, 2 + n)))
+    return teacher + 2 * globals_, student + 2 * globals_ + n * locals_
 
 
 def train_flops(cfg: train.Config) -> float:
