@@ -1,6 +1,6 @@
 """Benchmarks. Every performance figure in the README and docs/ names one of these commands, hardware and versions.
 
-    python bench.py data          # images per second and core: each stage, a data-loading worker, the whole pipeline, and
+    python bench.py data          # images per second and core: each stage, a data-loading worker, the pipeline, and
                                   # torchvision's augmentations in the official order; --data: your own images
     python bench.py train         # training steps of ViT-S/16: images per second, FLOP/s relative to a matrix product,
                                   # memory, where the time goes; --profile trace.json: also a trace and slow operators
