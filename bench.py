@@ -260,7 +260,7 @@ def bench_save(args, device: torch.device) -> list[dict]:
         log = support.run.Log(Path(cfg.out) / "metrics.jsonl", 0, 0, {})
         make_checkpoint = partial(train.teacher_checkpoint, state.teacher, cfg, preset)
         saver = support.run.Saver(cfg, state, make_checkpoint, lock, 0, [], lambda text: None)
-        guard, agreement = support.run.NonFinite(cfg, log, batches, saver), support.parallel.Agreement()
+        guard, flags = support.run.NonFinite(cfg, log, batches, saver), support.parallel.SharedFlags()
         batch = [training.prepare(batches[0])]
 
         def step() -> tuple[float, float]:
@@ -269,7 +269,7 @@ def bench_save(args, device: torch.device) -> list[dict]:
             metrics, finite = training.step(batch)
             middle = training.clock.now()
             guard.watch(0, finite, metrics)
-            agreement.tell(False, saver.due(), bool(saver.hopeless()))
+            flags.share(False, saver.due(), bool(saver.hopeless()))
             return middle - begin, time.perf_counter() - middle
 
         bare, guards, stalls, extra, written = [], [], [], [], []
@@ -469,7 +469,8 @@ def memory(cfg: train.Config, sharding: str, gpus: int, images: int, checkpointi
     (--gradient-accumulation-steps adds 4 bytes per parameter and shard). `half`: in bfloat16, else in float32."""
     counts, n_shards = parameter_counts(cfg), dict(ddp=1, hsdp=min(gpus, MACHINE)).get(sharding, gpus)
     blocks, rest, heads = map(sum, counts.values())
-    gathered = (blocks if sharding != "zero3" else (1 + support.parallel.AHEAD) * max(counts["blocks"])) + rest
+    ahead = support.parallel.PREFETCHED_BLOCKS
+    gathered = (blocks if sharding != "zero3" else (1 + ahead) * max(counts["blocks"])) + rest
     alone = gpus == 1 and not half  # nothing to gather
     return dict(
         state=16 * (blocks + rest + heads) / n_shards,  # student, two moments, teacher: float32
@@ -610,12 +611,12 @@ def bench_logreg(args, device: torch.device) -> list[dict]:
         return values
 
     def ours():
-        features = eval_logreg.Principal(x.to(device, copy=True))
+        features = eval_logreg.PrincipalAxes(x.to(device, copy=True))
         models = eval_logreg.fit(features, labels.to(device), eval_logreg.CS, progress=True)
         return models._replace(weight=models.weight[places], bias=models.bias[places])
 
     def theirs(name: str, **options):
-        return f"scikit-learn, {name}", partial(eval_logreg.fit_by_sklearn, x, labels, cs, progress=True, **options)
+        return f"scikit-learn, {name}", partial(eval_logreg.fit_with_sklearn, x, labels, cs, progress=True, **options)
 
     ways = {"eval_logreg.py": ours}
     if not args.ours_only:
@@ -859,7 +860,7 @@ def bench_train(args, device: torch.device) -> list[dict]:
         training = TimedTraining(cfg, support.sources.open_source(cfg.data, cfg.in_chans), device)
         took = [training.seconds() for _ in range(3)][-1]  # warm-up and compilation
         compiled, dtype = n_graphs(counters), train.compute_dtype(cfg, device)
-        calls = max(support.parallel.together(lambda: max(1, min(4, math.ceil(0.5 / took)))))
+        calls = max(support.parallel.on_all_ranks(lambda: max(1, min(4, math.ceil(0.5 / took)))))
         seconds, rates, parts = [], [], []
         for _ in tqdm(range(args.repeats), disable=None, desc="measuring", leave=False):
             rates.append(matrix_rate(dtype, device))

@@ -1,4 +1,4 @@
-"""What all test files share: fixtures, warnings that are expected, and the marker of the tests that only SLOW=1 runs."""
+"""What all test files share: fixtures, expected warnings, and the marker of the tests that only SLOW=1 runs."""
 import os
 from pathlib import Path
 

@@ -24,7 +24,6 @@ CKPT.eval_dense.jsonl. After an interruption the same command goes on. Wrong inp
 import argparse
 import copy
 import hashlib
-import json
 import math
 import os
 import random
@@ -49,10 +48,9 @@ from data import hue, make_loader, normalize
 from heads import (
     CLASSES, RANGES, RECIPES, DPTHead, Dense, LinearDepthHead, Recipe, SegmentationHead, colors, gradient_loss, resize,
     resize_bytes, scaled_size, segment, segmentation_loss, sig_loss)
-from hub import read_pth
-from support.cli import Parser, run
+from support.cli import DTYPES, Parser, run
 from support.draw import Cell, depth_bar, depth_colors, label_colors, legend, rows_of, save, sheet, spread, to_rgb, zoom
-from support.evaluation import DTYPES, add_record, check_out, results_stem
+from support.evaluation import ResumeFile, add_record, add_result_flags, check_writable, results_stem, say
 from support.images import FORMATS, check_size, read_image
 from support.parallel import join_processes, leave_processes, pick_device, worker_count, world
 from support.run import write_file
@@ -465,7 +463,7 @@ class Job:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.task, self.began = args, args.task, time.time()
-        check_out(args.out)
+        check_writable(args.out)
         self.device, self.dtype = pick_device(args.device), DTYPES[args.dtype]
         self.path, ckpt = hub.read(args.checkpoint)
         self.step = ckpt.get("step")
@@ -627,41 +625,25 @@ class HeadTraining:
                                   short=args.short or 0)
         else:
             self.protocol |= dict(short=job.test.short, ratios=job.ratios)
-        key = json.dumps([self.protocol, self.eval_every, job.model_hash, job.train.fingerprint, job.val.fingerprint,
-                          job.train.classes, args.dtype, job.test, job.crop, args.flip])
-        digest = hashlib.sha256(key.encode()).hexdigest()[:8]
-        self.path = Path(f"{job.stem()}.eval_dense.{digest}.resume")
+        settings = [self.protocol, self.eval_every, job.model_hash, job.train.fingerprint, job.val.fingerprint,
+                    job.train.classes, args.dtype, job.test, job.crop, args.flip]
+        self.saved = ResumeFile(f"{job.stem()}.eval_dense", settings, job.device, not args.no_resume)
         self.head_path = Path(f"{job.stem()}.{job.train.dataset or job.task}_{args.decoder}_head.pth")
         if self.head_path.is_dir() or not os.access(self.head_path.parent, os.W_OK):
             raise ValueError(f"{self.head_path} cannot be written; name another place by --out")
         if self.head_path.exists():
             job.say(f"note: {self.head_path} will be replaced")
 
-    def resume(self) -> None:
-        if self.path.exists() and not self.job.args.no_resume:
-            try:
-                state = read_pth(str(self.path))
-                self.head.load_state_dict(state["head"])
-                self.optimizer.load_state_dict(state["optimizer"])
-                self.done, self.curve, self.chosen, self.weights = (
-                    state[k] for k in ("done", "curve", "chosen", "weights"))
-                self.job.say(f"goes on after step {self.done} of {self.job.recipe.steps}, from {self.path}")
-            except (ValueError, KeyError, TypeError, RuntimeError):
-                raise ValueError(f"{self.path} is damaged; remove it, and the training starts anew") from None
-        done = torch.tensor([self.done, -self.done], device=self.job.device)
-        if world()[1] > 1:
-            dist.all_reduce(done, dist.ReduceOp.MIN)
-        if done[0] != -done[1]:
-            raise ValueError(f"not all processes see {self.path}; use a folder that all machines share, or --no-resume")
+    def restore(self, state: dict) -> int:
+        self.head.load_state_dict(state["head"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.done, self.curve, self.chosen, self.weights = (state[k] for k in ("done", "curve", "chosen", "weights"))
+        say(f"resuming after step {self.done} of {self.job.recipe.steps}, from {self.saved.path}")
+        return self.done
 
     def save(self) -> None:
-        state = dict(head=self.head.state_dict(), optimizer=self.optimizer.state_dict(), done=self.done,
-                     curve=self.curve, chosen=self.chosen, weights=self.weights)
-        if world()[0] == 0:
-            try:
-                write_file(self.path, partial(torch.save, state))
-            except ValueError as error:
-                self.job.say(f"note: {error}; the training goes on")
+        self.saved.save(dict(head=self.head.state_dict(), optimizer=self.optimizer.state_dict(), done=self.done,
+                             curve=self.curve, chosen=self.chosen, weights=self.weights))
 
     def write_head(self) -> str:
         """The chosen head in the layout of the released ones, and beside its weights what else one must know."""
@@ -673,7 +655,7 @@ class HeadTraining:
         weights = {f"decode_head.{k}": v.cpu() for k, v in self.weights.items()}
         if world()[0] == 0:
             write_file(self.head_path, partial(torch.save, dict(state_dict=weights, about=about)))
-            self.path.unlink(missing_ok=True)
+        self.saved.remove()
         return str(self.head_path)
 
     def loader(self):
@@ -729,7 +711,7 @@ class HeadTraining:
         """All steps. Returns the measures of the chosen head, which is in the network afterwards."""
         job, steps, saved = self.job, self.job.recipe.steps, time.monotonic()
         job.say(f"trains with {len(job.train):,} pairs, evaluates with {len(job.val):,}: {steps:,} steps")
-        self.resume()
+        self.saved.load(self.restore)
         with tqdm(total=steps, initial=self.done, desc=f"{job.task} {job.args.decoder}", leave=False,
                   disable=None if world()[0] == 0 else True) as bar:
             for images, targets, error in self.loader():
@@ -954,12 +936,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "PNG, depth as 16-bit PNG in millimeters (of heads for more than 65 m: in 256ths of a meter), and sheet.png")
     add("--seed", type=int, default=0, help="of the first weights, the order and the crops")
     add("--no-resume", action="store_true", help="start anew after an interruption")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--dtype", choices=tuple(DTYPES), default="fp32", help="of the backbone's arithmetic")
-    add("--num-workers", type=int, default=-1, help="reading processes; -1: by the number of cores")
-    add("--out", default="", help="results are added to this file, head and saves go beside it; empty: beside the "
-        "checkpoint")
-    add("--json", action="store_true", help="print the whole result as JSON, and nothing else")
+    flags.add_machine_flags("device", "dtype", "num-workers")
+    add_result_flags(flags)
     args = flags.parse_args(argv)
     check(args)
     return args
@@ -975,8 +953,8 @@ def check(args: argparse.Namespace) -> None:
         if wrong := [v for v in values if v is not None and not (v > 0 if name in positive else v >= 0)]:
             raise ValueError(f"--{name.replace('_', '-')} must be {'positive' if name in positive else '0 or more'}, "
                              f"not {wrong[0]}")
-    if args.channels < 2 or args.num_workers < -1:
-        raise ValueError("--channels must be 2 or more, --num-workers -1 or more")
+    if args.channels < 2:
+        raise ValueError("--channels must be 2 or more")
     if args.warmup is not None and not 0 <= args.warmup <= 1 or args.ratios and args.ratios[0] > args.ratios[1]:
         raise ValueError("--warmup is a share, 0 to 1; --ratios are two numbers, the smaller first")
     if args.task == "seg" and (args.depth_range or args.gradient_weight or args.eval_crop or args.depth_scale != 1000):
@@ -1041,7 +1019,7 @@ def main(argv: list[str] | None = None) -> dict:
             try:
                 result["head"] = training.write_head()
             except ValueError as error:  # the disk is full; the figures are told all the same, and the save is kept
-                job.say(f"note: {error}; the same command will write it from {training.path}")
+                job.say(f"note: {error}; the same command will write it from {training.saved.path}")
         else:
             protocol["head"] = args.head
         if world()[0] == 0:

@@ -1,17 +1,16 @@
-"""Weighted k-NN classification with frozen features; and what the other evaluations share with it.
+"""Weighted k-NN classification with frozen features.
 
     python eval_knn.py out/ckpt.pth                                    # data and image size come from the checkpoint
     python eval_knn.py ckpt.pth --train /data/train --val /data/val    # other data
     python eval_knn.py dinov2_vits14 --train /data/train --val /data/val --dtype bf16 --cache /tmp/features
-    python eval_knn.py ckpt.pth --n-per-class 1 5 --tries 3            # few-shot: k-NN from 1 or 5 images of a class
-    torchrun --nproc-per-node 8 eval_knn.py ckpt.pth                   # 8 processes; the result is the same
+    python eval_knn.py ckpt.pth --n-per-class 1 5 --tries 3            # few-shot: with 1 or 5 training images per class
+    torchrun --nproc-per-node 8 eval_knn.py ckpt.pth                   # 8 processes, same result
 
-Protocol (Wu et al. 2018, arXiv 1805.01978, as in DINOv2): L2-normalized CLS features; each of the k most similar
-training images votes for its class with weight exp(similarity / 0.07). The search is exact, in float32. Of equally
-similar images the first of the training set is the nearest; of classes with equal votes the one of lower number is
-ranked higher. Without a second set the images of the first are classified by all others (leave one out). Images without
-a label, and those that cannot be read, are left out. Prints top-1 and adds a line with all figures to
-CKPT.eval_knn.jsonl beside the checkpoint. Wrong input: exit code 2. Apache License 2.0.
+Protocol (Wu et al. 2018, arXiv 1805.01978, as in DINOv2): each of the k training images with the most similar
+L2-normalized CLS feature votes for its class with weight exp(similarity / 0.07). The search is exact, in float32. Ties
+go to the training image that comes first, and to the class with the lower number. With a single set, each image is
+classified by all the others (leave-one-out). Unreadable and unlabeled images are left out. Prints top-1 accuracy and
+appends a line with all results to CKPT.eval_knn.jsonl. On a mistake the exit code is 2. Apache License 2.0.
 """
 import argparse
 
@@ -22,21 +21,25 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import MEAN, STD
-from support.cli import run
+from support.cli import at_least, positive, run
 from support.evaluation import (
-    Evaluation, Flags, common_labels, extract_features, full_float32, kept, normalize_rows_, ranks, say_left_out)
+    Evaluation, EvaluationParser, accuracies, common_labels, count_left_out, extract_features, full_float32, no_bar,
+    normalize_rows_, place_of_answer, with_label)
 from support.parallel import world
 
 KS = (10, 20, 100, 200)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The vote
+# Search
 
 
 def largest(x: Tensor, k: int) -> Tensor:
-    """Columns (Q, k) of the k largest entries of each row of x (Q, n), in no order. A tournament: the k largest lie in
-    those k groups of four columns whose maxima are largest. Three times as fast as topk for long rows."""
+    """Columns (Q, k) of the k largest entries in each row of x (Q, n), in no particular order.
+
+    A tournament: split the columns into groups of four; the k largest entries lie in the k groups with the largest
+    maxima. Three times as fast as topk on long rows.
+    """
     n = x.shape[1]
     quarter = n // 4
     if n <= 8 * k:
@@ -49,9 +52,9 @@ def largest(x: Tensor, k: int) -> Tensor:
 
 
 def neighbors(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of (Q, n): values (Q, k) in descending order, and their columns; equal ones in the
-    order of the columns."""
-    columns = largest(similarity, min(k + 1, similarity.shape[1]))  # one more, to see whether the last place is shared
+    """The k largest values (Q, k) in each row of (Q, n), descending, and their columns (Q, k). Of equal values the one
+    in the lower column comes first."""
+    columns = largest(similarity, min(k + 1, similarity.shape[1]))  # one more shows whether the last place is tied
     values, order = similarity.gather(1, columns).sort(descending=True)
     columns = columns.gather(1, order)
     for row in (values[:, 1:] == values[:, :-1]).any(1).nonzero()[:, 0]:
@@ -62,59 +65,63 @@ def neighbors(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values[:, :k], columns[:, :k]
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Vote
+
+
 @torch.inference_mode()
 def knn_scores(bank: Tensor, labels: Tensor, queries: Tensor, ks=KS, temperature: float = 0.07, n_classes: int = 0,
                own_rows: Tensor | None = None, buffer: Tensor | None = None) -> dict[int, Tensor]:
-    """Class scores {k: (Q, C)} of queries (Q, D) from the training features `bank` (n, D) and their labels (n,).
+    """Class scores {k: (Q, C)} of queries (Q, D), from training features `bank` (n, D) with labels (n,).
 
-    Both sets are L2-normalized. Weights are a softmax over the largest k's neighbors; a smaller k uses the first of
-    them, not renormalized, which leaves the ranking as it is. `own_rows` (Q,) leaves that row of the bank out. A k
-    beyond the number of neighbors counts them all. `buffer` (at least Q, n) saves allocating the similarities.
+    Both sets of features are L2-normalized. The weights are a softmax over the neighbors for the largest k; smaller k
+    use the first of them without renormalizing, which does not change the ranking. A k beyond the number of training
+    images uses them all. `own_rows` (Q,): a row of the bank to leave out for each query. `buffer`, at least (Q, n),
+    saves allocating the similarities.
     """
     n_neighbors = min(max(ks), len(bank) - (own_rows is not None))
     n_classes = n_classes or int(labels.max()) + 1
     similarity = torch.mm(queries, bank.T, out=None if buffer is None else buffer[: len(queries)])  # (Q, n)
     if own_rows is not None:
         similarity.scatter_(1, own_rows[:, None], -torch.inf)
-    similarity, index = neighbors(similarity, n_neighbors)
+    similarity, index = neighbors(similarity, n_neighbors)  # (Q, k)
     weights = F.softmax(similarity / temperature, dim=-1)
     votes = labels[index]  # (Q, k)
-    empty = weights.new_zeros(len(queries), n_classes)
-    return {k: empty.scatter_add(1, votes[:, :k], weights[:, :k]) for k in ks}
+    no_votes = weights.new_zeros(len(queries), n_classes)
+    return {k: no_votes.scatter_add(1, votes[:, :k], weights[:, :k]) for k in ks}
 
 
 @full_float32()
 def knn_accuracy(bank: Tensor, labels, queries: Tensor | None, query_labels=None, ks=KS,
                  temperature: float = 0.07, chunk: int = 0) -> dict[str, float]:
-    """Percent of right answers, {"top1_k10": …, "top5_k10": …}. `queries` None: leave one out on the bank. `chunk`
-    queries are compared at a time; 0: 256, or as many as fit a quarter of a gigabyte."""
+    """Accuracies in percent, {"top1_k10": ..., "top5_k10": ...}, of L2-normalized features; see knn_scores().
+
+    `queries` None: leave-one-out on the bank. `chunk` queries are compared at a time; 0: 256, or as many as fit into
+    256 MB. With a process group the queries are split over the ranks.
+    """
     device, leave_one_out, (rank, n_ranks) = bank.device, queries is None, world()
     if leave_one_out and len(bank) < 2:
-        raise ValueError("a single image has no neighbor to be classified by; give more, or --val")
+        raise ValueError("a single image has no neighbor to be classified by; give more images, or --val")
     labels = torch.as_tensor(labels, device=device).long()
     queries, answers = (bank, labels) if leave_one_out else (queries, torch.as_tensor(query_labels, device=device))
     n_classes = int(max(labels.max(), answers.max())) + 1
-    names = [f"top{t}_k{k}" for k in ks for t in (1, 5)]
-    hits = dict(zip(names, torch.zeros(len(names), dtype=torch.int64, device=device)))
     chunk = min(chunk or max(1, min(256, 2**26 // len(bank))), len(queries))
     buffer = torch.empty(chunk, len(bank), device=device)
-    starts = range(rank * chunk, len(queries), n_ranks * chunk)  # each process votes on a share
-    for start in tqdm(starts, desc="k-NN", leave=False, disable=None if rank == 0 and len(starts) > 100 else True):
+    places = torch.zeros(len(queries), len(ks), dtype=torch.int32, device=device)  # of the right class, 0 is first
+    starts = range(rank * chunk, len(queries), n_ranks * chunk)
+    for start in tqdm(starts, desc="k-NN", leave=False, disable=no_bar() if len(starts) > 100 else True):
         rows = torch.arange(start, min(start + chunk, len(queries)), device=device)
         scores = knn_scores(bank, labels, queries[rows], ks, temperature, n_classes, rows if leave_one_out else None,
                             buffer)
-        for k, score in scores.items():
-            rank_of_right = ranks(score, answers[rows])
-            for t in (1, 5):
-                hits[f"top{t}_k{k}"] += (rank_of_right < t).sum()
-    total = torch.stack(list(hits.values()))
+        places[rows] = torch.stack([place_of_answer(scores[k], answers[rows]) for k in ks], 1).int()
     if n_ranks > 1:
-        dist.all_reduce(total)
-    return {name: 100 * n / len(queries) for name, n in zip(names, total.tolist())}
+        dist.all_reduce(places)  # zero on all ranks but one
+    percent = accuracies(places)
+    return {f"top{t}_k{k}": percent[f"top{t}"][i].item() for i, k in enumerate(ks) for t in (1, 5)}
 
 
 def few_shot_rows(labels: Tensor, n: int, attempt: int) -> Tensor:
-    """Rows of n random images of each class (all, where there are fewer), by the seed `attempt`, as officially."""
+    """Rows of n random images of each class, or all if there are fewer; the official choice for seed `attempt`."""
     generator = torch.Generator().manual_seed(attempt)
     labels = labels.cpu()
     rows = [(labels == c).nonzero()[:, 0] for c in labels.unique()]
@@ -123,8 +130,8 @@ def few_shot_rows(labels: Tensor, n: int, attempt: int) -> Tensor:
 
 def few_shot(bank: Tensor, labels: Tensor, queries: Tensor, answers: Tensor, n: int, tries: int, ks=KS,
              temperature: float = 0.07) -> dict[str, float]:
-    """Accuracies of knn_accuracy with n training images per class, averaged over `tries` random choices. The k are
-    those of `ks` up to n, and n itself."""
+    """knn_accuracy() with n training images per class, averaged over `tries` random choices; for n itself as k and for
+    those of `ks` below it."""
     ks = sorted({k for k in (*ks, n) if k <= n})
     results = []
     for attempt in range(tries):
@@ -133,39 +140,32 @@ def few_shot(bank: Tensor, labels: Tensor, queries: Tensor, answers: Tensor, n: 
     return {name: sum(r[name] for r in results) / tries for name in results[0]}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Features
-
-
-def evaluate(model: nn.Module, train_source, val_source, resize: int, crop: int, device: torch.device,
-             num_workers: int = 0, dtype: torch.dtype = torch.float32, ks=KS, temperature: float = 0.07, mean=MEAN,
-             std=STD) -> dict[str, float]:
-    """k-NN accuracies of `model` in percent; `val_source` None: leave one out. Raises ValueError without labels."""
+def evaluate_knn(model: nn.Module, train_source, val_source, resize: int, crop: int, device: torch.device,
+                 num_workers: int = 0, dtype: torch.dtype = torch.float32, ks=KS, temperature: float = 0.07, mean=MEAN,
+                 std=STD) -> dict[str, float]:
+    """knn_accuracy() of a model on two sources of images, as train.py calls it. `val_source` None: leave-one-out.
+    Raises ValueError if a source has no labels."""
     sets = []
     for source, labels in zip((train_source, val_source), common_labels(train_source, val_source)):
         if source is not None:
             table, ok = extract_features(model, source, resize, crop, device, 256, num_workers, dtype, mean, std)
-            say_left_out(source, labels, ok)
-            sets += kept(normalize_rows_(table), labels, ok)
+            count_left_out(source, labels, ok)
+            sets += with_label(normalize_rows_(table), labels, ok)
     return knn_accuracy(*(sets + [None, None])[:4], ks, temperature)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What all evaluations have in common: a checkpoint, two sets of images, a result
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# Command
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    flags = Flags(__doc__)
-    flags.add_argument("--ks", type=int, nargs="+", default=list(KS), help="numbers of neighbors")
-    flags.add_argument("--temperature", type=float, default=0.07, help="of the votes")
-    flags.add_argument("--n-per-class", type=int, nargs="+", default=[], help="few-shot: so many images of each class")
-    flags.add_argument("--tries", type=int, default=1, help="few-shot: random choices to average over")
-    args = flags.parse_args(argv)
-    if min(args.ks) < 1 or not args.temperature > 0 or min(args.n_per_class, default=1) < 1 or args.tries < 1:
-        raise ValueError("--ks, --temperature, --n-per-class and --tries must be positive")
+    parser = EvaluationParser(__doc__)
+    parser.add_argument("--ks", type=at_least(1), nargs="+", default=list(KS), help="numbers of neighbors")
+    parser.add_argument("--temperature", type=positive, default=0.07, help="of the votes")
+    parser.add_argument("--n-per-class", type=at_least(1), nargs="+", default=[], help="few-shot: training images per "
+                        "class")
+    parser.add_argument("--tries", type=at_least(1), default=1, help="few-shot: random choices to average over")
+    args = parser.parse_args(argv)
     args.ks = sorted(set(args.ks))
     return args
 
@@ -175,11 +175,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     with Evaluation("knn", args) as e:
         if args.n_per_class and e.val is None:
             raise ValueError("--n-per-class needs images to classify; give --val")
-        train = e.labeled(e.train, e.train_labels)
-        val = e.labeled(e.val, e.val_labels) if e.val else (None, None)
-        for table in (train[0], val[0]):
-            if table is not None:
-                normalize_rows_(table)
+        train, val = e.labeled(e.train, e.train_labels), (None, None)
+        normalize_rows_(train[0])
+        if e.val:
+            val = e.labeled(e.val, e.val_labels)
+            normalize_rows_(val[0])
         result = knn_accuracy(*train, *val, tuple(args.ks), args.temperature)
         columns = {f"k={k}" if k < len(train[0]) else f"k={k} (all)": f"{result[f'top1_k{k}']:.2f} %" for k in args.ks}
         for n in args.n_per_class:

@@ -2,17 +2,16 @@
 
     python eval_logreg.py out/ckpt.pth                                  # data and image size come from the checkpoint
     python eval_logreg.py dinov2_vits14 --train /data/train --val /data/val --cache /tmp/features
-    python eval_logreg.py ckpt.pth --sklearn                            # by scikit-learn instead, on one CPU
-    torchrun --nproc-per-node 8 eval_logreg.py ckpt.pth                 # features and values of C shared out over 8
+    python eval_logreg.py ckpt.pth --sklearn                            # with scikit-learn instead, on one CPU
+    torchrun --nproc-per-node 8 eval_logreg.py ckpt.pth                 # splits features and values of C over 8
 
-Protocol (DINOv2): CLS features as they are, of the central square; multinomial regression with an L2 penalty, C being
-one of 45 values from 1e-6 to 1e5. C is chosen on a random tenth of the training images, held out; --finetune SPEC names
-other images to choose it by, --finetune-on-val chooses by the test images themselves. Then all training images are
-fitted with it. Prints top-1 and adds a line with all figures to CKPT.eval_logreg.jsonl beside the checkpoint. Wrong
-input: exit code 2. Apache License 2.0.
+Protocol (DINOv2): CLS features of the center square, not normalized; multinomial regression with an L2 penalty of
+strength 1/C, for 45 values of C from 1e-6 to 1e5. C is chosen on a random tenth of the training images, held out;
+--finetune SPEC names other images to choose it on, --finetune-on-val chooses it on the test images. The model is then
+fitted to all training images. Prints top-1 accuracy and appends a line with all results to CKPT.eval_logreg.jsonl. On a
+mistake the exit code is 2. Apache License 2.0.
 """
 import argparse
-import sys
 import warnings
 from functools import partial
 from typing import NamedTuple
@@ -23,14 +22,16 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from support.evaluation import Evaluation, Flags, common_labels, full_float32, ranks
+from support.cli import at_least, positive, run
+from support.evaluation import (
+    Evaluation, EvaluationParser, accuracies, common_labels, full_float32, place_of_answer, say)
 from support.parallel import world
 
-CS = tuple((10 ** torch.linspace(-6, 5, 45)).tolist())  # inverse strengths of the penalty, as scikit-learn counts them
+CS = tuple((10 ** torch.linspace(-6, 5, 45)).tolist())  # inverse strength of the penalty, as in scikit-learn
 
 
-class Fit(NamedTuple):
-    """J fitted models: class scores of x (n, D) are x @ weight[j].T + bias[j], for the K classes named in `classes`."""
+class FittedModels(NamedTuple):
+    """J regressions: class scores of x (n, D) are x @ weight[j].T + bias[j], for the K classes in `classes`."""
 
     weight: Tensor  # (J, K, D)
     bias: Tensor  # (J, K)
@@ -43,13 +44,16 @@ class Fit(NamedTuple):
 # The solver
 
 
-class Principal:
-    """Features in the axes of their covariance: `x` (n, D) is centered and rotated in place. The penalty does not see a
-    rotation, and the bias takes up the shift, so the optimum is the same; but here the curvature of the loss is nearly
-    diagonal, which turns hundreds of iterations into tens, however badly the features are scaled."""
+class PrincipalAxes:
+    """Features in the axes of their covariance: x (n, D) is centered and rotated in place.
+
+    The penalty is invariant to rotation and the bias absorbs the shift, so the optimum is the same. But in these axes
+    the curvature of the loss is nearly diagonal, which turns hundreds of iterations into tens, however badly the
+    features are scaled.
+    """
 
     def __init__(self, x: Tensor, chunk: int = 2**14):
-        wide = torch.float32 if x.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+        wide = torch.float32 if x.device.type == "mps" else torch.float64  # Apple GPUs have no float64
         n, dim = x.shape
         self.x, self.mean = x, sum(part.to(wide).sum(0) for part in x.split(chunk)) / n
         covariance = torch.zeros(dim, dim, dtype=wide, device=x.device)
@@ -61,33 +65,33 @@ class Principal:
         for part in x.split(chunk):
             part.copy_((part.to(wide) - self.mean) @ self.axes)
 
-    def back(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights (J, K, D) and biases (J, K) for the features as they were before."""
+    def in_original_axes(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (J, K, D) and biases (J, K) for the features before centering and rotation."""
         weight = weight.to(self.axes) @ self.axes.T
         return weight, bias.to(self.axes) - weight @ self.mean
 
 
-class Objective:
-    """Mean cross-entropy + |W|^2 / (2 C n) of many models at once, the bias not penalized: what scikit-learn's
-    LogisticRegression(C) minimizes, divided by C n. Two classes are, there too, one vector w = W_1 - W_0, and |w|^2 is
-    penalized, which is twice |W|^2 at the optimum."""
+class PenalizedLoss:
+    """Mean cross-entropy + |W|^2 / (2 C n) of many models at once, without a penalty on the bias: the objective of
+    scikit-learn's LogisticRegression(C), divided by C n. For two classes scikit-learn penalizes the single vector
+    w = W_1 - W_0, and |w|^2 is twice |W|^2 at the optimum, hence the factor 2."""
 
-    def __init__(self, features: Principal, rows: Tensor, labels: Tensor, n_classes: int, cs: Tensor):
+    def __init__(self, features: PrincipalAxes, rows: Tensor, labels: Tensor, n_classes: int, cs: Tensor):
         self.x, self.rows, self.labels, self.n_classes = features.x, rows, labels, n_classes
         self.variance = torch.cat([features.variance, features.variance.new_ones(1)])  # (D + 1,), 1 for the bias
         self.penalty = (2 if n_classes == 2 else 1) / (cs.to(features.variance) * len(rows))  # (J,)
         self.penalized = torch.cat([torch.ones_like(features.variance), features.variance.new_zeros(1)])  # (D + 1,)
 
     def __call__(self, w: Tensor, models: Tensor, curved: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
-        """At weights w (A, K, D + 1), bias last, of the models numbered in `models` (A,): loss (A,), its gradient, like
-        w, and, if `curved`, the diagonal of its second derivative, likewise."""
+        """At weights w (A, K, D + 1), bias last, of the models with indices `models` (A,): the loss (A,), its gradient,
+        shaped like w, and if `curved` the diagonal of its Hessian, likewise."""
         (n_models, n_classes, width), n = w.shape, len(self.rows)
         loss = self.penalty.new_zeros(n_models)
         gradient, curvature = torch.zeros_like(w), torch.zeros_like(w) if curved else None
-        step = max(16, (2**26 if w.is_cuda else 2**20) // (n_models * n_classes))  # logits stay in a CPU's cache
+        step = max(16, (2**26 if w.is_cuda else 2**20) // (n_models * n_classes))  # logits fit a CPU's cache
         for rows, labels in zip(self.rows.split(step), self.labels.split(step)):
             x = torch.cat([self.x[rows].to(w.dtype), w.new_ones(len(rows), 1)], 1)  # (b, D + 1)
-            p = (x @ w.flatten(0, 1).T).unflatten(1, (n_models, n_classes))  # (b, A, K), logits as yet
+            p = (x @ w.flatten(0, 1).T).unflatten(1, (n_models, n_classes))  # (b, A, K), the logits
             right = labels[:, None, None].expand(-1, n_models, 1)
             p -= p.amax(2, keepdim=True)
             own = p.gather(2, right)[..., 0]
@@ -107,46 +111,47 @@ class Objective:
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products (A,) of tensors (A, K, D), float64 where there is such a thing."""
+    """Inner products (A,) of tensors (A, K, D), in float64 where the device has it."""
     products = torch.linalg.vecdot(a.flatten(1), b.flatten(1))
     return products if a.device.type == "mps" else products.double()
 
 
-def scaled(factor: Tensor, x: Tensor) -> Tensor:
+def per_model(factor: Tensor, x: Tensor) -> Tensor:
+    """Factors (A,) times tensors (A, K, D)."""
     return factor.to(x.dtype)[:, None, None] * x
 
 
-def newton(gradient: Tensor, curvature: Tensor) -> Tensor:
-    """The step that this diagonal curvature calls for, among those that leave the sum over classes as it is: equal
-    changes of all classes' weights have no effect but on the penalty, so at the optimum that sum is zero."""
+def newton_step(gradient: Tensor, curvature: Tensor) -> Tensor:
+    """The Newton step for a diagonal Hessian, projected to keep the sum over classes: adding the same to the weights of
+    all classes changes nothing but the penalty, so at the optimum their sum is zero."""
     level = (gradient / curvature).sum(1, keepdim=True) / (1 / curvature).sum(1, keepdim=True)
     return (gradient - level) / curvature
 
 
-def descent(gradient: Tensor, curvature: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """The direction of L-BFGS (Nocedal & Wright 2006, algorithm 7.4), from the diagonal `curvature` and the latest
-    changes of weights and gradients, and the inverse of their product."""
+def lbfgs_direction(gradient: Tensor, curvature: Tensor, pairs: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """The L-BFGS direction (Nocedal & Wright 2006, algorithm 7.4), preconditioned by the diagonal `curvature`. `pairs`:
+    the latest changes s of the weights and y of the gradients, with 1 / <s, y>."""
     q, factors = gradient.clone(), []
     for s, y, inverse in reversed(pairs):
         factors.append(inverse * dot(s, q))
-        q -= scaled(factors[-1], y)
-    q = newton(q, curvature)
+        q -= per_model(factors[-1], y)
+    q = newton_step(q, curvature)
     if pairs:
         s, y, inverse = pairs[-1]
-        scale = dot(s, y) / dot(newton(y, curvature), y).clamp(min=1e-30)
-        q = scaled(torch.where(inverse > 0, scale, 1.0), q)
+        scale = dot(s, y) / dot(newton_step(y, curvature), y).clamp(min=1e-30)
+        q = per_model(torch.where(inverse > 0, scale, 1.0), q)
     for (s, y, inverse), factor in zip(pairs, reversed(factors)):
-        q += scaled(factor - inverse * dot(y, q), s)
+        q += per_model(factor - inverse * dot(y, q), s)
     return -q
 
 
 def minimize(objective, w: Tensor, models: Tensor, max_iter: int, tol: float, history: int = 10,
              bar=None) -> tuple[Tensor, Tensor, Tensor]:
-    """L-BFGS for many independent problems at once, with steps halved until the loss decreases; those that are done
-    leave the batch. Returns weights (J, K, D), whether each has converged, and the iterations made, (J,).
+    """L-BFGS on many independent problems at once, with backtracking line search; finished ones leave the batch.
+    Returns weights (J, K, D), whether each problem has converged (J,), and its number of iterations (J,).
 
-    Converged: the next step is at most `tol` times as long as w. A problem is also left when its loss decreases no
-    more, which is where its number format ends.
+    A problem has converged when the next step is at most `tol` times as long as w. It is given up when its loss no
+    longer decreases, at the limit of its floating-point precision.
     """
     result, eps = w.clone(), 4 * torch.finfo(w.dtype).eps
     converged, iterations = torch.zeros(len(w), dtype=torch.bool, device=w.device), torch.zeros_like(models)
@@ -154,7 +159,7 @@ def minimize(objective, w: Tensor, models: Tensor, max_iter: int, tol: float, hi
     loss, gradient, curvature = objective(w, models)
     stuck, idle = torch.zeros_like(converged), torch.zeros_like(models)
     for iteration in range(max_iter + 1):
-        direction = descent(gradient, curvature, pairs)
+        direction = lbfgs_direction(gradient, curvature, pairs)
         done = dot(direction, direction) <= tol**2 * dot(w, w)
         converged[active[done]] = True
         stay = ~(done | stuck)
@@ -170,13 +175,13 @@ def minimize(objective, w: Tensor, models: Tensor, max_iter: int, tol: float, hi
         iterations[active] += 1
         slope, rate, high = dot(direction, gradient), torch.ones_like(loss), torch.arange(len(w), device=w.device)
         new, after, new_gradient = torch.empty_like(w), torch.empty_like(loss), torch.empty_like(w)
-        renew = iteration < 5 or iteration % 5 == 0  # the curvature, which costs half as much as all the rest
+        renew = iteration < 5 or iteration % 5 == 0  # the curvature costs half as much as everything else
         for _ in range(12):
-            new[high] = w[high] + scaled(rate[high], direction[high])
+            new[high] = w[high] + per_model(rate[high], direction[high])
             after[high], new_gradient[high], curved = objective(new[high], models[active[high]], renew)
             if renew:
                 curvature[high] = curved
-            high = (~(after <= loss + 1e-4 * rate * slope + eps * loss)).nonzero()[:, 0]  # also where it is NaN
+            high = (~(after <= loss + 1e-4 * rate * slope + eps * loss)).nonzero()[:, 0]  # also true for NaN
             if not len(high):
                 break
             rate[high] *= 0.5
@@ -196,18 +201,18 @@ def minimize(objective, w: Tensor, models: Tensor, max_iter: int, tol: float, hi
 
 @full_float32()
 @torch.no_grad()
-def fit(features: Principal, labels: Tensor, cs, rows: Tensor | None = None, max_iter: int = 1000, tol: float = 1e-4,
-        progress: bool = False) -> Fit:
-    """Multinomial logistic regression of labels (n,) for each C of `cs` at once: every pass over the rows serves all
-    values of C that have not converged. `rows` chooses training rows; None: all. First in the precision of the
-    features; where that ends too early, on in float64. Raises ValueError for less than two classes."""
+def fit(features: PrincipalAxes, labels: Tensor, cs, rows: Tensor | None = None, max_iter: int = 1000,
+        tol: float = 1e-4, progress: bool = False) -> FittedModels:
+    """Multinomial logistic regression of labels (n,) for all values of C at once: one pass over the data serves every
+    C that has not converged. `rows` selects training rows; None: all. Runs in the precision of the features first, then
+    in float64 for those that have not converged. Raises ValueError for fewer than two classes."""
     device = labels.device
     rows = torch.arange(len(labels), device=device) if rows is None else rows
     classes, labels = labels[rows].unique(return_inverse=True)
     if len(classes) < 2:
         raise ValueError("all training images are of one class; logistic regression needs two or more")
     cs = torch.as_tensor(cs, dtype=torch.float64).to(features.variance)
-    objective = Objective(features, rows, labels, len(classes), cs)
+    objective = PenalizedLoss(features, rows, labels, len(classes), cs)
     w = features.x.new_zeros(len(cs), len(classes), features.x.shape[1] + 1)
     todo, converged = torch.arange(len(cs), device=device), torch.zeros(len(cs), dtype=torch.bool, device=device)
     iterations, result = torch.zeros(len(cs), dtype=torch.int64, device=device), w.to(features.axes)
@@ -221,14 +226,15 @@ def fit(features: Principal, labels: Tensor, cs, rows: Tensor | None = None, max
                 iterations[todo] += made
                 todo = todo[~well & (iterations[todo] < max_iter)]
                 bar.update(-len(todo))
-    weight, bias = features.back(result[..., :-1], result[..., -1])
-    return Fit(weight, bias, classes, converged, iterations)
+    weight, bias = features.in_original_axes(result[..., :-1], result[..., -1])
+    return FittedModels(weight, bias, classes, converged, iterations)
 
 
-def fit_by_sklearn(x: Tensor, labels: Tensor, cs, rows: Tensor | None = None, max_iter: int = 1000, tol: float = 1e-6,
-                   progress: bool = False, dtype: torch.dtype = torch.float64) -> Fit:
-    """The same by scikit-learn, in `dtype`, one value of C after the other. Its `tol` is the largest entry of the
+def fit_with_sklearn(x: Tensor, labels: Tensor, cs, rows: Tensor | None = None, max_iter: int = 1000, tol: float = 1e-6,
+                     progress: bool = False, dtype: torch.dtype = torch.float64) -> FittedModels:
+    """The same with scikit-learn, in `dtype`, one C after the other. Here `tol` bounds the largest entry of the
     gradient."""
+    # scikit-learn takes a second to import, and only --sklearn needs it
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -238,13 +244,13 @@ def fit_by_sklearn(x: Tensor, labels: Tensor, cs, rows: Tensor | None = None, ma
         raise ValueError("all training images are of one class; logistic regression needs two or more")
     for c in tqdm(cs, desc="scikit-learn", unit="C", leave=False, disable=None if progress else True):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # told by n_iter_
+            warnings.simplefilter("ignore", ConvergenceWarning)  # n_iter_ tells
             models.append(LogisticRegression(C=float(c), max_iter=max_iter, tol=tol).fit(x, y))
     weight, bias = (torch.from_numpy(np.stack([getattr(m, name) for m in models])) for name in ("coef_", "intercept_"))
-    if weight.shape[1] == 1:  # two classes are one vector there
+    if weight.shape[1] == 1:  # one vector for two classes
         weight, bias = torch.cat([-weight, weight], 1) / 2, torch.cat([-bias, bias], 1) / 2
     iterations = torch.tensor([int(m.n_iter_[0]) for m in models])
-    return Fit(weight, bias, torch.from_numpy(models[0].classes_).long(), iterations < max_iter, iterations)
+    return FittedModels(weight, bias, torch.from_numpy(models[0].classes_).long(), iterations < max_iter, iterations)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -252,36 +258,31 @@ def fit_by_sklearn(x: Tensor, labels: Tensor, cs, rows: Tensor | None = None, ma
 
 
 @full_float32()
-def accuracies(models: Fit, x: Tensor, labels: Tensor, n_classes: int) -> dict[str, Tensor]:
-    """Of each model, in percent: top1 and top5 (J,), and per_class (J, n_classes), top-1 of each class, NaN for those
-    that do not occur. A class that was not trained is never right."""
-    number = torch.full((n_classes,), -1, device=x.device)
-    number[models.classes.to(x.device)] = torch.arange(len(models.classes), device=x.device)
-    weight, bias = models.weight.to(x), models.bias.to(x)
-    top1, top5 = torch.zeros(2, len(weight), n_classes, device=x.device)
-    for part, answers in zip(x.split(2**12), labels.split(2**12)):
-        own, known = number[answers], number[answers] >= 0
+def places_of_answers(models: FittedModels, x: Tensor, labels: Tensor) -> Tensor:
+    """The place of the right class of each image by each model, (n, J), for accuracies(). A class without training
+    images comes last."""
+    index = torch.full((int(max(labels.max(), models.classes.max())) + 1,), -1, device=x.device)
+    index[models.classes.to(x.device)] = torch.arange(len(models.classes), device=x.device)
+    weight, bias, answers = models.weight.to(x), models.bias.to(x), index[labels]  # (J, K, D), (J, K), (n,)
+    places = torch.empty(len(x), len(weight), dtype=torch.int32, device=x.device)
+    for start in range(0, len(x), 2**12):
+        rows = slice(start, start + 2**12)
         for j in range(len(weight)):
-            rank = ranks(part @ weight[j].T + bias[j], own.clamp(min=0))
-            for hits, t in ((top1, 1), (top5, 5)):
-                hits[j].index_add_(0, answers, ((rank < t) & known).to(hits.dtype))
-    count = torch.bincount(labels, minlength=n_classes)
-    return dict(top1=100 * top1.sum(1) / len(labels), top5=100 * top5.sum(1) / len(labels),
-                per_class=100 * top1 / count)
+            places[rows, j] = place_of_answer(x[rows] @ weight[j].T + bias[j], answers[rows].clamp(min=0)).int()
+    return places.masked_fill(answers[:, None] < 0, torch.iinfo(torch.int32).max)
 
 
-def sweep(solve, cs, rows: Tensor, held: tuple[Tensor, Tensor], n_classes: int,
-          metric: str) -> tuple[dict[float, float], int]:
-    """Fits models for all C on these rows, each process some of them: {C: its figure on the images held out}, and how
-    many have not converged."""
+def sweep(solve, cs, rows: Tensor, held_out: tuple[Tensor, Tensor], metric: str) -> tuple[dict[float, float], int]:
+    """Fits a model to these rows for each C, sharing the values of C between the ranks. Returns {C: accuracy on the
+    images held out}, and how many fits have not converged."""
     rank, n_ranks = world()
     mine = list(range(rank, len(cs), n_ranks))
     figures = torch.zeros(len(cs), device=rows.device)
     failed = torch.zeros((), dtype=torch.int64, device=rows.device)
     if mine:
         models = solve([cs[j] for j in mine], rows)
-        scores = accuracies(models, *held, n_classes)
-        figures[mine] = scores["top1"] if metric == "accuracy" else scores["per_class"].nanmean(1)
+        measured = accuracies(places_of_answers(models, *held_out), held_out[1])
+        figures[mine] = measured["top1" if metric == "accuracy" else "mean_per_class"].to(figures)
         failed += (~models.converged).sum().to(failed.device)
     if n_ranks > 1:
         dist.all_reduce(figures)
@@ -289,56 +290,57 @@ def sweep(solve, cs, rows: Tensor, held: tuple[Tensor, Tensor], n_classes: int,
     return dict(zip(cs, figures.tolist())), int(failed)
 
 
-def run(e: Evaluation) -> dict:
-    """The whole protocol on the images of an open evaluation."""
+def evaluate_logreg(e: Evaluation) -> dict:
+    """The whole protocol on the images of an open evaluation. Returns the result."""
     args = e.args
-    finetune = e.open(args.finetune) if args.finetune else None  # a mistake shows before the features take their time
+    finetune = e.open(args.finetune) if args.finetune else None  # find mistakes before extracting features
     common_labels(e.train, finetune)
     x, labels = e.labeled(e.train, e.train_labels)
-    test = e.labeled(e.val, e.val_labels)
-    rows = torch.arange(len(x), device=x.device)  # to fit with when C is chosen; afterwards, all
-    held = test
+    test = held_out = e.labeled(e.val, e.val_labels)
+    rows = torch.arange(len(x), device=x.device)  # to fit while C is chosen; the final fit uses all
     if args.finetune:
-        held = e.labeled(finetune, common_labels(e.train, finetune)[1])
-        x, labels = torch.cat([x, held[0]]), torch.cat([labels, held[1]])
+        held_out = e.labeled(finetune, common_labels(e.train, finetune)[1])
+        x, labels = torch.cat([x, held_out[0]]), torch.cat([labels, held_out[1]])
     elif not args.finetune_on_val:
         if len(x) < 10:
-            raise ValueError(f"a tenth of {len(x)} training images is none; choose C by --finetune or "
+            raise ValueError(f"cannot hold out a tenth of {len(x)} training images; choose C with --finetune or "
                              "--finetune-on-val")
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)  # as officially
-        rows = order[len(x) // 10 :]
-        held = x[order[: len(x) // 10]], labels[order[: len(x) // 10]]
-    n_classes = int(max(labels.max(), test[1].max())) + 1
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)  # the official split
+        held, rows = order[: len(x) // 10], order[len(x) // 10 :]
+        held_out = x[held], labels[held]
     options = dict(max_iter=args.max_iter, tol=args.tol, progress=world()[0] == 0)
     if args.sklearn:
-        solve = partial(fit_by_sklearn, x, labels, **options)
+        solve = partial(fit_with_sklearn, x, labels, **options)
     else:
-        solve = partial(fit, Principal(x), labels, **options)  # turns x where it stands
-    figures, failed = sweep(solve, args.cs, rows, held, n_classes, args.metric)
-    best = max(figures, key=figures.get)  # the first, so the strongest penalty, of equals
+        solve = partial(fit, PrincipalAxes(x), labels, **options)  # rotates x in place
+    figures, failed = sweep(solve, args.cs, rows, held_out, args.metric)
+    best = max(figures, key=figures.get)  # of equals the first, which has the strongest penalty
     final = solve([best])
-    failed += not final.converged.all()
-    scores = accuracies(final, *test, n_classes)
-    result = dict(top1=scores["top1"].item(), top5=scores["top5"].item(),
-                  mean_per_class=scores["per_class"].nanmean().item(), best_c=best, chosen_by=figures[best],
-                  figures={f"{c:.3g}": value for c, value in figures.items()}, not_converged=failed,
-                  iterations=int(final.iterations))
-    return result | dict(classes=len(final.classes), train_images=len(labels), val_images=len(test[1]))
+    measured = {name: value.item() for name, value in accuracies(places_of_answers(final, *test), test[1]).items()}
+    return measured | dict(
+        best_c=best, chosen_by=figures[best], figures={f"{c:.3g}": value for c, value in figures.items()},
+        not_converged=failed + int(not final.converged.all()), iterations=int(final.iterations),
+        classes=len(final.classes), train_images=len(labels), val_images=len(test[1]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    flags = Flags(__doc__)
-    flags.add_argument("--finetune", default="", help="labeled images to choose C by; empty: a tenth of --train")
-    flags.add_argument("--finetune-on-val", action="store_true", help="choose C by the images of --val")
-    flags.add_argument("--metric", choices=("accuracy", "mean_per_class"), default="accuracy", help="to choose C by")
-    flags.add_argument("--cs", type=float, nargs="+", default=list(CS), help="values of C to choose from")
-    flags.add_argument("--max-iter", type=int, default=1000, help="iterations of a fit")
-    flags.add_argument("--tol", type=float, default=0.0, help="a fit is done when its next step would change the "
-                       "weights by less than this share; 0: 1e-4, or 1e-7 of scikit-learn's own kind")
-    flags.add_argument("--sklearn", action="store_true", help="fit by scikit-learn, whose tol is of the gradient")
-    args = flags.parse_args(argv)
-    if min(args.cs) <= 0 or args.max_iter < 1 or not args.tol >= 0:
-        raise ValueError("--cs and --max-iter must be positive, --tol not negative")
+    parser = EvaluationParser(__doc__)
+    add = parser.add_argument
+    add("--finetune", default="", help="labeled images to choose C on; empty: a tenth of --train")
+    add("--finetune-on-val", action="store_true", help="choose C on the images of --val")
+    add("--metric", choices=("accuracy", "mean_per_class"), default="accuracy", help="to choose C by")
+    add("--cs", type=positive, nargs="+", default=list(CS), help="values of C to choose from")
+    add("--max-iter", type=at_least(1), default=1000, help="iterations per fit")
+    add("--tol", type=float, default=0.0, help="a fit has converged when the next step would change the weights by "
+        "less than this share of their norm; 0: 1e-4. With --sklearn: the largest entry of the gradient; 0: 1e-7")
+    add("--sklearn", action="store_true", help="fit with scikit-learn")
+    args = parser.parse_args(argv)
+    if not args.tol >= 0:
+        raise ValueError("--tol must not be negative")
     args.cs, args.tol = sorted(args.cs), args.tol or (1e-7 if args.sklearn else 1e-4)
     if args.finetune and args.finetune_on_val:
         raise ValueError("--finetune and --finetune-on-val exclude each other; choose one")
@@ -347,15 +349,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
-    with Evaluation("logreg", args, margin=False) as e:
-        if e.val is None:
-            raise ValueError(f"{e.specs[0]} comes without images to classify; name them by --val")
-        result = run(e)
-        if world()[0] == 0 and result["not_converged"]:
-            print(f"{result['not_converged']} of {len(args.cs) + 1} fits have not converged to --tol {args.tol:g} in "
-                  f"--max-iter {args.max_iter} iterations; their figures are those of where they were", file=sys.stderr)
-        by = args.finetune or ("--val" if args.finetune_on_val else "a tenth of --train, held out")
-        protocol = dict(solver="scikit-learn" if args.sklearn else "l-bfgs", cs=len(args.cs), chosen_on=by,
+    with Evaluation("logreg", args, margin=False, needs_val=True) as e:
+        result = evaluate_logreg(e)
+        if result["not_converged"]:
+            say(f"{result['not_converged']} of {len(args.cs) + 1} fits have not converged to --tol {args.tol:g} within "
+                f"--max-iter {args.max_iter} iterations; their accuracies are those of the last iterate")
+        chosen_on = args.finetune or ("--val" if args.finetune_on_val else "a tenth of --train, held out")
+        protocol = dict(solver="scikit-learn" if args.sklearn else "l-bfgs", cs=len(args.cs), chosen_on=chosen_on,
                         metric=args.metric, max_iter=args.max_iter, tol=args.tol)
         e.report(protocol, result, {"logistic regression top-1": f"{result['top1']:.2f} %",
                                     "top-5": f"{result['top5']:.2f} %", "C =": f"{result['best_c']:.3g}"})

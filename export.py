@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import sys
 import tempfile
 from functools import partial
@@ -25,11 +24,11 @@ from tqdm import tqdm
 from data import make_loader, normalize, to_float
 from hub import image_rules, load, read
 from model import DinoVisionTransformer
-from support.cli import Parser, run, run_subcommand
-from support.evaluation import DTYPES, check_finite
+from support.cli import DTYPES, Parser, run, run_subcommand
+from support.evaluation import check_finite
 from support.images import FITS, FittedImages
 from support.parallel import pick_device, worker_count
-from support.run import write_file
+from support.run import replacing, write_file
 from support.sources import image_paths
 
 
@@ -151,16 +150,13 @@ def write_transformers(model: DinoVisionTransformer, folder: Path, rules: dict) 
     if folder.exists():
         raise ValueError(f"{folder} exists; name a new folder")
     configs = {"config.json": transformers_config(model), "preprocessor_config.json": image_config(**rules)}
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
-        save_weights(as_transformers(model.state_dict()), partial / "model.safetensors")
-        for name, config in configs.items():
-            write_file(partial / name, lambda file, text=json.dumps(config, indent=1): file.write(text.encode()))
-        partial.rename(folder)
+        with replacing(folder) as temporary:
+            save_weights(as_transformers(model.state_dict()), temporary / "model.safetensors")
+            for name, config in configs.items():
+                write_file(temporary / name, lambda file, text=json.dumps(config, indent=1): file.write(text.encode()))
     except OSError as error:
         raise ValueError(f"could not write {folder} ({error.strerror})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -183,13 +179,11 @@ def features(argv: list[str]) -> None:
                         "for the short side, or 0 to keep the size of each image; default: the size of the weights")
     parser.add_argument("--fit", choices=FITS, default="crop", help="how images are brought to that size and to "
                         "multiples of the patch size: center crop, centered padding, or resizing")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="precision of the backbone")
+    parser.add_machine_flags("device", "dtype", "num-workers")
     parser.add_argument("--batch-size", type=int, default=32, help="images of the same size per forward pass")
-    parser.add_argument("--num-workers", type=int, default=-1, help="data-loading workers; -1: by the number of cores")
     args = parser.parse_args(argv)
-    if args.batch_size < 1 or args.num_workers < -1:
-        raise ValueError("--batch-size must be 1 or more, --num-workers -1 or more")
+    if args.batch_size < 1:
+        raise ValueError("--batch-size must be 1 or more")
     if args.out.suffix != ".npz" and (args.out.suffix and not args.out.is_dir() or args.out.is_file()):
         raise ValueError(f"--out {args.out} must be a file that ends in .npz, or a folder")
     device = pick_device(args.device)

@@ -50,6 +50,7 @@ from heads import CLASSES, RANGES, RECIPES, DPTHead, Dense, LinearDepthHead, Rec
 from mask2former import Mask2Former
 from model import ARCHS, FORMAT, DinoVisionTransformer, load_backbone, load_strictly, read_checkpoint
 from support.cli import Parser, nearest, run, run_subcommand
+from support.run import replacing
 
 URL = "https://dl.fbaipublicfiles.com/dinov2"
 RELEASED = tuple(f"dinov2_vit{size}14{reg}" for size in "sblg" for reg in ("", "_reg"))
@@ -101,17 +102,14 @@ def released_file(name: str, part: str) -> Path:
     url, path = f"{URL}/{base}/{file}", Path(torch.hub.get_dir(), "checkpoints", file)
     if path.exists():
         return path
-    partial = path.with_name(f"{file}.{os.getpid()}.partial")  # other processes may be downloading it too
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(partial))
-        read_pth(str(partial))  # an interrupted download looks like a finished one
-        partial.replace(path)
+        with replacing(path) as temporary:
+            torch.hub.download_url_to_file(url, str(temporary))
+            read_pth(str(temporary))  # an interrupted download looks like a finished one
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ValueError(f"could not download {url} ({error}); fetch it on another machine and put it at "
                          f"{path}") from None
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import inspect
 import itertools
 import math
@@ -27,7 +26,6 @@ import os
 import re
 import shutil
 import sys
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,31 +34,26 @@ from typing import Annotated, Literal, get_args, get_origin
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 import losses
 from data import (
     MEAN, STD, Batch, Prefetcher, TrainBatches, Unreadable, augment, augment_at_once, check_groups, keep_memory,
     prepare, train_loader)
-from eval_knn import evaluate, knn_accuracy
+from eval_knn import evaluate_knn, knn_accuracy
 from model import ARCHS, FORMAT, DINOHead, build, init_linear, load_backbone, load_strictly
-from support.cli import Parser, nearest
+from support.cli import Parser, last_line, nearest
 from support.draw import draw_batch
-from support.images import reason
 from support.parallel import (
-    CHECKPOINTING, SHARDINGS, Agreement, Failed, all_reduce_in_backward, be_deterministic, load_kernel, local_shards,
-    mean_over_processes, n_replicas, pick_device, shard, start_processes, together, why, worker_count)
+    CHECKPOINTING, SHARDINGS, Failed, SharedFlags, all_reduce_in_backward, be_deterministic, full_weights, is_sharded,
+    load_kernel, local_shards, mean_over_processes, n_replicas, on_all_ranks, pick_device, shard, start_processes,
+    worker_count)
 from support.run import (
-    Log, NonFinite, OutputLock, Saver, StopSignals, TooManyBad, check_metadata, check_output, claim_output, restarted,
-    same_command, summary, take_output, verify)
-from support.sources import InMemory, eval_specs, open_source
+    Log, NonFinite, OutputLock, Saver, StopSignals, TooManyBad, check_output, claim_output, load_newest, restarted,
+    same_command, summary, take_output, weights_sha256)
+from support.sources import InMemory, check_readable, eval_specs, open_on_all_ranks
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -324,7 +317,7 @@ def param_groups(student: nn.ModuleDict, cfg: Config, matrices: bool | None = No
                 continue
             key = param_options(name, depth, cfg.layerwise_decay, cfg.patch_embed_lr_mult)
             group = dict(zip(("lr_mult", "wd_mult", "is_last_layer"), key))
-            sharded = isinstance(p, DTensor)  # a fused optimizer does not take a mixture
+            sharded = is_sharded(p)  # a fused optimizer does not take a mixture
             groups.setdefault((*key, sharded), group | dict(params=[]))["params"].append(p)
     return list(groups.values())
 
@@ -572,31 +565,13 @@ def train_step(student: nn.ModuleDict, teacher: nn.ModuleDict, optimizers: list[
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Processes and sharding
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Output folder: who may write here, what is kept
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# State of a run: what is saved and loaded
-
-
-def teacher_checkpoint(teacher: nn.ModuleDict, cfg: Config, preset: str, step: int) -> dict:
-    """What ckpt.pth holds: the teacher's full weights under the official names, as they are now, on rank 0 (other
-    processes must call too), with all that is needed to use them."""
-    weights = get_model_state_dict(teacher, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    arguments, on_cpu = backbone_arguments(cfg), next(teacher.parameters()).device.type == "cpu"  # the living weights
-    return dict(format=FORMAT, preset=preset, config=dataclasses.asdict(cfg), step=step,
-                teacher={k: v.clone() if on_cpu else v for k, v in weights.items()},
-                model=ARCHS[arguments.pop("arch")] | arguments, torch=str(torch.__version__))
+# The state of a run
 
 
 class TrainState:
-    """What a run is at one step: networks, optimizer, centers. Everything else follows from the config and the step."""
+    """Networks, optimizers and centers. All else about a run at some step follows from the config and the step."""
 
-    def __init__(self, cfg: Config, mesh: DeviceMesh, device: torch.device, kernel=None):
+    def __init__(self, cfg: Config, mesh, device: torch.device, kernel=None):
         torch.manual_seed(cfg.seed)
         self.student = build_network(cfg, cfg.drop_path_rate)
         if cfg.init:
@@ -605,128 +580,49 @@ class TrainState:
             self.teacher = build_network(cfg)
         self.teacher.load_state_dict({k: v.clone() for k, v in self.student.state_dict().items()}, assign=True)
         self.teacher.requires_grad_(False).eval()
-        dtype = compute_dtype(cfg, device)
         if kernel is not None:
             for block in self.student["backbone"].block_list() + self.teacher["backbone"].block_list():
                 block.attn.kernel = kernel
-        self.n_shards = mesh.shape[-1]  # processes that hold one copy of the weights; the first ones save it
+        dtype, self.n_shards = compute_dtype(cfg, device), mesh.shape[-1]
         shard(self.student.to(device), mesh, dtype, cfg.activation_checkpointing, cfg.compile, mode=cfg.sharding)
         shard(self.teacher.to(device), mesh, dtype, compile_blocks=cfg.compile, with_backward=False)
         self.optimizers = build_optimizers(self.student, cfg)
         self.centers = build_centers(cfg, device)
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """{part: {name: tensor}}, no copies: saving reads them, loading fills them. Nothing but tensors is saved, so
-        that nothing else need be read."""
-        return self.networks() | self.optimizer_tensors()
 
-    def networks(self) -> dict[str, dict[str, Tensor]]:
-        return dict(student=dict(self.student.named_parameters()), teacher=dict(self.teacher.named_parameters()),
-                    centers=self.centers)
-
-    def optimizer_state(self) -> dict[str, dict]:
-        """{parameter: its state}, for the parameters that have had a gradient."""
-        states = [optimizer.state for optimizer in self.optimizers]
-        return {name: state[p] for name, p in self.student.named_parameters() for state in states if p in state}
-
-    def optimizer_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """{entry of the state, as exp_avg: {parameter: tensor}}. Numbers become tensors; None is left out."""
-        tensors: dict[str, dict[str, Tensor]] = {}
-        for name, entries in self.optimizer_state().items():
-            for key, value in entries.items():
-                if value is not None:
-                    value = value if torch.is_tensor(value) else torch.tensor(value, dtype=torch.float64)
-                    tensors.setdefault(key, {})[name] = value
-        return tensors
-
-    def create_optimizer_state(self) -> None:
-        """Has each optimizer create its own state for all parameters, in a step with zero gradients and lr 0."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = 0.0
-                for p in group["params"]:
-                    p.grad = torch.zeros_like(p)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    def load(self, save: Path) -> None:
-        """Fills networks, centers and optimizers from a save. Raises ValueError if other optimizers made it."""
-        self.create_optimizer_state()
-        saved = dcp.FileSystemReader(save).read_metadata().state_dict_metadata.keys()
-        saved = {name for name in saved if name.partition(".")[0] not in self.networks()}
-        created = [(key, name, t) for key, named in self.optimizer_tensors().items() for name, t in named.items()]
-        with_state = {name for key, name, _ in created if f"{key}.{name}" in saved}
-        created = {f"{key}.{name}": (key, name, t) for key, name, t in created if name in with_state}
-        if saved != created.keys():
-            raise ValueError(f"its optimizer is another: {min(saved ^ created.keys())}")
-        tensors = self.networks()
-        for key, name, tensor in created.values():
-            tensors.setdefault(key, {})[name] = tensor
-        dcp.load(tensors, checkpoint_id=str(save))
-        for name, entries in self.optimizer_state().items():
-            entries.update({key: type(value)(tensors[key][name].item()) for key, value in entries.items()
-                            if isinstance(value, (int, float)) and name in with_state})
-        for optimizer in self.optimizers:  # parameters that had no gradient yet start without state
-            for name, p in self.student.named_parameters():
-                if name not in with_state:
-                    optimizer.state.pop(p, None)
-
-    def load_newest(self, folder: Path) -> tuple[dict, list[str]]:
-        """Loads the newest save that is whole, made by any number of processes. Returns what its file `complete` says,
-        {} if there is no save, and the names of newer ones that are damaged. Raises ValueError if all are damaged, or
-        if it is foreign or holds anything but tensors."""
-        names = [sorted((path.name for path in folder.glob("step_*")), reverse=True)]
-        dist.broadcast_object_list(names)  # one process looks, lest a slow network file system give two answers
-        damaged = []
-        for name in names[0]:
-            try:
-                complete = verify(folder / name)
-            except Failed as error:
-                raise ValueError(f"{folder / name} cannot be read ({error}); try again") from None
-            if isinstance(complete, str):
-                damaged.append(name)
-                if dist.get_rank() == 0:
-                    print(f"note: {folder / name} is damaged ({complete}) and skipped", file=sys.stderr, flush=True)
-                continue
-            try:
-                check_metadata(folder / name / ".metadata")
-                self.load(folder / name)
-            except (Exception, CheckpointException) as error:  # a foreign save can fail in any way
-                raise ValueError(f"{folder / name} cannot be continued from ({why(error)}), although it is whole: "
-                                 f"if settings have changed, go back to those in {folder.parent}/config.json") from None
-            return complete, damaged
-        if damaged:
-            raise ValueError(f"no save in {folder} is whole; copy {folder.parent}/ckpt.pth, the teacher, if you want "
-                             "to keep it, then start anew with --overwrite")
-        return {}, []
+def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
+    """Of the backbones' weights and activations in a step; master weights are float32."""
+    bf16 = cfg.dtype == "bf16" or cfg.dtype == "auto" and device.type != "cpu"
+    return torch.bfloat16 if bf16 else torch.float32
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Saving, while training goes on
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Evaluation and logging during the run
+def teacher_checkpoint(teacher: nn.ModuleDict, cfg: Config, preset: str, step: int) -> dict:
+    """The content of ckpt.pth: the teacher's weights under the official names, and all that is needed to use them. Call
+    it on all ranks; rank 0 gets the weights, on the CPU."""
+    weights = full_weights(teacher, cpu_offload=True)
+    arguments, on_cpu = backbone_arguments(cfg), next(teacher.parameters()).device.type == "cpu"
+    return dict(format=FORMAT, preset=preset, config=dataclasses.asdict(cfg), step=step,
+                teacher={k: v.clone() if on_cpu else v for k, v in weights.items()},  # not the weights being trained
+                model=ARCHS[arguments.pop("arch")] | arguments, torch=str(torch.__version__))
 
 
 class Knn:
-    """k-NN of the teacher during the run, and of raw pixels once. Every process extracts a share of the features."""
+    """k-NN accuracy of the teacher during the run, and of raw pixels. Each process extracts a share of the features."""
 
     def __init__(self, cfg: Config, device: torch.device, sources: list):
         self.cfg, self.device, self.sources = cfg, device, sources
-        for source in self.sources:
+        for source in sources:
             if source is not None and source.labels is None:
                 raise ValueError(f"--eval-every needs labels, and {source.name} has none; make one sub-folder per "
                                  "class, or set --eval-every 0")
 
     def teacher(self, teacher: nn.ModuleDict) -> dict[str, float]:
         cfg = self.cfg
-        weights = get_model_state_dict(teacher["backbone"], options=StateDictOptions(full_state_dict=True))
         with torch.device("meta"):
             backbone = build(**backbone_arguments(cfg))
-        backbone.load_state_dict(weights, assign=True)
-        return evaluate(backbone.eval(), *self.sources, cfg.eval_resize, cfg.eval_crop, self.device,
-                        local_workers(cfg), mean=cfg.mean, std=cfg.std)
+        backbone.load_state_dict(full_weights(teacher["backbone"]), assign=True)
+        return evaluate_knn(backbone.eval(), *self.sources, cfg.eval_resize, cfg.eval_crop, self.device,
+                            local_workers(cfg), mean=cfg.mean, std=cfg.std)
 
     def raw_pixels(self) -> dict[str, float] | None:
         """The same vote on the pixels themselves; None for sources that are not in memory."""
@@ -737,6 +633,7 @@ class Knn:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# A run
 
 
 @dataclass
@@ -751,12 +648,12 @@ class Run:
     state: TrainState
     lock: OutputLock | None  # of rank 0
     start: int  # steps already done
-    counters: dict[str, int]  # bad images and skipped steps so far
+    counters: dict[str, int]  # unreadable images and skipped steps so far
     damaged: list[str]  # saves that could not be used
 
 
 def training_batches(cfg: Config, source, rank: int, n_ranks: int) -> TrainBatches:
-    n_drops = 2 * ARCHS[cfg.arch]["depth"] if cfg.drop_path_rate else 0  # two branches in each block
+    n_drops = 2 * ARCHS[cfg.arch]["depth"] if cfg.drop_path_rate else 0  # two residual branches per block
     return TrainBatches(
         source, batch_size=cfg.batch_size, group_size=cfg.group_size, seed=cfg.seed, rank=rank, world=n_ranks,
         accumulation_steps=cfg.gradient_accumulation_steps, n_drops=n_drops,
@@ -767,80 +664,60 @@ def training_batches(cfg: Config, source, rank: int, n_ranks: int) -> TrainBatch
                  blur_probs=cfg.blur_probs, solarize_prob=cfg.solarize_prob))
 
 
+def prepared_batches(run: Run, batches: TrainBatches) -> Prefetcher:
+    """The batches of the steps still to be done, on the device, augmented."""
+    cfg, on_gpu = run.cfg, run.device.type == "cuda"
+    color = torch.compile(augment_at_once, dynamic=False) if cfg.compile and on_gpu else augment  # a graph per size
+    loader = train_loader(batches, run.start, cfg.steps, local_workers(cfg), pin_memory=on_gpu)
+    move = partial(prepare, device=run.device, mean=cfg.mean, std=cfg.std, augment=color)
+    return Prefetcher(loader, move, run.device)
+
+
 def local_workers(cfg: Config) -> int:
     return worker_count(cfg.num_workers, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def check_shared_memory(cfg: Config, n_ranks: int) -> None:
     """Raises ValueError if the batches that wait in the workers do not fit into shared memory, which containers often
-    limit to 64 MB; the workers would die of a bus error."""
+    limit to 64 MB: the workers would die of a bus error."""
     pixels = 2 * cfg.global_crops_size**2 + cfg.local_crops_number * cfg.local_crops_size**2
     here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     images = cfg.batch_size // (n_ranks * cfg.gradient_accumulation_steps)
     need = (2 * local_workers(cfg) + 1) * here * images * pixels * cfg.in_chans  # 2 batches per worker wait
     if cfg.num_workers and os.path.isdir("/dev/shm") and need > (free := shutil.disk_usage("/dev/shm").free):
-        raise ValueError(f"/dev/shm has {free / 2**20:.0f} MB free, batches in the making need {need / 2**20:.0f} MB; "
+        raise ValueError(f"/dev/shm has {free / 2**20:.0f} MB free, prefetched batches need {need / 2**20:.0f} MB; "
                          "start the container with --ipc=host or a larger --shm-size, or lower --num-workers")
 
 
-def check_readable(source) -> None:
-    """Raises ValueError if none of ten images can be read."""
-    for i in range(0, len(source), max(len(source) // 10, 1)):
-        try:
-            return source.image(i)
-        except Exception as error:  # decoders raise all sorts on damaged files
-            why = reason(error)
-    raise ValueError(f"no readable image in {source.name}; the last of those tried says: {why}")
-
-
-def open_everywhere(specs: list[str | None], channels: int) -> list:
-    """The sources, listed by rank 0 first so that the others find the listing. Raises ValueError, on all processes, if
-    they do not see the same files."""
-    error = [None]
-    if dist.get_rank() == 0:
-        try:
-            sources = [open_source(spec, channels) if spec is not None else None for spec in specs]
-        except ValueError as wrong:
-            error = [str(wrong)]
-    dist.broadcast_object_list(error)
-    if error[0]:
-        raise ValueError(error[0])
-    if dist.get_rank() > 0:
-        sources = [open_source(spec, channels) if spec is not None else None for spec in specs]
-    seen = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, [(len(s), s.fingerprint) if s is not None else 0 for s in sources])
-    if any(other != seen[0] for other in seen):
-        raise ValueError(f"the machines see different files in {specs}; give all of them the same copy")
-    return sources
-
-
 def set_up(argv: list[str] | None) -> Run:
-    """All that can be wrong with a command is found here, before anything is written. Raises ValueError."""
+    """Finds everything that can be wrong with a command before anything is written. Raises ValueError."""
     cfg, args = parse(argv)
-    check(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+    n_ranks = int(os.environ.get("WORLD_SIZE", 1))
+    check(cfg, n_ranks)
     device = pick_device(cfg.device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {cfg.device}: training runs on cpu and cuda, evaluation also on mps")
-    keep_memory(spare_memory(cfg))
+    # Freed activations leave holes in memory that is kept; who saves memory by checkpointing wants them returned.
+    keep_memory(largest=4 if cfg.activation_checkpointing != "none" else None)
     check_output(cfg, args.resume, args.overwrite, CHANGEABLE)
-    check_shared_memory(cfg, int(os.environ.get("WORLD_SIZE", 1)))
+    check_shared_memory(cfg, n_ranks)
     be_deterministic(cfg.deterministic)
     kernel = load_kernel(ARCHS[cfg.arch], compute_dtype(cfg, device), device) if cfg.kernels else None
     mesh = start_processes(device, cfg.sharding)
     evals = eval_specs(cfg.data, cfg.eval_train, cfg.eval_val) if cfg.eval_every else ()
-    source, *eval_sources = open_everywhere([cfg.data, *evals], cfg.in_chans)
+    source, *eval_sources = open_on_all_ranks([cfg.data, *evals], cfg.in_chans)
     check_readable(source)
     knn = Knn(cfg, device, eval_sources) if cfg.eval_every else None
     state = TrainState(cfg, mesh, device, kernel)
     lock = take_output(cfg)
     try:
-        overwrite = args.overwrite and not any(together(restarted))  # else what is there, this command has written
-        check_output(cfg, args.resume, overwrite, CHANGEABLE)  # once more: another run may have just ended
-        newest, damaged = ({}, []) if overwrite else state.load_newest(Path(cfg.out) / "resume")
+        overwrite = args.overwrite and not any(on_all_ranks(restarted))  # after a restart, the run there is this one
+        check_output(cfg, args.resume, overwrite, CHANGEABLE)  # again: another run may have just ended
+        newest, damaged = ({}, []) if overwrite else load_newest(state, Path(cfg.out) / "resume")
         start = newest.get("step", 0)
         if start > cfg.steps:
             raise ValueError(f"--steps {cfg.steps} is less than the {start} steps that {cfg.out} has done")
-        together(lambda: claim_output(cfg, overwrite) if lock else None)
+        on_all_ranks(lambda: claim_output(cfg, overwrite) if lock else None)
     except BaseException as error:
         if lock:
             lock.release()
@@ -850,40 +727,27 @@ def set_up(argv: list[str] | None) -> Run:
     return Run(cfg, args.preset, device, source, knn, state, lock, start, newest.get("counters", {}), damaged)
 
 
-def compute_dtype(cfg: Config, device: torch.device) -> torch.dtype:
-    """Of weights and activations of the backbones."""
-    bf16 = cfg.dtype == "bf16" or cfg.dtype == "auto" and device.type != "cpu"
-    return torch.bfloat16 if bf16 else torch.float32
-
-
 def train(run: Run) -> None:
-    """The loop: from run.start to the last step, or to the step at which a signal asks to stop; all is saved then.
-    Raises Failed and TooManyBad on all processes, Unreadable on the one concerned."""
+    """The loop: from run.start to the last step, or to the step at which a signal requests a stop; saves in both cases.
+    Raises Failed and TooManyBad on all ranks, Unreadable on the rank concerned."""
     cfg, state, knn, out = run.cfg, run.state, run.knn, Path(run.cfg.out)
     rank, n_ranks = dist.get_rank(), dist.get_world_size()
     log = Log(out / "metrics.jsonl", run.start, cfg.steps, run.counters)
-    log.say(f"preset {run.preset} on {run.source.name}: {len(run.source):,} images, {cfg.arch}, step {run.start} of "
-            f"{cfg.steps}, batch {cfg.batch_size} on {n_ranks} x {run.device.type}"
-            f"{f' in {cfg.gradient_accumulation_steps} parts' if cfg.gradient_accumulation_steps > 1 else ''}, lr {cfg.lr * math.sqrt(cfg.batch_size / 1024):.2e}")
-    if run.start:
-        log.say(f"continued from {out}/resume/step_{run.start:09d}")
-    batches = training_batches(cfg, run.source, rank, n_ranks)
-    loader = train_loader(batches, run.start, cfg.steps, local_workers(cfg), run.device.type == "cuda")
-    on_gpu = cfg.compile and run.device.type == "cuda"  # compiled for the two sizes of crops
-    color = torch.compile(augment_at_once, dynamic=False) if on_gpu else augment
-    loader = Prefetcher(loader, partial(prepare, device=run.device, mean=cfg.mean, std=cfg.std, augment=color),
-                        run.device)
-    saver = Saver(cfg, state, partial(teacher_checkpoint, state.teacher, cfg, run.preset), run.lock, run.start, run.damaged, log.say)
-    guard, agreement, schedule, parts = NonFinite(cfg, log, batches, saver), Agreement(), schedules(cfg), iter(loader)
+    log.say(first_line(run, n_ranks))
+    batches, schedule = training_batches(cfg, run.source, rank, n_ranks), schedules(cfg)
+    loader = prepared_batches(run, batches)
+    make_checkpoint = partial(teacher_checkpoint, state.teacher, cfg, run.preset)
+    saver = Saver(cfg, state, make_checkpoint, run.lock, run.start, run.damaged, log.say)
+    guard, flags, prepared = NonFinite(cfg, log, batches, saver), SharedFlags(), iter(loader)
     done, stop, too_bad, hopeless = run.start, False, False, ""
     with run.lock or contextlib.nullcontext(), StopSignals(run.lock) as signals, saver:
-        if knn and evaluated_at(cfg, done) and together(lambda: not log.knn(done))[0]:
-            log.evaluation(knn, state.teacher, done)  # at the start; or what a run that was killed left out
-        clock, waited, logged = time.perf_counter(), loader.waited, done
+        if knn and evaluated_at(cfg, done) and on_all_ranks(lambda: not log.knn(done))[0]:
+            log.evaluation(knn, state.teacher, done)  # at the start; or one that a killed run left out
+        log.start_clock(done, loader.waited)
         for step in range(run.start, cfg.steps):
-            batch = list(itertools.islice(parts, cfg.gradient_accumulation_steps))
+            batch = list(itertools.islice(prepared, cfg.gradient_accumulation_steps))
             if step == 0 and rank == 0:
-                look_at_first(batch[0], cfg, log)
+                inspect_first_batch(batch[0], cfg, log)
             log.new_bad += itertools.chain.from_iterable(part.bad for part in batch)
             now = {name: float(values[step]) for name, values in schedule.items()}
             metrics, finite = train_step(state.student, state.teacher, state.optimizers, batch, cfg, now, state.centers)
@@ -891,10 +755,10 @@ def train(run: Run) -> None:
             done = step + 1
             log.bar.update()
             guard.watch(step, finite, metrics)
-            hopeless, told = saver.hopeless(), hopeless  # rank 0 knows why; all hear that it is so one step later
-            stop, due, end = agreement.tell(bool(signals.name), saver.due(), bool(hopeless))
+            hopeless, reason = saver.hopeless(), hopeless  # only rank 0 knows; the others hear of it one step later
+            stop, due, end = flags.share(bool(signals.name), saver.due(), bool(hopeless))
             if end:
-                raise Failed(told)
+                raise Failed(reason)
             export = cfg.export_every and done % cfg.export_every == 0
             save = done == cfg.steps or done % cfg.save_every == 0 or export or stop or due
             line, evaluate = done == cfg.steps or done % cfg.log_every == 0, knn and evaluated_at(cfg, done)
@@ -904,9 +768,7 @@ def train(run: Run) -> None:
                 bad_share = log.count_bad(n_samples)
                 too_bad = bad_share > cfg.max_bad_share and n_samples >= 100 and done < cfg.steps
             if line:
-                means, seconds = mean_over_processes(metrics, n_ranks), time.perf_counter() - clock
-                log.step(step, now, means, cfg.batch_size * (done - logged) / seconds,
-                         (loader.waited - waited) / seconds)
+                log.step(step, now, mean_over_processes(metrics, n_ranks), cfg.batch_size, loader.waited)
             if save or too_bad:
                 saver.start(done, log.counters, [out / f"eval/training_{step}/teacher_checkpoint.pth"] * bool(export))
             if stop or too_bad:
@@ -914,50 +776,48 @@ def train(run: Run) -> None:
             if evaluate:
                 log.evaluation(knn, state.teacher, done)
             if line or save or evaluate:
-                clock, waited, logged = time.perf_counter(), loader.waited, done
+                log.start_clock(done, loader.waited)
         saver.finish(done, log.counters)
     log.bar.close()
-    agreement.heard()
+    flags.wait()
     if too_bad:
-        raise TooManyBad(f"{bad_share:.0%} of the images that were tried cannot be read; they are listed, with the "
-                         f"reasons, in {log.bad_path}. All is saved: mend or remove them and run the same command "
-                         "again, or allow more by --max-bad-share")
-    if rank == 0 and done < cfg.steps:
-        print(f"{signals.name or 'a signal'} after step {done} of {cfg.steps}: all is saved. To continue:\n"
-              f"    {same_command()}", flush=True)
-    elif rank == 0:
-        print(summary(log, cfg.steps) if knn else f"done; the teacher is in {out}/ckpt.pth")
-        if cfg.deterministic:
-            print(f"weights {fingerprint(out / 'ckpt.pth')}")
+        raise TooManyBad(f"{bad_share:.0%} of the images cannot be read; {log.bad_path} lists them, with the reasons. "
+                         "The run is saved: repair or remove them and run the same command again, or allow more with "
+                         "--max-bad-share")
+    if rank == 0:
+        print(last_words(run, log, done, signals.name), flush=True)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def first_line(run: Run, n_ranks: int) -> str:
+    cfg, n_passes = run.cfg, run.cfg.gradient_accumulation_steps
+    batch = f"batch {cfg.batch_size} = {cfg.batch_size // (n_ranks * n_passes)} on {n_ranks} x {run.device.type}"
+    return (f"preset {run.preset} on {run.source.name}: {len(run.source):,} images, {cfg.arch}, step {run.start} of "
+            f"{cfg.steps}, {batch}{f' x {n_passes} accumulation steps' if n_passes > 1 else ''}, "
+            f"lr {cfg.lr * math.sqrt(cfg.batch_size / 1024):.2e}"
+            + (f"\ncontinued from {cfg.out}/resume/step_{run.start:09d}" if run.start else ""))
+
+
+def last_words(run: Run, log: Log, done: int, signal_name: str) -> str:
+    if done < run.cfg.steps:
+        return (f"{signal_name or 'a signal'} after step {done} of {run.cfg.steps}: everything is saved. To continue:\n"
+                f"    {same_command()}")
+    words = summary(log, done) if run.knn else f"done; the teacher is in {run.cfg.out}/ckpt.pth"
+    return words + (f"\nweights {weights_sha256(Path(run.cfg.out) / 'ckpt.pth')}" if run.cfg.deterministic else "")
 
 
 def evaluated_at(cfg: Config, done: int) -> bool:
     return done in (0, cfg.steps) or done % cfg.eval_every == 0
 
 
-def look_at_first(batch: Batch, cfg: Config, log: Log) -> None:
-    """Draws first_batch.png, and tells if the images are far from normalized."""
+def inspect_first_batch(batch: Batch, cfg: Config, log: Log) -> None:
+    """Draws first_batch.png, and warns of images that are far from normalized."""
     with contextlib.suppress(OSError):
         draw_batch(batch, cfg.mean, cfg.std).save(log.path.with_name("first_batch.png"))
-    if not 0.3 < (spread := batch.global_crops.std().item()) < 3:
-        log.say(f"note: the normalized images have a spread of {spread:.2g}, which should be about 1; measure "
-                f"--mean and --std by: python data.py stats {cfg.data} --in-chans {cfg.in_chans}")
-
-
-def fingerprint(ckpt: Path) -> str:
-    """SHA-256 of the teacher's weights in a checkpoint."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(torch.load(ckpt, map_location="cpu", weights_only=True)["teacher"].items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def spare_memory(cfg: Config) -> int | None:
-    """Megabytes of the largest pieces of host memory that data.keep_memory() keeps. Holes among freed activations may
-    take as much as these; who has them computed anew would rather wait a little for memory."""
-    return 4 if cfg.activation_checkpointing != "none" else None
+    if not 0.3 < (std := batch.global_crops.std().item()) < 3:
+        log.say(f"note: the normalized images have a standard deviation of {std:.2g}, which should be about 1; measure "
+                f"--mean and --std with: python -m support.sources stats {cfg.data} --in-chans {cfg.in_chans}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -972,9 +832,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         train(run)
     except (Unreadable, TooManyBad, Failed) as error:
-        if isinstance(error, Unreadable) or dist.get_rank() == 0:  # the first is one process's, the others those of all
-            last_line = str(error).strip().splitlines()[-1]  # a worker sends its whole stack along
-            print(f"error: {last_line.removeprefix('data.Unreadable: ')}", file=sys.stderr)
+        if isinstance(error, Unreadable) or dist.get_rank() == 0:  # the first is this rank's own
+            print(f"error: {last_line(error)}", file=sys.stderr)
         sys.exit(1 if isinstance(error, Failed) else 2)
 
 

@@ -53,7 +53,7 @@ from support.draw import (
     draw_panel, heat, heat_bar, in_a_row, label_colors, legend, mark, rows_of, save, sheet, spread, to_rgb, wrap_legend,
     zoom)
 from support.evaluation import common_labels, extract_features, full_float32, normalize_rows_
-from support.images import Fit, fit_image, plan_fit, read_image
+from support.images import PatchFit, fit_image, plan_fit, read_image
 from support.parallel import pick_device, worker_count
 from support.sources import Source, eval_specs, image_paths, open_source
 
@@ -66,7 +66,7 @@ class Seen(NamedTuple):
     """An image as the network sees it."""
     path: str
     image: Tensor  # (C, h*p, w*p), uint8 or uint16
-    fit: Fit
+    fit: PatchFit
     size: tuple[int, int]  # height and width of the file, upright
 
 
@@ -685,7 +685,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     else:
         add("images", nargs="*" if command == "neighbors" else "+", metavar="IMG", help="a file, or a folder")
         add("--model", required=True, help="a checkpoint, or the name of a released model such as dinov2_vits14")
-        add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+        parser.add_machine_flags("device")
     if command in ("pca", "attention", "similarity"):
         add("--size", type=int, nargs="+", help="short side, or height and width, in pixels; 0: as the image is; "
             "default: the short side that the weights were trained at")
@@ -705,7 +705,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add("--k", type=int, default=8, help="neighbors of each")
         add("--queries", type=int, default=8, help="without IMG: how many images to draw")
         add("--seed", type=int, default=0, help="without IMG: which")
-        add("--num-workers", type=int, default=-1, help="reading processes; -1: by the number of cores")
+        parser.add_machine_flags("num-workers")
     add("--out", default=f"visualize-{command}.png", help="the picture" + (
         "; a folder: a picture of each image, and sheet.png" if command in ("pca", "depth", "segment") else ""))
     args = parser.parse_args(argv[1:])

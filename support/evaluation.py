@@ -1,45 +1,63 @@
-"""What the evaluations share. Apache License 2.0."""
+"""What the evaluations share: features of a labeled set, kept on disk; percentages; resuming; the line of results.
+
+    with Evaluation("knn", args) as e:                          # the checkpoint and its labeled images, opened
+        features, labels = e.labeled(e.train, e.train_labels)   # (n, D), (n,); from --cache if they are there
+        ...
+        e.report(protocol, result, columns)                     # appends a line to CKPT.eval_knn.jsonl, prints one
+
+Everything here runs alike in one process and under torchrun, where each rank computes a share of the batches.
+Apache License 2.0.
+"""
 import argparse
 import contextlib
 import datetime
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
 import sys
 import time
-from functools import cached_property
+from functools import partial
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import hub
 from data import MEAN, STD, make_loader, normalize, to_float, widen
 from model import FORMAT
-from support.cli import Parser
+from support.cli import DTYPES, Parser, at_least
 from support.parallel import join_processes, leave_processes, pick_device, worker_count, world
 from support.run import write_file
 from support.sources import eval_specs, open_source
 
+NOT_FINITE = "the checkpoint has diverged, or half precision is too coarse for it (use --dtype fp32)"
 
-def collate_images(items: list[tuple[Tensor, bool]]) -> tuple[Tensor, Tensor]:
-    """Items of EvalImages -> (n, C, crop, crop) and (n,) bool; among 16-bit images those of 8 are scaled to 16."""
-    deep = any(image.dtype == torch.uint16 for image, _ in items)
-    images = [widen(image) if deep and image.dtype == torch.uint8 else image for image, _ in items]
-    return torch.stack(images), torch.tensor([ok for _, ok in items])
+
+def say(text: str) -> None:
+    """Prints on stderr, on rank 0 alone, without disturbing a progress bar."""
+    if world()[0] == 0:
+        tqdm.write(text, file=sys.stderr)
+
+
+def no_bar() -> bool | None:
+    """The `disable` of a tqdm bar: shown on rank 0 only, and only on a terminal."""
+    return None if world()[0] == 0 else True
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images
 
 
 class EvalImages(torch.utils.data.Dataset):
-    """Images of a source as uint8 or uint16 (C, crop, crop): short side resized to `resize`, central square cut out;
-    and whether the image could be read (if not, it is black). A loader needs collate_images()."""
+    """Images of a source, the short side resized to `resize` and the center square of `crop` pixels cut out. Items are
+    (image, readable): uint8 or uint16 (C, crop, crop), black if the file cannot be read. For collate_images()."""
 
     def __init__(self, source, resize: int = 256, crop: int = 224, indices=None):
         self.source, self.resize, self.crop = source, resize, crop
@@ -51,24 +69,101 @@ class EvalImages(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, bool]:
         try:
             image = self.source.image(self.indices[i])
-        except Exception:  # decoders raise all sorts on damaged files
+        except Exception:  # decoders raise all sorts of errors on damaged files
             return torch.zeros(self.source.channels, self.crop, self.crop, dtype=torch.uint8), False
-        h, w = image.shape[-2:]
-        most = 8 * min(h, w)  # of very long images the middle is enough, and resizing all of it could fill the memory
-        image = TF.center_crop(image, [min(h, most), min(w, most)]) if max(h, w) > most else image
-        deep = image.dtype == torch.uint16
-        image = TF.resize(image.float() if deep else image, [self.resize], InterpolationMode.BICUBIC, antialias=True)
-        image = TF.center_crop(image, [self.crop, self.crop])
-        return image.round().clamp(0, 65535).to(torch.uint16) if deep else image, True
+        longest = 8 * min(image.shape[-2:])  # resizing all of a panorama could fill the memory; its center is enough
+        image = center_crop(image, longest, longest)
+        is_16_bit = image.dtype == torch.uint16
+        image = resize_short_side(image.float() if is_16_bit else image, self.resize)
+        image = center_crop(image, self.crop, self.crop)
+        return image.round().clamp(0, 65535).to(torch.uint16) if is_16_bit else image, True
+
+
+def resize_short_side(image: Tensor, short: int) -> Tensor:
+    """(C, H, W), uint8 or float32, bicubic with antialiasing; sizes and pixels are those of torchvision's resize."""
+    h, w = image.shape[-2:]
+    size = (short, int(short * w / h)) if h <= w else (int(short * h / w), short)
+    return image if size == (h, w) else F.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0]
+
+
+def center_crop(image: Tensor, height: int, width: int) -> Tensor:
+    h, w = image.shape[-2:]
+    top, left = round(max(h - height, 0) / 2), round(max(w - width, 0) / 2)
+    return image[..., top : top + height, left : left + width]
+
+
+def collate_images(items: list[tuple[Tensor, bool]]) -> tuple[Tensor, Tensor]:
+    """Items of EvalImages as (n, C, crop, crop) and (n,) bool. 8-bit images in a batch with 16-bit ones are widened."""
+    any_16_bit = any(image.dtype == torch.uint16 for image, _ in items)
+    images = [widen(image) if any_16_bit and image.dtype == torch.uint8 else image for image, _ in items]
+    return torch.stack(images), torch.tensor([ok for _, ok in items])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Features of a set
+# Features
+
+
+@torch.no_grad()
+def extract_features(model, source, resize: int, crop: int, device: torch.device, batch_size: int = 256,
+                     num_workers: int = 0, dtype: torch.dtype = torch.float32, mean=MEAN,
+                     std=STD) -> tuple[Tensor, Tensor]:
+    """The outputs of `model` for all images of a source, in order, (n, D) on `device`; and which images could be read,
+    (n,) bool. Rows of unreadable images are zero.
+
+    `model` maps normalized images (B, C, crop, crop) to (B, D), floating-point or int32, under autocast to `dtype`.
+    With a process group each rank computes every n-th batch and all get the full table, whose bits do not depend on the
+    number of ranks. Raises ValueError if a feature is not finite or no image can be read.
+    """
+    rank, n_ranks = world()
+    batches = torch.arange(len(source)).split(batch_size)[rank::n_ranks]
+    loader = make_loader(EvalImages(source, resize, crop, torch.cat(batches).tolist() if batches else []), num_workers,
+                         batch_size=batch_size, pin_memory=device.type == "cuda", collate_fn=collate_images)
+    table, state = None, torch.zeros(len(source), dtype=torch.int32, device=device)  # 1: readable, 2: not finite
+    for (images, ok), rows in zip(tqdm(loader, desc=f"features of {source.name}", leave=False, disable=no_bar()),
+                                  batches):
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            features = model(normalize(to_float(images.to(device, non_blocking=True)), mean, std))
+        features, ok = features.float() if features.is_floating_point() else features, ok.to(device)
+        if table is None:
+            table = features.new_zeros(len(source), features.shape[-1])
+        table[rows[0] : rows[-1] + 1] = features * ok[:, None]
+        state[rows[0] : rows[-1] + 1] = ok * (2 - features.isfinite().all(1).int())
+    if n_ranks > 1:
+        table = sum_over_ranks(table, device)
+        dist.all_reduce(state)
+    if len(wrong := (state == 2).nonzero()[:, 0]):
+        raise ValueError(f"the features of {len(wrong)} of the {len(source)} images of {source.name} are not finite, "
+                         f"such as that of {source.describe(int(wrong[0]))}: {NOT_FINITE}")
+    if not state.any():
+        raise ValueError(f"no image of {source.name} can be read")
+    return table, state > 0
+
+
+def sum_over_ranks(table: Tensor | None, device: torch.device) -> Tensor:
+    """Adds up tables in which each row is zero on all ranks but one, so the sum is exact. With few images a rank may
+    have had no batch, and so has no table; rank 0 always has one."""
+    layout = [None if table is None else (table.shape, table.dtype)]
+    dist.broadcast_object_list(layout)
+    table = torch.zeros(layout[0][0], dtype=layout[0][1], device=device) if table is None else table
+    dist.all_reduce(table)
+    return table
+
+
+def check_finite(features: Tensor, spec: str) -> None:
+    if not features.isfinite().all():
+        raise ValueError(f"the features of {spec} are not finite: {NOT_FINITE}")
+
+
+def normalize_rows_(table: Tensor) -> Tensor:
+    """L2-normalizes the rows in place, in chunks: the table may fill most of the memory."""
+    for part in table.split(2**14):
+        part.copy_(F.normalize(part, dim=-1))
+    return table
 
 
 @contextlib.contextmanager
 def full_float32():
-    """Products of float32 matrices without TF32's rounding to 10 bits."""
+    """Float32 matrix products at full precision, without TF32's rounding to 10 bits. Also a decorator."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -77,89 +172,21 @@ def full_float32():
         torch.set_float32_matmul_precision(before)
 
 
-@torch.no_grad()
-def extract_features(model, source, resize: int, crop: int, device: torch.device, batch_size: int = 256,
-                     num_workers: int = 0, dtype: torch.dtype = torch.float32, mean=MEAN,
-                     std=STD) -> tuple[Tensor, Tensor]:
-    """What `model` makes of all images of a source, in its order, (n, D) on `device`; and which of the images could be
-    read, (n,) bool. The rows of others are zero.
-
-    `model` maps normalized images (B, C, crop, crop) to (B, D), floating-point or int32; it runs under autocast
-    to `dtype`. With a process group each process does every world-th batch and all get the full table, whose bits do
-    not depend on the number of processes. Raises ValueError if a feature is not finite or no image can be read.
-    """
-    rank, n_ranks = world()
-    batches = torch.arange(len(source)).split(batch_size)[rank::n_ranks]
-    loader = make_loader(EvalImages(source, resize, crop, torch.cat(batches).tolist() if batches else []), num_workers,
-                         batch_size=batch_size, pin_memory=device.type == "cuda", collate_fn=collate_images)
-    table, state = None, torch.zeros(len(source), dtype=torch.int32, device=device)  # 1: readable, 2: not finite
-    bar = tqdm(loader, desc=f"features of {source.name}", leave=False, disable=None if rank == 0 else True)
-    for (images, ok), rows in zip(bar, batches):
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            features = model(normalize(to_float(images.to(device, non_blocking=True)), mean, std))
-        features, ok = features.float() if features.is_floating_point() else features, ok.to(device)
-        if table is None:
-            table = features.new_zeros(len(source), features.shape[-1])
-        table[rows[0] : rows[-1] + 1] = features * ok[:, None]
-        state[rows[0] : rows[-1] + 1] = ok * (2 - features.isfinite().all(1).int())
-    if n_ranks > 1:  # every row is zero but on one process, so the sum is exact
-        shape = torch.tensor([0, 0] if table is None else [table.shape[1], table.is_floating_point()], device=device)
-        dist.all_reduce(shape, dist.ReduceOp.MAX)
-        if table is None:
-            table = torch.zeros(len(source), int(shape[0]), dtype=torch.float32 if shape[1] else torch.int32,
-                                device=device)
-        dist.all_reduce(table)
-        dist.all_reduce(state)
-    if (wrong := (state == 2).nonzero()[:, 0]).numel():
-        raise ValueError(f"the features of {len(wrong)} of the {len(source)} images of {source.name} are not finite, "
-                         f"such as that of {source.describe(int(wrong[0]))}: the checkpoint has diverged, or half "
-                         "precision is too coarse for it (--dtype fp32)")
-    if not state.any():
-        raise ValueError(f"no image of {source.name} can be read")
-    return table, state > 0
-
-
-def normalize_rows_(table: Tensor) -> Tensor:
-    """L2-normalizes the rows in place, a part at a time: the table may fill most of the memory."""
-    for part in table.split(2**14):
-        part.copy_(F.normalize(part, dim=-1))
-    return table
-
-
-def kept(table: Tensor, labels, ok: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows that could be read and have a label, and those labels, int64. Rows move up in the table itself, which
-    may fill most of the memory. Raises ValueError if none is left."""
-    labels = torch.as_tensor(np.asarray(labels), device=table.device).long()
-    rows = (ok & (labels >= 0)).nonzero()[:, 0]
-    if not len(rows):
-        raise ValueError("no image that can be read has a label; evaluations need labeled images")
-    if len(rows) == len(table):
-        return table, labels
-    for start in range(0, len(rows), 2**14):
-        part = rows[start : start + 2**14]
-        table[start : start + len(part)] = table[part]
-    return table[: len(rows)], labels[rows]
-
-
-def say_left_out(source, labels, ok: Tensor) -> int:
-    bad, unlabeled = int((~ok).sum()), int((torch.as_tensor(np.asarray(labels)) < 0)[ok.cpu()].sum())
-    for n, what in ((bad, "could not be read and were"), (unlabeled, "have no label and were")):
-        if n and world()[0] == 0:
-            print(f"{source.name}: {n} images {what} left out", file=sys.stderr)
-    return bad + unlabeled
+# ----------------------------------------------------------------------------------------------------------------------
+# Labels and accuracies
 
 
 def common_labels(train_source, val_source) -> tuple:
-    """The labels of both sources in the numbering of the first, whose folders may be more than those of the second.
-    Raises ValueError for a source without labels, or with a class that the first does not have."""
+    """The labels of both sources (of the second, None if there is none), as the first numbers its classes, of which
+    the second may lack some. Raises ValueError for a source without labels, or with a class the first does not have."""
     for source in (train_source, val_source):
         if source is not None and source.labels is None:
-            raise ValueError(f"{source.name} has no labels, evaluations need one sub-folder per class, two at least; "
-                             "name labeled images by --train and --val")
+            raise ValueError(f"{source.name} has no labels; evaluation needs one subfolder per class, two or more: "
+                             "name labeled images with --train and --val")
     if val_source is None:
         return train_source.labels, None
     if (train_source.classes is None) != (val_source.classes is None):
-        raise ValueError(f"the classes of {val_source.name} cannot be compared with those of {train_source.name}: one "
+        raise ValueError(f"the classes of {val_source.name} cannot be matched with those of {train_source.name}: one "
                          "has names, the other numbers; choose two sets of a kind")
     if train_source.classes is None:
         return train_source.labels, val_source.labels
@@ -170,69 +197,110 @@ def common_labels(train_source, val_source) -> tuple:
     return train_source.labels, renumbered[val_source.labels]
 
 
-def ranks(scores: Tensor, answers: Tensor) -> Tensor:
-    """How many classes come before the right one, (Q,): those with a higher score (Q, C), and those with the same and a
-    lower number."""
+def with_label(table: Tensor, labels, ok: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of readable images that have a label, and their labels, int64. Rows move up within `table`, which may
+    fill most of the memory. Raises ValueError if none is left."""
+    labels = torch.as_tensor(np.asarray(labels), device=table.device).long()
+    rows = (ok & (labels >= 0)).nonzero()[:, 0]
+    if not len(rows):
+        raise ValueError("no readable image has a label; evaluation needs labeled images")
+    if len(rows) == len(table):
+        return table, labels
+    for start in range(0, len(rows), 2**14):
+        part = rows[start : start + 2**14]
+        table[start : start + len(part)] = table[part]
+    return table[: len(rows)], labels[rows]
+
+
+def count_left_out(source, labels, ok: Tensor) -> int:
+    """How many images with_label() drops; says so on stderr."""
+    unreadable, unlabeled = int((~ok).sum()), int((torch.as_tensor(np.asarray(labels)) < 0)[ok.cpu()].sum())
+    for n, what in ((unreadable, "cannot be read"), (unlabeled, "have no label")):
+        if n:
+            say(f"{source.name}: left out {n} images that {what}")
+    return unreadable + unlabeled
+
+
+def place_of_answer(scores: Tensor, answers: Tensor) -> Tensor:
+    """How many classes are ranked above the right one, (Q,), by scores (Q, C) for answers (Q,). Of classes with equal
+    scores the one with the lower number is ranked higher."""
     own = scores.gather(1, answers[:, None])  # (Q, 1)
-    before = torch.arange(scores.shape[1], device=scores.device) < answers[:, None]
-    return ((scores > own) | (scores == own) & before).sum(1)
+    lower = torch.arange(scores.shape[1], device=scores.device) < answers[:, None]
+    return ((scores > own) | (scores == own) & lower).sum(1)
+
+
+def accuracies(places: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+    """Percent right of J classifiers, float64 on the CPU, from the places (n, J) they give the right classes: top1 and
+    top5 (J,), and with labels (n,) mean_per_class (J,), top-1 averaged over the classes that occur."""
+    places = places.cpu()
+    result = {f"top{t}": 100 * (places < t).sum(0).double() / len(places) for t in (1, 5)}
+    if labels is not None:
+        classes, number, count = labels.cpu().unique(return_inverse=True, return_counts=True)
+        hits = torch.zeros(len(classes), places.shape[1], dtype=torch.float64)
+        hits.index_add_(0, number, (places < 1).double())
+        result["mean_per_class"] = 100 * (hits / count[:, None]).mean(0)
+    return result
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # An evaluation: a checkpoint, two sets of images, a result
 
 
-class Flags(Parser):
-    """The command line that all evaluations share."""
+class EvaluationParser(Parser):
+    """The command line that all evaluations of labeled images share."""
 
     def __init__(self, manual: str):
         super().__init__(manual)
         self.add_argument("checkpoint", help="out/ckpt.pth, a released .pth, the name of a released model such as "
                           "dinov2_vits14, or a file of Hugging Face or timm")
-        self.add_argument("--train", default="", help="labeled training images, named as train.py's --data")
+        self.add_argument("--train", default="", help="labeled training images, named like train.py's --data")
         self.add_argument("--val", default="", help="labeled images to classify; empty: those that go with --train")
-        self.add_argument("--resize", type=int, default=0, help="short side in pixels; 0: the evaluation's own")
-        self.add_argument("--crop", type=int, default=0, help="central square, in pixels; 0: the evaluation's own")
-        self.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-        self.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the backbone's arithmetic")
-        self.add_argument("--num-workers", type=int, default=-1, help="reading processes; -1: by the number of cores")
+        self.add_argument("--resize", type=at_least(0), default=0, help="short side in pixels; 0: from the checkpoint")
+        self.add_argument("--crop", type=at_least(0), default=0, help="center square in pixels; 0: from the checkpoint")
+        self.add_machine_flags("device", "dtype", "num-workers")
         self.add_argument("--cache", default="", help="folder that keeps features for the next evaluation; empty: none")
-        self.add_argument("--out", default="", help="results are added to this file; empty: beside the checkpoint")
-        self.add_argument("--json", action="store_true", help="print the whole result as JSON, and nothing else")
+        add_result_flags(self)
+
+
+def add_result_flags(parser: Parser) -> None:
+    parser.add_argument("--out", default="", help="append the result to this file, and put other files beside it; "
+                        "empty: beside the checkpoint")
+    parser.add_argument("--json", action="store_true", help="print the whole result as JSON, and nothing else")
 
 
 class Evaluation:
-    """A checkpoint and its labeled images, opened as the command line says; a process group under torchrun. To be used
-    in a `with`. `margin`: images are resized to more than the crop, as 256 to 224, unless --resize says otherwise.
+    """A checkpoint and its labeled images, opened as the command line says, and under torchrun the process group. Use
+    it in a `with`. `margin`: unless --resize is given, images are resized to more than the crop, like 256 for 224.
     Raises ValueError, with the fix in the message, for whatever does not fit."""
 
-    def __init__(self, name: str, args: argparse.Namespace, margin: bool = True):
+    def __init__(self, name: str, args: argparse.Namespace, margin: bool = True, needs_val: bool = False):
         self.name, self.args, self.began, self.left_out = name, args, time.time(), {}
-        check_out(args.out)
+        check_writable(args.out)
+        if args.cache and Path(args.cache).expanduser().is_file():
+            raise ValueError(f"--cache {args.cache} is a file; name a folder")
         self.device, self.dtype = pick_device(args.device), DTYPES[args.dtype]
-        self.path, ckpt = hub.read(args.checkpoint)
-        self.model = hub.load(self.path, ckpt).to(self.device)
-        self.ours, self.step = ckpt.get("format") == FORMAT, ckpt.get("step")
-        self.config = hub.image_rules(self.model, ckpt) | (ckpt["config"] if self.ours else {})
+        path, ckpt = hub.read(args.checkpoint)
+        self.stem, self.step = results_stem(args, path), ckpt.get("step")
+        self.model = hub.load(path, ckpt).to(self.device)
+        self.config = hub.image_rules(self.model, ckpt) | (ckpt["config"] if ckpt.get("format") == FORMAT else {})
         self.specs = self.choose_data()
-        if args.num_workers < -1 or args.resize < 0 or args.crop < 0:
-            raise ValueError("--num-workers must be -1 or more, --resize and --crop 0 or more")
+        if needs_val and not self.specs[1]:
+            raise ValueError(f"{self.specs[0]} comes without images to classify; name some with --val")
         self.crop = args.crop or self.config["eval_crop"]
         if self.crop % self.model.patch_size:
             raise ValueError(f"--crop {self.crop} is no multiple of this model's patch size, {self.model.patch_size}")
-        larger = self.config["eval_resize"] / self.config["eval_crop"] if margin else 1
-        self.resize = args.resize or round(self.crop * larger)
+        enlarged = self.config["eval_resize"] / self.config["eval_crop"] if margin else 1
+        self.resize = args.resize or round(self.crop * enlarged)
         if self.resize < self.crop:
             raise ValueError(f"--resize {self.resize} leaves no square of --crop {self.crop}; make it as large")
-        if args.cache and Path(args.cache).expanduser().is_file():
-            raise ValueError(f"--cache {args.cache} is a file; name a folder")
         join_processes(self.device)
         self.workers = worker_count(args.num_workers, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.train, self.val = [self.open(spec) if spec else None for spec in self.specs]
         self.train_labels, self.val_labels = common_labels(self.train, self.val)
+        self.model_hash = hub.weights_hash(self.model)
 
     def choose_data(self) -> tuple[str, str | None]:
-        """The specs of the training images and of those to classify."""
+        """The names of the training images and of those to classify, the latter None for leave-one-out."""
         args, config = self.args, self.config
         if not args.train and "data" not in config:
             raise ValueError(f"{args.checkpoint} does not say which data to use; give --train and --val")
@@ -254,122 +322,150 @@ class Evaluation:
     def __exit__(self, kind, *error) -> None:
         leave_processes(kind is None)
 
-    @cached_property
-    def model_hash(self) -> str:
-        return hub.weights_hash(self.model)
+    def extract(self, source, model=None) -> tuple[Tensor, Tensor]:
+        """extract_features() of a source with this evaluation's settings; by default the CLS features."""
+        return extract_features(model or self.model, source, self.resize, self.crop, self.device, 256, self.workers,
+                                self.dtype, self.config["mean"], self.config["std"])
 
-    def features(self, source, what: str = "cls", embed=None) -> tuple[Tensor, Tensor]:
-        """extract_features() of a source by this checkpoint; from --cache, if they are there. `embed` maps images to
-        features, and `what` is its name; as it is, the CLS features."""
-        def make():
-            return extract_features(embed or self.model, source, self.resize, self.crop, self.device, 256,
-                                    self.workers, self.dtype, self.config["mean"], self.config["std"])
-
+    def features(self, source, what: str = "cls", model=None) -> tuple[Tensor, Tensor]:
+        """As extract(), but kept in --cache; `what` tells the outputs of one model from those of another there."""
         if not self.args.cache:
-            return make()
-        model = self.model
-        key = json.dumps([what, self.model_hash, model.num_heads, model.interpolate_offset, model.interpolate_antialias,
-                          data_hash(source), self.resize, self.crop, self.args.dtype, *self.config["mean"],
-                          *self.config["std"]])
-        path = Path(self.args.cache).expanduser() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.pt"
+            return self.extract(source, model)
+        vit, config = self.model, self.config
+        settings = [what, self.model_hash, vit.num_heads, vit.interpolate_offset, vit.interpolate_antialias,
+                    data_hash(source), self.resize, self.crop, self.args.dtype, *config["mean"], *config["std"]]
+        path = Path(self.args.cache).expanduser() / f"{settings_hash(settings)[:32]}.pt"
         table, ok = load_table(path) or (None, None)
-        found = torch.tensor([table is not None], device=self.device)
-        if world()[1] > 1:
-            dist.all_reduce(found, dist.ReduceOp.MIN)
-        if found:
+        if all_agree(table is not None, self.device) and table is not None:
             return table.to(self.device), ok.to(self.device)
-        table, ok = make()
-        if world()[0] == 0 and ok.all():  # unreadable files may be mended
-            try:
-                write_file(path, lambda file: torch.save((table.cpu(), ok.cpu()), file))
-            except ValueError as error:
-                print(f"note: {error}; the features are used all the same", file=sys.stderr)
+        table, ok = self.extract(source, model)
+        if ok.all():  # unreadable files may be mended
+            save_on_rank_0(path, (table.cpu(), ok.cpu()))
         return table, ok
 
-    def labeled(self, source, labels, **options) -> tuple[Tensor, Tensor]:
-        """Features and labels, without the images that have no label or cannot be read."""
-        table, ok = self.features(source, **options)
-        self.note_left_out(source, labels, ok)
-        return kept(table, labels, ok)
-
-    def note_left_out(self, source, labels, ok: Tensor) -> None:
-        self.left_out[source.name] = say_left_out(source, labels, ok)
-
-    def stem(self) -> Path:
-        return results_stem(self.args, self.path)
+    def labeled(self, source, labels, what: str = "cls", model=None) -> tuple[Tensor, Tensor]:
+        """Features (n, D) and labels (n,) of the readable images that have a label; counts the others."""
+        table, ok = self.features(source, what, model)
+        self.left_out[source.name] = count_left_out(source, labels, ok)
+        return with_label(table, labels, ok)
 
     def report(self, protocol: dict, result: dict, columns: dict[str, str]) -> None:
-        """Adds a line to the file of results and prints a one-line table, `columns`, or with --json that line."""
-        if world()[0]:
-            return
-        path = Path(self.args.out) if self.args.out else Path(f"{self.stem()}.eval_{self.name}.jsonl")
+        """Appends a line to the results and prints `columns` in one line, or with --json the whole record."""
+        path = Path(self.args.out or f"{self.stem}.eval_{self.name}.jsonl")
         record = dict(
             evaluation=self.name, protocol=protocol | dict(resize=self.resize, crop=self.crop, dtype=self.args.dtype),
             data={what: dict(spec=spec, images=len(source)) for what, spec, source in
                   zip(("train", "val"), self.specs, (self.train, self.val)) if spec},
             left_out=self.left_out, result=result,
             model=dict(checkpoint=self.args.checkpoint, sha256=self.model_hash, step=self.step))
-        add_record(path, record, columns, self.args.json, self.device, self.began)
+        if world()[0] == 0:
+            add_record(path, record, columns, self.args.json, self.device, self.began)
 
 
-def check_out(out: str) -> None:
-    if out:
-        there = os.path.exists(out)
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+class ResumeFile:
+    """The state of an interrupted evaluation, in PREFIX.DIGEST.resume. The digest is of all settings that the result
+    depends on, so only the same command finds it. `wanted` False starts from scratch."""
+
+    def __init__(self, prefix: str, settings: list, device: torch.device, wanted: bool = True):
+        self.path, self.device, self.wanted = Path(f"{prefix}.{settings_hash(settings)[:8]}.resume"), device, wanted
+
+    def load(self, restore: Callable[[dict], int]) -> None:
+        """If there is a state, calls restore(state), which returns the number of steps done. Raises ValueError if it is
+        damaged, or if the ranks do not resume from the same step."""
+        done = 0
+        if self.wanted and self.path.exists():
+            try:
+                done = restore(hub.read_pth(str(self.path)))
+            except (ValueError, KeyError, TypeError, RuntimeError):
+                raise ValueError(f"{self.path} is damaged; remove it to start from scratch") from None
+        if not all_agree(done, self.device):
+            raise ValueError(f"not all processes see {self.path}; use a folder that all machines share, or --no-resume")
+
+    def save(self, state: dict) -> None:
+        save_on_rank_0(self.path, state)
+
+    def remove(self) -> None:
+        if world()[0] == 0:
+            self.path.unlink(missing_ok=True)
+
+
+def all_agree(number: int, device: torch.device) -> bool:
+    """Whether `number` is the same on all ranks."""
+    ends = torch.tensor([number, -number], device=device)
+    if world()[1] > 1:
+        dist.all_reduce(ends, dist.ReduceOp.MIN)
+    return bool(ends[0] == -ends[1])
+
+
+def save_on_rank_0(path: Path, content) -> None:
+    """Writes `content` with torch.save, whole or not at all. If the disk refuses, says so and goes on: the other ranks
+    are waiting."""
+    if world()[0] == 0:
         try:
-            Path(out).open("a").close()
-        except OSError as error:
-            raise ValueError(f"--out {out} cannot be written: {error.strerror}") from None
-        if not there:
-            os.remove(out)
-
-
-def results_stem(args: argparse.Namespace, path: str) -> Path:
-    """Where results go, but for the suffix: as --out says, else beside the checkpoint, or, of a released model by name,
-    here."""
-    if args.out:
-        return Path(args.out).with_suffix("")
-    return Path(path).with_suffix("") if Path(args.checkpoint).exists() else Path(args.checkpoint)
-
-
-def add_record(path: Path, record: dict, columns: dict[str, str], as_json: bool, device, began: float) -> None:
-    """Adds a line to a file of results, with versions, device and time, and prints `columns`, or that line as JSON."""
-    record |= dict(
-        versions=dict(torch=torch.__version__, torchvision=torchvision.__version__, python=platform.python_version()),
-        device=str(device), processes=world()[1], seconds=round(time.time() - began, 1),
-        time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
-    print(json.dumps(record, indent=1) if as_json else
-          " | ".join([*(f"{k} {v}".strip() for k, v in columns.items()), str(path)]))
-    try:
-        with open(path, "a") as file:
-            file.write(json.dumps(record) + "\n")
-    except OSError as error:
-        print(f"{path} could not be written: {error.strerror}", file=sys.stderr)
-
-
-def data_hash(source) -> str:
-    """SHA-256 of what a source lists and of 64 of its images, evenly spread."""
-    digest = hashlib.sha256(f"{source.fingerprint} {len(source)} {source.channels}".encode())
-    for i in range(0, len(source), -(-len(source) // 64)):
-        with contextlib.suppress(Exception):  # decoders raise all sorts on damaged files
-            digest.update(source.image(i).contiguous().numpy())
-    return digest.hexdigest()
+            write_file(path, partial(torch.save, content))
+        except ValueError as error:
+            say(f"note: {error}; the evaluation goes on")
 
 
 def load_table(path: Path) -> tuple[Tensor, Tensor] | None:
-    """Features and which are valid, as they were written; None if there is no such file, or if it is damaged."""
+    """Features and which are valid; None if there is no such file, or it is damaged."""
     try:
         table, ok = torch.load(path, map_location="cpu", weights_only=True)
         return table, ok
     except FileNotFoundError:
         return None
     except Exception:  # a damaged file can fail in any way
-        print(f"{path} is damaged; its features are computed anew", file=sys.stderr)
+        say(f"{path} is damaged; computing the features again")
         return None
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+def data_hash(source) -> str:
+    """SHA-256 of a source's listing and of 64 of its images, evenly spread."""
+    digest = hashlib.sha256(f"{source.fingerprint} {len(source)} {source.channels}".encode())
+    for i in range(0, len(source), -(-len(source) // 64)):
+        with contextlib.suppress(Exception):  # decoders raise all sorts of errors on damaged files
+            digest.update(source.image(i).contiguous().numpy())
+    return digest.hexdigest()
 
 
-def check_finite(features: Tensor, spec: str) -> None:
-    if not features.isfinite().all():
-        raise ValueError(f"the features of {spec} are not finite: the checkpoint has diverged, or half precision is "
-                         "too coarse for it")
+def settings_hash(settings: list) -> str:
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+
+def check_writable(out: str) -> None:
+    """Raises ValueError unless the file --out can be written; creates nothing."""
+    if out:
+        existed = os.path.exists(out)
+        try:
+            Path(out).open("a").close()
+        except OSError as error:
+            raise ValueError(f"--out {out} cannot be written: {error.strerror}") from None
+        if not existed:
+            os.remove(out)
+
+
+def results_stem(args: argparse.Namespace, path: str) -> Path:
+    """The path of result files, without suffix: that of --out, else of the checkpoint; for a released model given by
+    name, that name in the current folder."""
+    if args.out:
+        return Path(args.out).with_suffix("")
+    return Path(path).with_suffix("") if Path(args.checkpoint).exists() else Path(args.checkpoint)
+
+
+def add_record(path: Path, record: dict, columns: dict[str, str], as_json: bool, device, began: float) -> None:
+    """Appends a result to a file, with versions, device and time, and prints `columns`, or the record as JSON."""
+    versions = dict(torch=torch.__version__, torchvision=importlib.metadata.version("torchvision"),  # no slow import
+                    python=platform.python_version())
+    record |= dict(versions=versions, device=str(device), processes=world()[1], seconds=round(time.time() - began, 1),
+                   time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
+    print(json.dumps(record, indent=1) if as_json else
+          " | ".join([*(f"{name} {value}".strip() for name, value in columns.items()), str(path)]))
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        say(f"{path} could not be written: {error.strerror}")

@@ -1,4 +1,11 @@
-"""An image file as pixels, upright; and an image fitted to the grid of patches. Apache License 2.0."""
+"""From an image file to an upright tensor, and from that to the grid of patches.
+
+    image = read_image("photo.jpg")                               # uint8 or uint16 (channels, H, W)
+    fit = plan_fit(*image.shape[-2:], patch=14, how="crop")       # which size, which part
+    image = fit_image(image, fit, MEAN)                           # (channels, h*14, w*14)
+
+Apache License 2.0.
+"""
 import io
 import os
 import re
@@ -9,46 +16,57 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchvision
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as TF
 
-MAX_PIXELS = 2**27  # an image of more is refused, lest a small file fill the memory; Pillow refuses 2**27.4 itself
-
-MAX_BYTES = 2**30  # likewise a file
-
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # what Pillow may take a file for, whatever its name
+MAX_PIXELS = 2**27  # larger images are refused, so that a small file cannot fill the memory; Pillow's limit is 2**27.4
+MAX_BYTES = 2**30  # likewise larger files
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # the formats Pillow may detect, whatever the file name
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Decoding
 
 
+def read_image(path: str, channels: int = 3) -> Tensor:
+    """An image file as decode() gives it. Raises ValueError, with the reason, if it cannot be read."""
+    try:
+        return decode(read_file(path), channels)
+    except Exception as error:  # decoders raise anything on damaged files
+        raise ValueError(f"{path} cannot be read as an image ({short_reason(error)})") from None
+
+
+def short_reason(error: Exception) -> str:
+    """The first line of an error, at most 200 characters."""
+    line = str(error).partition("\n")[0].replace("\t", " ")
+    return re.sub(r" <_io\.BytesIO object at \w+>", "", line)[:200] or type(error).__name__
+
+
 def read_file(path: str) -> np.ndarray:
+    """The bytes of a file, uint8 (n,). Raises OSError, or ValueError if there are too many."""
     about = os.stat(path)
     if not stat.S_ISREG(about.st_mode):  # reading a pipe would wait for ever
         raise OSError("not a file")
     if about.st_size > MAX_BYTES:
-        raise ValueError(f"{about.st_size:,} bytes are more than data.MAX_BYTES")
+        raise ValueError(f"{about.st_size:,} bytes, more than MAX_BYTES in support/images.py")
     return np.fromfile(path, np.uint8)
 
 
 def decode(data: np.ndarray, channels: int = 3) -> Tensor:
-    """The bytes of an image file, uint8 (n,), as an upright image (channels, H, W), uint8 or, of deep gray, uint16.
+    """The bytes of an image file, uint8 (n,), as an upright image (channels, H, W): uint8, or uint16 for 16-bit gray.
 
-    Gray is repeated, alpha dropped or made opaque, color turned to gray as `channels` wants it; other numbers of
-    channels come from .npy arrays (H, W, C), also for 16-bit color, and the pages of a TIFF. Raises whatever a decoder
-    does if the file cannot be decoded.
+    Gray is repeated, alpha dropped or set to opaque, color converted to gray, as `channels` requires. Other numbers of
+    channels are read from .npy arrays (H, W, C), which may also hold 16-bit color, and from the pages of a TIFF. Raises
+    whatever the decoder raises if the file cannot be decoded.
     """
-    if data[:2].tobytes() == b"\x1f\x8b":  # some files of ImageNet-22k are compressed once more
+    if data[:2].tobytes() == b"\x1f\x8b":  # some files of ImageNet-22k are gzipped
         data = np.frombuffer(bytearray(zlib.decompressobj(31).decompress(data, MAX_BYTES)), np.uint8)
     kind = data[:6].tobytes()
     if not kind:
         raise ValueError("empty file")
     if kind == b"\x93NUMPY":
-        image = read_array(data)
+        image = from_array(np.load(io.BytesIO(data), allow_pickle=False))
     elif kind.startswith(b"\xff\xd8\xff") and channels in (1, 3):  # a damaged PNG would crash torchvision's decoder
         image = read_jpeg(data, channels)
     else:
@@ -58,14 +76,14 @@ def decode(data: np.ndarray, channels: int = 3) -> Tensor:
 
 def check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels are more than data.MAX_PIXELS")
+        raise ValueError(f"{width} x {height} pixels, more than MAX_PIXELS in support/images.py")
 
 
 def read_jpeg(data: np.ndarray, channels: int) -> Tensor:
-    """By torchvision, which is faster; what it refuses, or all if it has no decoder any more (0.29 says it will go), by
-    Pillow."""
+    """By torchvision, which is faster; by Pillow if torchvision refuses the file, or no longer has a decoder (0.29
+    announces so)."""
     at = 2
-    while at + 9 < len(data) and data[at] == 0xFF:  # the segments, until the one with the size
+    while at + 9 < len(data) and data[at] == 0xFF:  # the segments, up to the one with the size
         marker, length, _, height, width = struct.unpack_from(">xBHBHH", data, at)
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             check_size(width, height)
@@ -74,10 +92,11 @@ def read_jpeg(data: np.ndarray, channels: int) -> Tensor:
     else:
         return read_by_pillow(data, channels)
     try:
-        modes = torchvision.io.ImageReadMode
-        return torchvision.io.decode_jpeg(torch.from_numpy(data), modes.RGB if channels == 3 else modes.GRAY,
-                                          apply_exif_orientation=True)
-    except (RuntimeError, AttributeError):
+        from torchvision.io import ImageReadMode, decode_jpeg  # half a second to import; much of the code needs no JPEG
+
+        return decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY,
+                           apply_exif_orientation=True)
+    except (RuntimeError, ImportError):
         return read_by_pillow(data, channels)
 
 
@@ -86,29 +105,30 @@ def read_by_pillow(data: np.ndarray, channels: int) -> Tensor:
         check_size(*file.size)
         n_pages = getattr(file, "n_frames", 1) if channels not in (1, 3, 4) else 1
         if n_pages != channels:
-            return page(file, channels)
+            return from_pillow(file, channels)
         pages = []
         for i in range(n_pages):
             file.seek(i)
             check_size(*file.size)
-            pages.append(page(file, 1))
+            pages.append(from_pillow(file, 1))
         return torch.cat(pages)
 
 
-def page(file: Image.Image, channels: int) -> Tensor:
-    """One page of an open file: gray if it is so or `channels` is 1, RGBA if that is 4, else RGB; deep gray uint16."""
-    if file.mode[0] in "IF":  # 16-bit gray is I;16, in older versions I
-        pixels = np.asarray(file)
+def from_pillow(image: Image.Image, channels: int) -> Tensor:
+    """An image, or the current page of an open file: gray if it is or if `channels` is 1, RGBA if that is 4, else RGB;
+    uint16 for 16-bit gray."""
+    if image.mode[0] in "IF":  # 16-bit gray is I;16, in older versions I
+        pixels = np.asarray(image)
         if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
             raise ValueError(f"pixels of type {pixels.dtype} outside of 0 to 65535; save them as 16-bit integers")
         return torch.from_numpy(pixels.astype(np.uint16))[None]
-    gray = channels == 1 or file.mode in ("1", "L")
-    return TF.pil_to_tensor(ImageOps.exif_transpose(file).convert("L" if gray else "RGBA" if channels == 4 else "RGB"))
+    gray = channels == 1 or image.mode in ("1", "L")
+    image = ImageOps.exif_transpose(image).convert("L" if gray else "RGBA" if channels == 4 else "RGB")
+    return from_array(np.array(image))
 
 
-def read_array(data: np.ndarray) -> Tensor:
-    """A .npy file of uint8 or uint16 (H, W) or (H, W, C) as (C, H, W)."""
-    pixels = np.load(io.BytesIO(data), allow_pickle=False)
+def from_array(pixels: np.ndarray) -> Tensor:
+    """uint8 or uint16 (H, W) or (H, W, C) -> (C, H, W). Raises ValueError for other arrays."""
     if pixels.dtype not in (np.uint8, np.uint16) or pixels.ndim not in (2, 3) or pixels.size == 0:
         raise ValueError(f"array of {pixels.dtype} {pixels.shape}; images are uint8 or uint16, (H, W) or (H, W, C)")
     check_size(*pixels.shape[:2])
@@ -116,55 +136,43 @@ def read_array(data: np.ndarray) -> Tensor:
 
 
 def as_channels(image: Tensor, channels: int) -> Tensor:
-    """(c, H, W) -> (channels, H, W). Raises ValueError if there is no usual way."""
+    """(c, H, W) -> (channels, H, W). Raises ValueError if there is no usual conversion."""
     c = len(image)
     if c == channels:
         return image
-    if channels == 4 and c in (1, 3):  # opaque
-        white = torch.full_like(image[:1], 65535 if image.dtype == torch.uint16 else 255)
-        return torch.cat([image.expand(3, -1, -1), white])
+    if channels == 4 and c in (1, 3):
+        opaque = torch.full_like(image[:1], 65535 if image.dtype == torch.uint16 else 255)
+        return torch.cat([image.expand(3, -1, -1), opaque])
     if c == 1:
         return image.expand(channels, -1, -1)
     if c == 3 and channels == 1:
-        return (image.float() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0, keepdim=True).round().to(image.dtype)
+        weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+        return (image.float() * weights).sum(0, keepdim=True).round().to(image.dtype)
     if c == 4 and channels == 3:
         return image[:3]
     raise ValueError(f"it has {c} channels, not {channels}")
-
-
-def reason(error: Exception) -> str:
-    """The first line of what a decoder said."""
-    line = str(error).partition("\n")[0].replace("\t", " ")
-    return re.sub(r" <_io\.BytesIO object at \w+>", "", line)[:200] or type(error).__name__
-
-
-def read_image(path: str, channels: int = 3) -> Tensor:
-    """An image file as decode() gives it. Raises ValueError, with the reason, if it cannot be read."""
-    try:
-        return decode(read_file(path), channels)
-    except Exception as error:  # decoders raise all sorts on damaged files
-        raise ValueError(f"{path} cannot be read as an image ({reason(error)})") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Fitting an image to the patch grid
 
 
-class Fit(NamedTuple):
-    """How an image comes to sides that are multiples of the patch. Pixel (x, y) of a W x H image goes to
-    (left + x * scaled[1] / W, top + y * scaled[0] / H)."""
-    scaled: tuple[int, int]  # height and width that the image is resized to
-    top: int  # where its corner then lies on the canvas; negative: rows are cut away
-    left: int
-    canvas: tuple[int, int]  # height and width of what the network sees
-
 FITS = ("crop", "pad", "resize")
 
 
-def plan_fit(height: int, width: int, patch: int, how: str = "crop", size: tuple[int, ...] = ()) -> Fit:
-    """Brings an image to `size`: () as it is, (short side,) or (height, width); and to multiples of `patch`. "crop"
-    cuts off the rest, "pad" adds to it, both in the middle; "resize" stretches. Raises ValueError if nothing would be
-    left, or if height and width are given and are no multiples."""
+class PatchFit(NamedTuple):
+    """How an image gets sides that are multiples of the patch size. Pixel (x, y) of a W x H image moves to
+    (left + x * scaled[1] / W, top + y * scaled[0] / H)."""
+    scaled: tuple[int, int]  # height and width after resizing
+    top: int  # where its corner then lies on the canvas; negative: rows are cut off
+    left: int
+    canvas: tuple[int, int]  # height and width of what the network sees
+
+
+def plan_fit(height: int, width: int, patch: int, how: str = "crop", size: tuple[int, ...] = ()) -> PatchFit:
+    """Scales an image to `size`, which is () for its own, (short side,) or (height, width), and makes both sides
+    multiples of `patch`: "crop" cuts the rest off, "pad" adds to it, both evenly on all sides; "resize" stretches.
+    Raises ValueError if nothing would be left, or if a given height and width are not multiples."""
     if len(size) == 2:
         if off := [s for s in size if s % patch or s < patch]:
             raise ValueError(f"size {off[0]} is no multiple of the patch size {patch}; the nearest is "
@@ -181,16 +189,16 @@ def plan_fit(height: int, width: int, patch: int, how: str = "crop", size: tuple
         if not all(canvas):
             raise ValueError(f"an image of {scaled[0]}x{scaled[1]} pixels is less than one patch of {patch}x{patch}; "
                              "enlarge it by --size, or choose --fit pad or resize")
-    return Fit(scaled, (canvas[0] - scaled[0]) // 2, (canvas[1] - scaled[1]) // 2, canvas)
+    return PatchFit(scaled, (canvas[0] - scaled[0]) // 2, (canvas[1] - scaled[1]) // 2, canvas)
 
 
-def fit_image(image: Tensor, fit: Fit, mean) -> Tensor:
-    """An image (C, H, W), uint8 or uint16, as `fit` says; what is added has the color `mean`, which becomes zero when
-    the image is normalized."""
+def fit_image(image: Tensor, fit: PatchFit, mean) -> Tensor:
+    """An image (C, H, W), uint8 or uint16, resized and placed as `fit` says. Padding has the color `mean`, which
+    normalization turns to zero."""
     deep = image.dtype == torch.uint16
-    x = image.float() if deep else image  # torchvision resizes no uint16
+    x = image.float() if deep else image  # torch cannot resize uint16
     if tuple(x.shape[-2:]) != fit.scaled:
-        x = TF.resize(x, list(fit.scaled), InterpolationMode.BICUBIC, antialias=True)
+        x = F.interpolate(x[None], fit.scaled, mode="bicubic", antialias=True)[0]
     out = (torch.tensor(mean) * (65535 if deep else 255)).round().to(x.dtype)[:, None, None].repeat(1, *fit.canvas)
     (h, w), (height, width), top, left = fit.scaled, fit.canvas, fit.top, fit.left
     out[:, max(top, 0) : top + h, max(left, 0) : left + w] = (
@@ -199,12 +207,12 @@ def fit_image(image: Tensor, fit: Fit, mean) -> Tensor:
 
 
 class FittedImages(torch.utils.data.Dataset):
-    """fitted[i] -> the i-th of `paths` as fit_image() makes it, uint8 or uint16 (C, h*patch, w*patch), and "". If it
-    cannot be read, or is too small: None, and why."""
+    """fitted[i] -> the i-th of `paths` as fit_image() makes it, and ""; or None and the reason, if it cannot be read or
+    is too small."""
 
     def __init__(self, paths: list[str], channels: int, patch: int, how: str, size, mean):
         self.paths, self.channels, self.mean, self.fit = paths, channels, mean, (patch, how, size)
-        plan_fit(2 * patch, 2 * patch, *self.fit)  # a wrong size is no image's fault
+        plan_fit(2 * patch, 2 * patch, *self.fit)  # raises now if `size` is wrong: no image is at fault
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -1,5 +1,8 @@
-"""Device, processes, sharding. Apache License 2.0."""
-import datetime
+"""Device, processes, sharding, activation checkpointing; and the few things that processes tell each other.
+
+A training always has a process group, of one process without torchrun, so that there is a single code path. Evaluations
+have one only under torchrun. Apache License 2.0.
+"""
 import importlib.util
 import os
 import sys
@@ -11,18 +14,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from support.images import reason
+# torch.distributed's fsdp, tensor and checkpoint take a second to import, so the functions that need them do: a
+# mistyped flag is answered before.
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Device
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" is CUDA if there is a GPU, else the CPU; under torchrun each process gets the GPU of its local rank.
-    Raises ValueError if the device asked for is absent."""
+    """`name` is auto, cpu, cuda, cuda:N or mps; auto means CUDA if there is a GPU, else the CPU. Under torchrun each
+    process gets the GPU of its local rank. Raises ValueError if there is no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -46,13 +51,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def usable_cores(proc: str = "/proc/self/cgroup", mounts: str = "/sys/fs/cgroup") -> int:
-    """CPU cores this process may use: those it is bound to, or its control group's share of their time."""
+    """The number of CPU cores this process may use: its affinity mask, or the quota of its control group if lower."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     for line in Path(proc).read_text().splitlines() if os.path.exists(proc) else ():
-        _, kinds, group = line.split(":", 2)  # "0::/path" of version 2, "4:cpu,cpuacct:/path" of version 1
+        _, kinds, group = line.split(":", 2)  # "0::/path" in version 2, "4:cpu,cpuacct:/path" in version 1
         top = Path(mounts) / ("cpu" if kinds else "")
         names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if kinds else ("cpu.max",)
-        inside = top / group.strip("/")  # a container may see its own group as the top, or as what it is outside
+        inside = top / group.strip("/")  # a container may see its own group at the top, or under its path outside
         for folder in {top, inside, *inside.parents} if not kinds or "cpu" in kinds.split(",") else ():
             if all((folder / name).is_file() for name in names):
                 quota, period = " ".join((folder / name).read_text() for name in names).split()
@@ -62,7 +67,7 @@ def usable_cores(proc: str = "/proc/self/cgroup", mounts: str = "/sys/fs/cgroup"
 
 
 def worker_count(wanted: int, processes_here: int = 1) -> int:
-    """`wanted`, or if that is negative as many as there are cores for, but one for the process itself; at most 16."""
+    """`wanted`, or if that is negative, one worker per core, leaving one core for the process itself; at most 16."""
     return wanted if wanted >= 0 else max(1, min(16, usable_cores() // processes_here - 1))
 
 
@@ -70,94 +75,42 @@ def be_deterministic(wanted: bool) -> None:
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the GPU is first used
     torch.use_deterministic_algorithms(wanted)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Processes
 
 
-LONG = timedelta(hours=2)  # that processes wait for each other, as when one lists a folder or writes a large file
+TIMEOUT = timedelta(hours=2)  # of every collective: rank 0 may list a large folder or write a large file meanwhile
 
 
-def start_processes(device: torch.device, mode: str = "zero2") -> DeviceMesh:
-    """The process group of torchrun, or a group of one: both are the same code from here on. Returns who shares weights
-    with whom, see share_mesh()."""
-    # Features leave the backbone as views of one tensor; nothing here changes them in place.
+def start_processes(device: torch.device, sharding: str = "zero2") -> DeviceMesh:
+    """Joins the process group of torchrun, or makes a group of one. Returns the mesh for --sharding, see make_mesh()."""
+    # The backbone returns views of one tensor; nothing here changes them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(device)
     alone = {} if "WORLD_SIZE" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONG,
-                            device_id=device if device.type == "cuda" else None, **alone)
-    return share_mesh(device.type, mode)
-
-SHARDINGS = ("ddp", "zero2", "zero3", "hsdp")
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None, **alone)
+    return make_mesh(device.type, sharding)
 
 
-def share_mesh(device_type: str, mode: str) -> DeviceMesh:
-    """The mesh for --sharding `mode`: (processes,), or (replicas, shards of one) where there are several:
-    for "hsdp" one copy on each machine, for "ddp" one on each process. Raises ValueError on all processes if the
-    machines differ in their number of processes."""
-    n, rank, here = dist.get_world_size(), dist.get_rank(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if mode == "hsdp":
-        places = together(lambda: (here, rank - int(os.environ.get("LOCAL_RANK", 0))))  # and where a machine begins
-        if any(size != here or first % here for size, first in places):
-            raise ValueError("--sharding hsdp wants as many processes on each machine, numbered machine by machine, but "
-                             f"there are {' '.join(str(size) for size, _ in places)} beside the {n} processes; give "
-                             "torchrun one --nproc-per-node, or take --sharding zero2")
-    n_shards = dict(ddp=1, hsdp=here).get(mode, n)
-    if n_shards == n:
-        return init_device_mesh(device_type, (n,))
-    return init_device_mesh(device_type, (n // n_shards, n_shards), mesh_dim_names=("replicate", "shard"))
+def join_processes(device: torch.device) -> None:
+    """Joins torchrun's process group, if torchrun started this process."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group(device_id=device if device.type == "cuda" else None, timeout=TIMEOUT)
 
 
-def together(work, group=None) -> list:
-    """The results of work() on all processes. If it raises on any, raises Failed on all."""
-    try:
-        mine = work(), ""
-    except Exception as error:
-        mine = None, why(error)
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine, group=group)
-    if reasons := [text for _, text in gathered if text]:
-        raise Failed(reasons[0])
-    return [result for result, _ in gathered]
-
-
-class Failed(RuntimeError):
-    """Something went wrong on one of the processes, which all know now."""
-
-
-def why(error: BaseException) -> str:
-    """In a few words, what the system said: PyTorch hides "No space left on device" behind errors of its own."""
-    while isinstance(error, CheckpointException) and error.failures:  # of one process each
-        error = next(iter(error.failures.values()))[0]
-    cause = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror + (f": {cause.filename}" if cause.filename else "")
-        cause = cause.__cause__ or cause.__context__
-    return reason(error)
-
-
-class Agreement:
-    """What one process noticed during a step, all know at the end of the next one; so nobody waits for an answer."""
-
-    def __init__(self):
-        self.group, self.work, self.flags = dist.new_group(backend="gloo", timeout=LONG), None, torch.zeros(0)
-
-    def tell(self, *noticed: bool) -> list[bool]:
-        """Tells the others. Returns what at least one process told at the call before."""
-        heard = self.heard() or [False] * len(noticed)
-        self.flags = torch.tensor(noticed, dtype=torch.uint8)
-        self.work = dist.all_reduce(self.flags, dist.ReduceOp.MAX, group=self.group, async_op=True)
-        return heard
-
-    def heard(self) -> list[bool]:
-        if self.work is not None:
-            self.work.wait()
-        return self.flags.bool().tolist()
+def leave_processes(in_peace: bool) -> None:
+    """Leaves the process group; `in_peace`, after waiting for the others."""
+    if dist.is_initialized():
+        if in_peace:
+            dist.barrier()
+        dist.destroy_process_group()
 
 
 def world() -> tuple[int, int]:
@@ -165,20 +118,61 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def join_processes(device: torch.device) -> None:
-    """The process group of torchrun, where that has started this process."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if "WORLD_SIZE" in os.environ:  # some processes may take much longer than others, as reading goes
-        dist.init_process_group(device_id=device if device.type == "cuda" else None,
-                                timeout=datetime.timedelta(hours=2))
+# ----------------------------------------------------------------------------------------------------------------------
+# What processes tell each other
 
 
-def leave_processes(in_peace: bool) -> None:
-    if dist.is_initialized():
-        if in_peace:
-            dist.barrier()
-        dist.destroy_process_group()
+class Failed(RuntimeError):
+    """Something failed on at least one process, and every process knows."""
+
+
+def on_all_ranks(work, group=None) -> list:
+    """Calls work() on every rank and returns all results, by rank. If it raises on any, raises Failed on all."""
+    try:
+        mine = work(), ""
+    except Exception as error:
+        mine = None, root_cause(error)
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine, group=group)
+    if failures := [text for _, text in gathered if text]:
+        raise Failed(failures[0])
+    return [result for result, _ in gathered]
+
+
+def root_cause(error: BaseException) -> str:
+    """What the operating system said, in one line, if it is to blame: PyTorch wraps "No space left on device" in errors
+    of its own. Otherwise the first line of the error."""
+    from torch.distributed.checkpoint.api import CheckpointException  # slow to import
+
+    while isinstance(error, CheckpointException) and error.failures:  # {rank: (error, traceback)}
+        error = next(iter(error.failures.values()))[0]
+    cause = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror + (f": {cause.filename}" if cause.filename else "")
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+class SharedFlags:
+    """Shares flags between processes without blocking, one step late: each call starts the exchange that the next one
+    collects, so that training never waits for an answer."""
+
+    def __init__(self):
+        self.group, self.work, self.flags = dist.new_group(backend="gloo", timeout=TIMEOUT), None, torch.zeros(0)
+
+    def share(self, *flags: bool) -> list[bool]:
+        """Starts sharing these flags. Returns, for each, whether any process had set it in the call before."""
+        before = self.wait() or [False] * len(flags)
+        self.flags = torch.tensor(flags, dtype=torch.uint8)
+        self.work = dist.all_reduce(self.flags, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return before
+
+    def wait(self) -> list[bool]:
+        """The flags of the last call, as soon as all processes have made it."""
+        if self.work is not None:
+            self.work.wait()
+        return self.flags.bool().tolist()
 
 
 def mean_over_processes(metrics: dict[str, Tensor], n_ranks: int) -> dict[str, float]:
@@ -188,30 +182,153 @@ def mean_over_processes(metrics: dict[str, Tensor], n_ranks: int) -> dict[str, f
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sharding and activation checkpointing
+# Sharding
 
 
-def local_shards(params) -> list[Tensor]:
-    """The part of each parameter (or gradient) that lies on this process, sharing its memory."""
-    return [p.to_local() if isinstance(p, DTensor) else p for p in params]
+SHARDINGS = ("ddp", "zero2", "zero3", "hsdp")
+
+
+def make_mesh(device_type: str, sharding: str) -> DeviceMesh:
+    """The mesh (shards,), or (replicas, shards) if the processes hold several replicas of the weights: one per machine
+    with "hsdp", one per process with "ddp". Raises ValueError on all processes if "hsdp" finds machines with different
+    numbers of processes."""
+    n, rank, here = dist.get_world_size(), dist.get_rank(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if sharding == "hsdp":
+        machines = on_all_ranks(lambda: (here, rank - int(os.environ.get("LOCAL_RANK", 0))))  # (size, first rank)
+        if any(size != here or first % here for size, first in machines):
+            raise ValueError("--sharding hsdp wants as many processes on each machine, numbered machine by machine, but "
+                             f"there are {' '.join(str(size) for size, _ in machines)} beside the {n} processes; give "
+                             "torchrun one --nproc-per-node, or take --sharding zero2")
+    n_shards = dict(ddp=1, hsdp=here).get(sharding, n)
+    if n_shards == n:
+        return init_device_mesh(device_type, (n,))
+    return init_device_mesh(device_type, (n // n_shards, n_shards), mesh_dim_names=("replicate", "shard"))
+
+
+PREFETCHED_BLOCKS = 2  # gathered while one block computes; one would do, but for hitches in the network
+
+
+def shard(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype, checkpointing: str = "none",
+          compile_blocks: bool = False, with_backward: bool = True, mode: str = "zero2") -> None:
+    """Applies activation checkpointing, torch.compile and FSDP2, in this order, to each block and each head.
+
+    Master weights and gradient reduction are float32; the backbone computes in `dtype`. Heads compute in float32 (TF32
+    on a GPU): bfloat16 logits divided by a temperature of 0.04 would be off by 0.1. The student keeps its gathered
+    weights until the backward pass; with `mode` "zero3" it keeps only those of the heads, which the backward pass needs
+    first. The teacher has no backward pass and must free them after each forward: FSDP2 would keep those of the root
+    module, and update_teacher() would then update copies. A single process computing in float32 has nothing to shard or
+    to cast and goes without FSDP2, which would copy its weights and gradients.
+    """
+    backbone, blocks = network["backbone"], network["backbone"].block_list()
+    if compile_blocks:  # blocks with different rates of stochastic depth have different graphs
+        config = importlib.import_module("torch._dynamo").config  # slow to import
+        config.recompile_limit = max(config.recompile_limit, 8 + 2 * len(blocks))
+    for block in blocks:
+        if checkpointing != "none":
+            block.forward = checkpointed(block.forward, checkpointing)
+        if compile_blocks:
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)  # one graph for all blocks
+    alone = mesh.size() == 1
+    if alone and dtype == torch.float32:
+        return
+    heads = [module for name, module in network.items() if name != "backbone" and not alone]
+    apply_fsdp([*blocks, backbone], mesh, dtype, reshard_after_forward=mode == "zero3" or not with_backward)
+    apply_fsdp(heads, mesh, torch.float32, reshard_after_forward=not with_backward)
+    prefetch(backbone, blocks, heads)
+
+
+def apply_fsdp(modules: list[nn.Module], mesh: DeviceMesh, dtype: torch.dtype, reshard_after_forward: bool) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # slow to import
+
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for module in modules:
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+
+
+def prefetch(backbone: nn.Module, blocks: list[nn.Module], heads: list[nn.Module]) -> None:
+    """Gathers the weights of the next blocks while one block computes, in both directions, and those of the heads, the
+    largest, while the backbone does: FSDP2 takes each head for a root of its own and would wait for the backbone."""
+    def gather_heads(*_):
+        for head in heads:
+            head.unshard(async_op=True)  # each head waits for this when it is called, after the backbone
+
+    n = PREFETCHED_BLOCKS
+    backbone.set_modules_to_forward_prefetch(blocks[:n])
+    for i, block in enumerate(blocks):
+        block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + n])
+        block.set_modules_to_backward_prefetch(blocks[max(i - n, 0) : i][::-1])
+    backbone.register_forward_pre_hook(gather_heads)
+
+
+def local_shards(tensors) -> list[Tensor]:
+    """This process's shard of each tensor, sharing its memory; the tensor itself if it is not sharded."""
+    from torch.distributed.tensor import DTensor  # slow to import
+
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
 def n_replicas(module: nn.Module) -> int:
-    """How many copies of a module's weights the processes hold together."""
+    """How many replicas of a module's weights the processes hold between them."""
+    from torch.distributed.tensor import DTensor  # slow to import
+
     p = next(module.parameters())
     return p.device_mesh.size(0) if isinstance(p, DTensor) and p.device_mesh.ndim == 2 else 1
 
 
+def full_weights(module: nn.Module, cpu_offload: bool = False) -> dict[str, Tensor]:
+    """The unsharded weights of a module. Call it on all ranks; with `cpu_offload` only rank 0 gets them, on the CPU."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # slow to import
+
+    return get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    from torch.distributed.tensor import DTensor  # slow to import
+
+    return isinstance(tensor, DTensor)
+
+
 def all_reduce_in_backward(student: nn.ModuleDict, wanted: bool) -> None:
-    """Whether the next backward pass adds up the gradients of several copies of the weights: that of the last part of a
-    step does, for all parts."""
+    """Whether the next backward pass sums the gradients over the replicas of the weights. With gradient accumulation
+    only the last one of a step does, for all."""
+    from torch.distributed.fsdp import FSDPModule  # slow to import
+
     for module in student.values():
         if isinstance(module, FSDPModule):
             module.set_requires_all_reduce(wanted)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Activation checkpointing, and our attention kernel
+
+
+CHECKPOINTING = ("none", "selective", "full")
+
+MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+
+ATTENTION = ("aten::_scaled_dot_product_", "dinov2::attention")  # PyTorch's, one name per backend; ours
+
+
+def checkpointed(forward, how: str):
+    """`forward` with activation checkpointing, "full" or "selective": the latter also keeps the results of matrix
+    products and attention, which take nearly all of the time to compute. Returns a function since torch.compile does
+    not trace functools.partial."""
+    contexts = dict(context_fn=partial(create_selective_checkpoint_contexts, keep_costly)) if how == "selective" else {}
+
+    def forward_with_checkpointing(*arguments):
+        return checkpoint(forward, *arguments, use_reentrant=False, **contexts)
+
+    return forward_with_checkpointing
+
+
+def keep_costly(context, op, *args, **kwargs) -> CheckpointPolicy:
+    costly = op in MATMULS or op.name().startswith(ATTENTION)
+    return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def load_kernel(arch: dict, dtype: torch.dtype, device: torch.device):
-    """The attention of kernels/attention.py, see model.Attention. Raises ValueError with the reason if it can't be."""
+    """The attention function of kernels/attention.py, see model.Attention. Raises ValueError if it cannot be used here.
+    """
     if device.type != "cuda":
         raise ValueError(f"--kernels needs an NVIDIA GPU, and this runs on {device.type}; leave it out")
     if dtype != torch.bfloat16:
@@ -226,74 +343,3 @@ def load_kernel(arch: dict, dtype: torch.dtype, device: torch.device):
         return module.build_kernels(arch["embed_dim"] // arch["num_heads"])
     except ValueError as error:
         raise ValueError(f"--kernels: {error}; leave it out") from None
-
-
-AHEAD = 2  # blocks whose weights are gathered while one computes; one hides all but a hitch in the network
-
-
-def shard(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype, checkpointing: str = "none",
-          compile_blocks: bool = False, with_backward: bool = True, mode: str = "zero2") -> None:
-    """Applies, from outside and in this order, recomputation, torch.compile and FSDP2, to each block and each head.
-
-    Master weights and gradient reduction stay float32; the backbone computes in `dtype`. Heads compute in float32
-    (TF32 on a GPU): bfloat16 logits divided by a temperature of 0.04 would be off by 0.1. The student keeps its
-    gathered weights until the backward pass, with `mode` "zero3" only those of the heads, with which that begins; the
-    teacher, which has none, must give them up after each forward: FSDP2 would keep those of the root, and
-    update_teacher() would change copies. What computes in float32 on a process alone has nothing to share or to cast:
-    it needs no FSDP2, which would copy its weights and gradients.
-    """
-    backbone, blocks = network["backbone"], network["backbone"].block_list()
-    if compile_blocks:  # with rates of stochastic depth that rise from block to block, each has a graph of its own
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 + 2 * len(blocks))
-    for block in blocks:
-        if checkpointing != "none":
-            block.forward = checkpointed(block.forward, checkpointing)
-        if compile_blocks:
-            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)  # one for all blocks
-    alone = mesh.size() == 1
-    if alone and dtype == torch.float32:
-        return
-    policy = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
-    for module in [*blocks, backbone]:
-        fully_shard(module, **policy, reshard_after_forward=mode == "zero3" or not with_backward)
-    heads = [module for name, module in network.items() if name != "backbone" and not alone]
-    policy["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
-    for head in heads:
-        fully_shard(head, **policy, reshard_after_forward=not with_backward)
-    prefetch(backbone, blocks, heads)
-
-
-def prefetch(backbone: nn.Module, blocks: list[nn.Module], heads: list[nn.Module]) -> None:
-    """Has the weights of the next blocks gathered while one computes, in both directions, and those of the heads, the
-    largest, while the backbone does: FSDP2 sees roots of their own in them, which would wait for its end."""
-    def gather_heads(*_):
-        for head in heads:
-            head.unshard(async_op=True)  # every head is called after the backbone, and waits for this
-
-    backbone.set_modules_to_forward_prefetch(blocks[:AHEAD])
-    for i, block in enumerate(blocks):
-        block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + AHEAD])
-        block.set_modules_to_backward_prefetch(blocks[max(i - AHEAD, 0) : i][::-1])
-    backbone.register_forward_pre_hook(gather_heads)
-
-CHECKPOINTING = ("none", "selective", "full")
-
-PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
-
-ATTENTION = ("aten::_scaled_dot_product_", "dinov2::attention")  # has a name per device; and ours
-
-
-def checkpointed(forward, way: str):
-    """`forward`, which keeps for its backward pass only its input, or with "selective" also the results of matrix
-    products and attention, which take nearly all of the time. A function, since torch.compile passes over a partial."""
-    contexts = dict(context_fn=partial(create_selective_checkpoint_contexts, keep_products))
-
-    def forward_and_forget(*arguments):
-        return checkpoint(forward, *arguments, use_reentrant=False, **contexts if way == "selective" else {})
-
-    return forward_and_forget
-
-
-def keep_products(context, op, *args, **kwargs) -> CheckpointPolicy:
-    kept = op in PRODUCTS or op.name().startswith(ATTENTION)
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,4 +1,15 @@
-"""What keeps a run: its folder, lock, saves, signals and log. Apache License 2.0."""
+"""What keeps a run: its folder and lock, saves, signals and log.
+
+    out/config.json              the settings; marks the folder as a run
+    out/lock                     locked while a process trains here
+    out/ckpt.pth                 the teacher and the settings, for evaluations
+    out/metrics.jsonl            one line per logged step
+    out/resume/step_N/           a save: the tensors by torch.distributed.checkpoint (*.distcp, .metadata), and the file
+                                 `complete` with the step, the counters and the SHA-256 of the other files
+    out/bad_samples.txt, out/nonfinite/    images that could not be read; the samples of skipped steps
+
+Apache License 2.0.
+"""
 import contextlib
 import dataclasses
 import errno
@@ -16,32 +27,88 @@ import sys
 import threading
 import time
 import uuid
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from support.parallel import LONG, Failed, local_shards, together, why
+from support.parallel import TIMEOUT, Failed, local_shards, on_all_ranks, root_cause
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+# torch.distributed.tensor and .checkpoint take a second to import, so the functions that need them do.
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@contextlib.contextmanager
+def replacing(path: Path, durable: bool = False):
+    """Yields a temporary path next to `path`, at which the caller writes a file or a folder; then renames it to `path`.
+    So `path` is never half-written, with `durable` not even after a power cut, and a failure leaves nothing behind."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield temporary
+        if durable:
+            make_durable(temporary)
+        os.replace(temporary, path)
+        if durable:
+            make_durable(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+
+
+def make_durable(path: Path) -> None:
+    """Waits until a file, or the list of names in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, write) -> None:
+    """Has write(file) fill a file that appears as `path`, in a folder made if need be, only when it is whole. Raises
+    ValueError, with the reason, if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            write(file)
+    except (OSError, RuntimeError) as error:  # PyTorch raises RuntimeError on a full disk
+        raise ValueError(f"{path} could not be written ({getattr(error, 'strerror', None) or error})") from None
+
+
+def write_json(path: Path, content: dict) -> None:
+    with replacing(path, durable=True) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The output folder
 
 
-OUTPUTS = (  # and config.json, which marks a run
+OUTPUTS = (  # besides config.json, which marks a run
     "ckpt.pth", "metrics.jsonl", "resume", "eval", "bad_samples.txt", "first_batch.png", "nonfinite")
 
 
 def check_output(cfg, resume: bool, overwrite: bool, changeable: set[str]) -> None:
-    """Raises ValueError if --out holds another run and neither flag allows to touch it. Writes nothing."""
+    """Raises ValueError if --out holds anything but this run, unless the flags allow it. Writes nothing."""
     out = Path(cfg.out)
     if resume and overwrite:
         raise ValueError("--resume continues the run in --out, --overwrite deletes it; give one of the two")
@@ -59,7 +126,7 @@ def check_output(cfg, resume: bool, overwrite: bool, changeable: set[str]) -> No
         except ValueError:
             raise ValueError(f"{out}/config.json is damaged; --resume continues the run with these settings") from None
         mine, defaults = (json.loads(json.dumps(dataclasses.asdict(c))) for c in (cfg, type(cfg)()))
-        theirs = defaults | theirs  # a run of an older version did not know all fields
+        theirs = defaults | theirs  # older versions had fewer fields
         changed = [f"{k} {theirs[k]} -> {v}" for k, v in mine.items() if theirs[k] != v and k not in changeable]
         if changed:
             some = ", ".join(changed[:12]) + " …" * (len(changed) > 12)
@@ -68,79 +135,37 @@ def check_output(cfg, resume: bool, overwrite: bool, changeable: set[str]) -> No
 
 
 def restarted() -> bool:
-    """Whether torchrun has started this command anew because a process of this machine failed."""
+    """Whether torchrun has restarted this command because a process failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def claim_output(cfg, overwrite: bool) -> None:
-    """Makes --out this run's folder, emptied of the run before if `overwrite`."""
+    """Makes --out this run's folder; with `overwrite`, deletes the run in it first."""
     out = Path(cfg.out)
     for path in [out / name for name in OUTPUTS if (out / name).exists()] if overwrite else []:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    text = json.dumps(dataclasses.asdict(cfg), indent=1) + "\n"
-    write_atomically(out / "config.json", lambda file: file.write(text.encode()))
-
-
-def write_atomically(path: Path, write) -> None:
-    """write(file) under a neighboring name, then rename: `path` is never half-written, not even by a power cut."""
-    partial_path = path.with_name(path.name + ".partial")
-    try:
-        with open(partial_path, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial_path, path)
-    except BaseException:
-        partial_path.unlink(missing_ok=True)  # on a full disk, every byte counts
-        raise
-    make_durable(path.parent)
-
-
-def make_durable(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def write_file(path: Path, write) -> None:
-    """Has write(file) fill a file that appears under its name only when it is whole. Raises ValueError, naming why not.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            write(file)
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{path} could not be written ({getattr(error, 'strerror', None) or error})") from None
-    finally:
-        with contextlib.suppress(OSError):  # the folder may be none
-            partial.unlink()
+    write_json(out / "config.json", dataclasses.asdict(cfg))
 
 
 class OutputLock:
-    """The file `lock` in --out: while it is there, and its owner lives, no other run may write there.
+    """An operating-system lock on the file `lock` in --out, held by rank 0, which keeps other runs away.
 
-    It names machine, process and moment of start, and is touched every few seconds. An owner on this machine is looked
-    up; of one elsewhere is waited for a sign of life. A dead owner's lock is taken over. Raises ValueError if the owner
-    lives, OSError if the folder cannot be written. To be used by one process of a run.
+    The system frees it when the process ends, however it ends, so it is never stale. On NFS it also holds between Linux
+    machines; if one vanishes, the server frees its locks after a minute or two. The content of the file is for messages
+    only. Raises ValueError if another process has the lock, or if the folder cannot be written.
     """
 
-    BEAT, DEATH = 10.0, 60.0  # seconds between signs of life; without one until it counts as dead
+    LEASE = 120  # seconds to wait for an owner on another machine, which may have vanished
 
     def __init__(self, out: Path):
-        self.new = not out.exists()
-        out.mkdir(parents=True, exist_ok=True)
-        self.path, self.device, self.above = out / "lock", os.stat(out).st_dev, os.stat(out.parent).st_dev
-        self.key = uuid.uuid4().hex
-        self.mine = json.dumps(dict(zip(("host", "boot", "space"), machine()), pid=os.getpid(), start=born(os.getpid()),
-                                    key=self.key))
-        self.lost, self.stop = False, threading.Event()
-        while not self.create():
-            self.take_over_from_dead()
-        self.thread = threading.Thread(target=self.beat, daemon=True)
-        self.thread.start()
+        self.path, self.lost, self.descriptor = out / "lock", False, None
+        try:
+            self.take()
+            self.devices = os.stat(out.parent).st_dev, os.stat(out).st_dev
+        except OSError as error:
+            raise ValueError(f"--out {out} cannot be written ({root_cause(error)}); choose another folder") from None
+        if fcntl:  # data-loading workers would share the lock, and keep it if they outlived this process
+            os.register_at_fork(after_in_child=self.close)
 
     def __enter__(self):
         return self
@@ -148,177 +173,131 @@ class OutputLock:
     def __exit__(self, *error) -> None:
         self.release()
 
-    def create(self) -> bool:
-        try:
-            descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            return False
-        try:
-            os.write(descriptor, self.mine.encode())
-        except OSError:
-            self.path.unlink()
-            raise
-        finally:
-            os.close(descriptor)
-        return True
-
-    def take_over_from_dead(self) -> None:
-        """Removes the lock of a dead owner; raises ValueError if the owner lives."""
-        try:
-            text = self.path.read_text()
-        except FileNotFoundError:
-            return  # released just now
-        try:
-            owner = json.loads(text)
-            named = f"process {owner['pid']} on {owner['host']}"
-        except (ValueError, TypeError, KeyError):
-            owner, named = {}, "an unknown process"
-        if machine() == tuple(owner.get(key) for key in ("host", "boot", "space")):
-            alive = born(owner["pid"]) in (owner["start"], "unknown")
-        else:
-            alive = self.moves(named)
-        if alive:
-            raise ValueError(f"--out {self.path.parent} is in use by {named}; wait for it, or choose another --out")
-        aside = self.path.with_name(f"lock.{self.key}")
-        with contextlib.suppress(FileNotFoundError):  # somebody else may be as quick
-            os.rename(self.path, aside)
-            if aside.read_text() == text:
-                aside.unlink()
-            else:  # somebody has taken over in between: put it back
-                with contextlib.suppress(FileExistsError):
-                    os.link(aside, self.path)
-                aside.unlink()
-
-    def moves(self, named: str) -> bool:
-        """Whether the lock is touched, or removed by its owner, while we watch. Opened each time: a network file system
-        then asks its server. Clocks of different machines are not compared."""
-        def touched() -> float:
-            with open(self.path, "rb") as file:
-                return os.fstat(file.fileno()).st_mtime
-
-        with contextlib.suppress(FileNotFoundError):
-            before = touched()
-            for _ in tqdm(range(int(self.DEATH)), desc=f"is {named} alive", unit="s", disable=None, leave=False):
+    def take(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        here, waited = f" on {socket.gethostname()}", 0
+        while not self.is_ours():  # the last owner may remove the file just before we lock it
+            self.close()
+            self.descriptor = lock_file(self.path)
+            if self.descriptor is None:
+                owner = "another process"
+                with contextlib.suppress(FileNotFoundError):
+                    owner = self.path.read_text() or owner
+                if owner.endswith(here) or waited >= self.LEASE:
+                    raise ValueError(f"--out {self.path.parent} is in use by {owner}; wait for it, or choose another "
+                                     "--out")
+                if not waited:
+                    print(f"note: {self.path} is locked by {owner}; waiting up to {self.LEASE} s in case that machine "
+                          "is gone", file=sys.stderr, flush=True)
                 time.sleep(1)
-                if touched() != before:
-                    return True
-        return False
+                waited += 1
+        self.path.write_text(f"process {os.getpid()}{here}")
 
-    def beat(self) -> None:
-        while not self.stop.wait(self.BEAT):
-            with contextlib.suppress(OSError):  # check() will say
-                self.check()
-                os.utime(self.path)
+    def is_ours(self) -> bool:
+        """Whether the file we have locked is still there under its name."""
+        try:
+            return self.descriptor is not None and os.path.samestat(os.fstat(self.descriptor), os.stat(self.path))
+        except FileNotFoundError:
+            return False
 
     def check(self) -> None:
-        """Raises OSError if the folder is gone or another process has taken over, as it may after this one was frozen.
-        Makes the lock again where it vanished together with the folder."""
+        """To be called before writing. Takes the lock again if --out was deleted. Raises OSError if its file system is
+        gone, or another run has started in its place."""
         out = self.path.parent
-        if self.path.exists():
-            self.lost = self.path.read_text() != self.mine
-        elif os.stat(out.parent).st_dev != self.above or out.exists() and os.stat(out).st_dev != self.device:
-            raise OSError(errno.ENODEV, "its file system is gone", str(out))  # and what is mounted may come back
-        elif (out / "config.json").exists():
-            self.lost = True  # the other one has already ended
-        else:
-            out.mkdir(exist_ok=True)
-            self.create()
+        if self.is_ours():
+            return
+        if os.stat(out.parent).st_dev != self.devices[0] or out.exists() and os.stat(out).st_dev != self.devices[1]:
+            raise OSError(errno.ENODEV, "its file system is gone", str(out))  # but may be mounted again
+        try:
+            self.lost = (out / "config.json").exists()  # that run has already ended
+            self.take()
+        except ValueError:
+            self.lost = True
         if self.lost:
-            raise OSError(errno.EBUSY, "another process has taken over", str(out))
+            raise OSError(errno.EBUSY, "another run has taken over", str(out))
 
     def release(self) -> None:
-        self.stop.set()
-        with contextlib.suppress(OSError):
-            if self.path.read_text() == self.mine:
-                self.path.unlink()
-            if self.new:
-                self.path.parent.rmdir()  # if nothing was written
+        if self.is_ours():
+            self.path.unlink()
+        self.close()
+
+    def close(self) -> None:
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+
+def lock_file(path: Path) -> int | None:
+    """Locks a file. Returns its descriptor, or None if another process has the lock. Where there are no locks, says so
+    and goes on without."""
+    for mode in (os.O_RDONLY, os.O_RDWR):  # NFS needs the latter, which keeps other disks from being remounted
+        descriptor = os.open(path, mode | os.O_CREAT, 0o666)
+        try:
+            if fcntl is None:
+                raise OSError(errno.ENOSYS, "Windows")
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # the latter on CIFS
+            return os.close(descriptor)
+        except OSError as error:
+            if error.errno == errno.EBADF and mode == os.O_RDONLY:
+                os.close(descriptor)
+                continue
+            print(f"note: --out cannot be locked here ({error.strerror}); make sure that no other run uses it",
+                  file=sys.stderr, flush=True)
+        return descriptor
 
 
 def take_output(cfg) -> OutputLock | None:
-    """The lock on --out, for rank 0. Raises ValueError on all processes if it is another's or cannot be written."""
-    def take():
-        try:
-            return "", OutputLock(Path(cfg.out)) if dist.get_rank() == 0 else None
-        except ValueError as error:
-            return str(error), None
-        except OSError as error:
-            return f"--out {cfg.out} cannot be written ({why(error)}); choose another folder", None
-
-    error, lock = take()
-    if error := next(filter(None, together(lambda: error)), ""):
-        raise ValueError(error)
-    return lock
-
-
-def machine() -> tuple[str, str, str]:
-    """Name, number of the current boot and process name space: where these are the same, process numbers compare."""
+    """The lock on --out for rank 0, None on the others. Raises ValueError on all if rank 0 cannot have it."""
+    taken = []
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return socket.gethostname(), boot, os.readlink("/proc/self/ns/pid")
-    except OSError:  # no Linux
-        return socket.gethostname(), "", ""
-
-
-def born(pid: int) -> str:
-    """When a process of this machine started, as the system counts, "" if there is none: numbers are used again."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "" if fields[0] in "ZX" else fields[19]  # Z: dead, but its parent has not asked
-    except OSError:
-        try:
-            os.kill(pid, 0)
-        except PermissionError:
-            return "unknown"  # another user's, which the system may hide
-        except OSError:
-            return ""
-        return "unknown"
+        on_all_ranks(lambda: taken.append(OutputLock(Path(cfg.out))) if dist.get_rank() == 0 else None)
+    except Failed as error:
+        raise ValueError(str(error)) from None
+    return taken[0] if taken else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Saves: written while training goes on, verified when read
+# Reading saves
+
+
+def read_complete(save: Path) -> dict | str:
+    """The content of the file `complete` of a save; or what is wrong with it, in words."""
+    try:
+        complete = json.loads((save / "complete").read_text())
+        files, _ = dict(complete["files"]), (int(complete["step"]), dict(complete["counters"]))
+    except FileNotFoundError:
+        return "complete: missing"
+    except (ValueError, TypeError, KeyError):
+        return "complete: not readable"
+    missing = files.keys() - {path.name for path in save.iterdir()}
+    return f"{min(missing)}: missing" if missing else complete
 
 
 def verify(save: Path) -> dict | str:
-    """What the file `complete` of a save says, if the other files are as it says, else what is wrong with them. All
-    processes must call, each reads a share of the files. Raises Failed on all if one cannot read them now."""
-    def contents() -> dict | str:
-        try:
-            complete = json.loads((save / "complete").read_text())
-            files, _ = dict(complete["files"]), (int(complete["step"]), dict(complete["counters"]))
-        except FileNotFoundError:
-            return "complete: missing"
-        except (ValueError, TypeError, KeyError):
-            return "complete: not readable"
-        missing = files.keys() - {path.name for path in save.iterdir()}
-        return f"{min(missing)}: missing" if missing else complete
-
+    """The content of the file `complete` if all other files of a save are as that says; or what is wrong, in words. To
+    be called on all ranks: each checks a share of the files. Raises Failed on all if one cannot read its share."""
     def check_share() -> str:
-        for name in sorted(complete["files"])[dist.get_rank() :: dist.get_world_size()]:
-            for _ in range(60):  # seconds for which other machines may not yet see what one has renamed
-                if (save / name).exists():
-                    break
-                time.sleep(1)
-            if sha256(save / name) != complete["files"][name]:
-                return f"{name}: its SHA-256 differs"
-        return ""
+        share = sorted(complete["files"])[dist.get_rank() :: dist.get_world_size()]
+        wait_for_files(save, share)
+        return next((f"{n}: its SHA-256 differs" for n in share if sha256(save / n) != complete["files"][n]), "")
 
-    complete = together(lambda: contents() if dist.get_rank() == 0 else None)[0]
-    return complete if isinstance(complete, str) else next(filter(None, together(check_share)), complete)
+    complete = on_all_ranks(lambda: read_complete(save) if dist.get_rank() == 0 else None)[0]
+    return complete if isinstance(complete, str) else next(filter(None, on_all_ranks(check_share)), complete)
 
 
-def sha256(path: Path) -> str:
-    digest, size = hashlib.sha256(), path.stat().st_size
-    with open(path, "rb") as file, tqdm(total=size, unit="B", unit_scale=True, desc=f"verifying {path.name}", delay=1,
-                                        disable=None, leave=False) as bar:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-            bar.update(len(piece))
-    return digest.hexdigest()
+def wait_for_files(folder: Path, names, seconds: int = 60) -> set[str]:
+    """Waits until this machine sees files that others have written: a network file system may take a while. Returns
+    the names of those still missing."""
+    for _ in range(seconds):
+        if not (missing := {*names} - {*(os.listdir(folder) if folder.exists() else ())}):
+            break
+        time.sleep(1)
+    return missing
 
 
 class MetadataOnly(pickle.Unpickler):
-    """Reads the table of contents of a save, which PyTorch writes as a pickle, and refuses whatever else it holds."""
+    """Reads the table of contents of a save, which PyTorch writes as a pickle, and refuses anything else in it."""
 
     def find_class(self, module: str, name: str):
         known = {"torch.distributed.checkpoint.metadata": (
@@ -332,8 +311,10 @@ class MetadataOnly(pickle.Unpickler):
 
 
 def check_metadata(path: Path) -> None:
-    """To be called before PyTorch's own reader, which would execute what a pickle says, there or in any entry that is
-    no tensor. Raises UnpicklingError."""
+    """To be called before PyTorch's own reader, which would run code in the pickle, or in any entry that is no tensor.
+    Raises UnpicklingError if there is any."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata  # slow to import
+
     with open(path, "rb") as file:
         metadata = MetadataOnly(file).load()
     for name, entry in metadata.state_dict_metadata.items():
@@ -341,80 +322,181 @@ def check_metadata(path: Path) -> None:
             raise pickle.UnpicklingError(f"its entry {name} is no tensor; nothing in it was run")
 
 
-class Saver:
-    """Saves a run to resume/step_N, and the teacher to ckpt.pth, by a thread of each process.
+def networks_of(state) -> dict[str, dict[str, Tensor]]:
+    """{part: {name: tensor}} of all that a run needs to continue, but for the optimizers' state. No copies."""
+    return dict(student=dict(state.student.named_parameters()), teacher=dict(state.teacher.named_parameters()),
+                centers=state.centers)
 
-    The trainer waits only while tensors are copied to the host. A save is written under another name: the shards by
-    PyTorch's distributed checkpoint, and last the file `complete`, with the step and the SHA-256 of all others; then
-    all is made durable, and renamed. A save that fails is tried again later, from the step reached by then. All methods
-    are called by all processes; rank 0 decides.
+
+def optimizer_state_of(state) -> dict[str, dict]:
+    """{parameter: its state}, for the parameters that have had a gradient."""
+    states = [optimizer.state for optimizer in state.optimizers]
+    return {name: entries[p] for name, p in state.student.named_parameters() for entries in states if p in entries}
+
+
+def optimizer_tensors_of(state) -> dict[str, dict[str, Tensor]]:
+    """{entry of the state, such as exp_avg: {parameter: tensor}}. Numbers become tensors; None is left out."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for name, entries in optimizer_state_of(state).items():
+        for key, value in entries.items():
+            if value is not None:
+                value = value if torch.is_tensor(value) else torch.tensor(value, dtype=torch.float64)
+                tensors.setdefault(key, {})[name] = value
+    return tensors
+
+
+def tensors_of(state) -> dict[str, dict[str, Tensor]]:
+    """{part: {name: tensor}} of the networks, centers and optimizers of a run, no copies: what a save holds. Nothing
+    but tensors is saved, so nothing else need be read."""
+    return networks_of(state) | optimizer_tensors_of(state)
+
+
+def create_optimizer_state(state) -> None:
+    """Has each optimizer create its own state for all parameters, in a step with zero gradients and lr 0."""
+    for optimizer in state.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def load_save(state, save: Path) -> None:
+    """Fills networks, centers and optimizers from a save. Raises ValueError if other optimizers wrote it."""
+    import torch.distributed.checkpoint as dcp  # slow to import
+
+    create_optimizer_state(state)
+    tensors = networks_of(state)
+    saved = dcp.FileSystemReader(save).read_metadata().state_dict_metadata.keys()
+    saved = {name for name in saved if name.partition(".")[0] not in tensors}
+    created = [(key, name, t) for key, named in optimizer_tensors_of(state).items() for name, t in named.items()]
+    with_state = {name for key, name, _ in created if f"{key}.{name}" in saved}
+    created = {f"{key}.{name}": (key, name, t) for key, name, t in created if name in with_state}
+    if saved != created.keys():
+        raise ValueError(f"another optimizer wrote it: {min(saved ^ created.keys())}")
+    for key, name, tensor in created.values():
+        tensors.setdefault(key, {})[name] = tensor
+    dcp.load(tensors, checkpoint_id=str(save))
+    for name, entries in optimizer_state_of(state).items():
+        entries.update({key: type(value)(tensors[key][name].item()) for key, value in entries.items()
+                        if isinstance(value, (int, float)) and name in with_state})
+    for optimizer in state.optimizers:  # a parameter that had no gradient yet starts without state
+        for name, p in state.student.named_parameters():
+            if name not in with_state:
+                optimizer.state.pop(p, None)
+
+
+def load_newest(state, folder: Path) -> tuple[dict, list[str]]:
+    """Loads the newest intact save in `folder`, written by any number of processes. Returns the content of its file
+    `complete`, or {} if there is no save, and the names of newer saves that are damaged. Raises ValueError if all are
+    damaged, or if it does not fit or holds anything but tensors."""
+    names = [sorted((path.name for path in folder.glob("step_*")), reverse=True)]
+    dist.broadcast_object_list(names)  # one process looks: a slow network file system could give two answers
+    damaged = []
+    for name in names[0]:
+        try:
+            complete = verify(folder / name)
+        except Failed as error:
+            raise ValueError(f"{folder / name} cannot be read ({error}); try again") from None
+        if isinstance(complete, str):
+            damaged.append(name)
+            if dist.get_rank() == 0:
+                print(f"note: {folder / name} is damaged ({complete}) and skipped", file=sys.stderr, flush=True)
+            continue
+        try:
+            check_metadata(folder / name / ".metadata")
+            load_save(state, folder / name)
+        except BaseException as error:  # PyTorch's CheckpointException is no Exception
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            raise ValueError(f"{folder / name} is intact but does not fit this run ({root_cause(error)}); if settings "
+                             f"have changed, go back to those in {folder.parent}/config.json") from None
+        return complete, damaged
+    if damaged:
+        raise ValueError(f"no save in {folder} is intact; keep {folder.parent}/ckpt.pth, the teacher, if you want it, "
+                         "and start over with --overwrite")
+    return {}, []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing saves, while training goes on
+
+
+class Saver:
+    """Saves the run to resume/step_N, and the teacher to ckpt.pth, in a thread of each process.
+
+    Training waits only while the state is copied to host memory. The thread writes the save under a temporary name:
+    first the tensors, then the file `complete`; when all is on the disk, it is renamed. A failed save is tried again
+    later, from the step reached by then. All methods must be called on all ranks; rank 0 decides.
     """
 
     RETRY = 30.0  # seconds after which a failed save is tried again
 
     def __init__(self, cfg, state, make_checkpoint, lock: OutputLock | None, start: int, damaged: list[str], say):
+        from torch.distributed import checkpoint  # slow to import; not in the thread, where it would delay training
+
+        self.dcp = checkpoint
         self.cfg, self.state, self.lock, self.damaged, self.say = cfg, state, lock, damaged, say
-        self.make_checkpoint = make_checkpoint  # of the step: what ckpt.pth holds
+        self.make_checkpoint = make_checkpoint  # (step) -> the content of ckpt.pth
         self.folder, self.main = Path(cfg.out) / "resume", dist.get_rank() == 0
-        self.group = dist.new_group(backend="gloo", timeout=LONG)  # of the threads' own: the trainers talk meanwhile
-        holds = dist.get_rank() < state.n_shards  # a share of the copy that is saved; they need not talk to each other
-        self.mesh = DeviceMesh("cpu", range(state.n_shards), _init_backend=False) if holds else None
-        self.key, self.attempt = together(lambda: lock.key if lock else "", self.group)[0], 0
-        self.copies: dict[str, dict[str, Tensor]] = {}  # on the host
-        self.owed: dict[Path, dict] = {}  # checkpoints of the teacher that are not written yet
-        self.thread, self.step, self.good = None, start, start  # of the last attempt, and of the last success
-        self.error, self.trouble = "", ""  # of the last attempt, and of the last failure
-        self.last, self.failing_since, self.stall, self.seconds = time.monotonic(), None, 0.0, 0.0
-        self.asked = False  # for a save, which the others hear a step later
+        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT)  # for the threads, while training uses its own
+        saves = dist.get_rank() < state.n_shards  # the first replica is saved
+        self.mesh = DeviceMesh("cpu", range(state.n_shards), _init_backend=False) if saves else None
+        self.copies: dict[str, dict[str, Tensor]] = {}  # in host memory
+        self.owed: dict[Path, dict] = {}  # teacher checkpoints yet to be written
+        self.thread, self.step, self.good = None, start, start  # of the last attempt, of the last success
+        self.error, self.failing_since, self.last = "", None, time.monotonic()  # of the last attempt
+        self.asked, self.stall, self.seconds = False, 0.0, 0.0
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *error) -> None:
-        """A save under way is completed whatever happens, unless processes it needs no longer answer."""
+        """Waits for a save under way; after a crash only for a minute, since other processes may be gone."""
         if self.thread is not None:
             self.thread.join(None if kind in (None, Failed) else 60)
 
     def due(self) -> bool:
-        """Whether the time has come for a save between the regular ones."""
+        """Whether it is time for an extra save: by --save-minutes, or since the last one failed. True only once, since
+        the other ranks hear of it a step later."""
         if not self.main:
             return False
         self.collect(wait=False)
-        age = time.monotonic() - self.last
         if self.thread is not None or self.asked:
             return False
-        self.asked = age > self.RETRY if self.failing_since is not None else 0 < 60 * self.cfg.save_minutes < age
+        age, minutes = time.monotonic() - self.last, self.cfg.save_minutes
+        self.asked = age > self.RETRY if self.failing_since is not None else 0 < 60 * minutes < age
         return self.asked
 
     def hopeless(self) -> str:
-        """Why saving has no future, or nothing."""
+        """Why saving has no future, on rank 0; otherwise nothing."""
         since = self.failing_since
-        if not self.main:
-            return ""
-        if self.lock.lost:
-            return f"another process has taken over --out {self.cfg.out}; this one stops without touching it"
-        if since is not None and self.thread is None and time.monotonic() - since > 60 * self.cfg.save_patience:
-            return (f"saving has failed for {self.cfg.save_patience:g} minutes ({self.trouble}). The last good save is "
+        if self.main and self.lock.lost:
+            return f"another run has taken over --out {self.cfg.out}; this one stops without touching it"
+        if self.main and since is not None and self.thread is None and (
+                time.monotonic() - since > 60 * self.cfg.save_patience):
+            return (f"saving has failed for {self.cfg.save_patience:g} minutes ({self.error}). The last good save is "
                     f"that of step {self.good}; make room or mend the disk, and run the same command again")
         return ""
 
     def start(self, step: int, counters: dict, exports: list[Path]) -> None:
-        """Begins to save the state after `step` steps, after waiting for the save before."""
+        """Starts to save the state after `step` steps, once the previous save is done. The teacher also goes to
+        `exports`."""
         began = time.perf_counter()
         self.collect()
         self.error, self.step, self.last, self.asked = "", step, time.monotonic(), False
-        self.attempt += 1  # a name of its own: other machines may remember a name for a while, and what it once meant
-        self.partial = self.folder / f"partial_{self.key}_{self.attempt}"
         ckpt = self.make_checkpoint(step)
         if self.main:
             self.owed |= {path: ckpt for path in [Path(self.cfg.out) / "ckpt.pth", *exports]}
-        self.thread = threading.Thread(target=self.write, args=(step, dict(counters), self.copy()), daemon=True)
+        self.thread = threading.Thread(target=self.write, args=(step, dict(counters), self.copy_to_host()), daemon=True)
         self.thread.start()
         self.stall = time.perf_counter() - began
 
-    def copy(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of the run as they are now, on the host, in the same memory each time; those of one copy of the
-        weights, nothing on the processes that hold others."""
+    def copy_to_host(self) -> dict[str, dict[str, Tensor]]:
+        """The state as it is now, in the same (pinned) host memory each time; nothing except on the first replica."""
+        from torch.distributed.tensor import DTensor  # slow to import
+
         def empty_copy(tensor: Tensor) -> Tensor:
             local = local_shards([tensor])[0]
             copy = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
@@ -423,106 +505,105 @@ class Saver:
 
         if self.mesh is None:
             return {}
-        state = self.state.tensors()
-        if not self.copies:
+        state = tensors_of(self.state)
+        if [[*named] for named in self.copies.values()] != [[*named] for named in state.values()]:
+            # the first save; or an optimizer has created its state since the last one
             self.copies = {part: {k: empty_copy(t.detach()) for k, t in named.items()} for part, named in state.items()}
-        flat = [[t for named in tree.values() for t in local_shards(named.values())] for tree in (self.copies, state)]
+        to, source = ([t for named in tree.values() for t in local_shards(named.values())]
+                      for tree in (self.copies, state))
         with torch.no_grad():
-            torch._foreach_copy_(*flat, non_blocking=True)
-        if flat[1][0].is_cuda:
+            torch._foreach_copy_(to, source, non_blocking=True)
+        if source[0].is_cuda:
             torch.cuda.synchronize()
         return self.copies
 
     def write(self, step: int, counters: dict, copies: dict) -> None:
-        """The thread. Leaves the reason in self.error, on all processes, if it fails on any."""
-        rank, began, device = dist.get_rank(), time.perf_counter(), next(self.state.student.parameters()).device
+        """The thread. If writing fails on any rank, leaves the reason in self.error on all."""
+        began, device, folder = time.perf_counter(), next(self.state.student.parameters()).device, None
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # which threads do not inherit
+            torch.cuda.set_device(device)  # threads start with the first GPU
         try:
-            together(lambda: self.make_folder() if self.main else None, self.group)
-            dcp.save(copies, checkpoint_id=str(self.partial), process_group=self.group)
-            files = together(lambda: {p.name: sha256(p) for p in self.partial.glob(f"__{rank}_*")}, self.group)
-            together(lambda: self.publish(step, counters, files) if self.main else None, self.group)
-        except (Exception, CheckpointException) as error:  # also what PyTorch makes of a full disk
-            self.error = why(error)
-            if self.main and self.partial.exists():
-                self.error = self.refusal(self.partial / "probe") or self.error
-                shutil.rmtree(self.partial, ignore_errors=True)  # it takes room
+            folder = on_all_ranks(lambda: self.make_folder() if self.main else None, self.group)[0]
+            self.dcp.save(copies, checkpoint_id=str(folder), process_group=self.group)
+            shards = f"__{dist.get_rank()}_*"  # that this process has written
+            digests = on_all_ranks(lambda: {path.name: sha256(path) for path in folder.glob(shards)}, self.group)
+            files = {name: digest for written in digests for name, digest in written.items()}
+            on_all_ranks(lambda: self.publish(folder, step, counters, files) if self.main else None, self.group)
+        except BaseException as error:  # PyTorch's CheckpointException is no Exception
+            self.error = root_cause(error)
+            if self.main and folder is not None:
+                try:
+                    (folder / "probe").write_bytes(bytes(1 << 16))
+                except OSError as refusal:  # of a full disk PyTorch only says "unexpected pos"
+                    self.error = root_cause(refusal)
+                shutil.rmtree(folder, ignore_errors=True)  # it takes up room
         self.seconds = time.perf_counter() - began
 
-    def refusal(self, path: Path) -> str:
-        """What the system says to a small file, if it refuses that; where PyTorch says "unexpected pos"."""
-        try:
-            path.write_bytes(bytes(1 << 16))
-        except OSError as error:
-            return why(error)
-        return ""
-
-    def make_folder(self) -> None:
-        """An empty folder for the save, in an --out that may have to be made again."""
+    def make_folder(self) -> Path:
+        """An empty folder for the save. Makes --out again if it has vanished."""
         self.lock.check()
-        if not (Path(self.cfg.out) / "config.json").exists():
+        out = Path(self.cfg.out)
+        if not (out / "config.json").exists():
             claim_output(self.cfg, overwrite=False)
-            self.say(f"note: {self.cfg.out} had vanished and is made again; the saves that were in it are lost")
-        for path in self.folder.glob("partial*"):  # what a killed run may have left
+            self.say(f"note: {out} had vanished and is made again; the saves that were in it are lost")
+        for path in self.folder.glob("partial*"):  # left by a run that was killed
             shutil.rmtree(path, ignore_errors=True)
-        self.partial.mkdir(parents=True)
+        for path in [*out.glob(".ckpt.pth.*.partial"), *out.glob("eval/*/.teacher_checkpoint.pth.*.partial")]:
+            path.unlink()
+        folder = self.folder / f"partial_{uuid.uuid4().hex}"
+        folder.mkdir(parents=True)
+        return folder
 
-    def publish(self, step: int, counters: dict, digests: list[dict[str, str]]) -> None:
-        """Writes ckpt.pth, completes the save, gives it its name, and deletes those beyond the newest `keep`."""
-        files = {name: digest for part in digests for name, digest in part.items()}
-        for _ in range(60):  # seconds in which files of other machines become visible here
-            if not (unseen := files.keys() - {path.name for path in self.partial.iterdir()}):
-                break
-            time.sleep(1)
-        else:
-            raise OSError(errno.ENOENT, "written by another machine, not to be seen here; --out must be a folder that "
-                          "all machines share", str(self.partial / min(unseen)))
+    def publish(self, folder: Path, step: int, counters: dict, files: dict[str, str]) -> None:
+        """Writes ckpt.pth, completes the save, gives it its name, and deletes all but the newest `keep`."""
+        if unseen := wait_for_files(folder, files):
+            raise OSError(errno.ENOENT, "written by another machine but not visible here; --out must be a folder that "
+                          "all machines share", str(folder / min(unseen)))
         self.lock.check()
         for path, ckpt in list(self.owed.items()):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, partial(torch.save, ckpt))
+            with replacing(path, durable=True) as temporary:
+                torch.save(ckpt, temporary)
             del self.owed[path]
-        files[".metadata"] = sha256(self.partial / ".metadata")
         for path in (Path(self.cfg.out) / "metrics.jsonl", Path(self.cfg.out) / "bad_samples.txt"):
             if path.exists():
                 make_durable(path)  # a save must not survive a power cut without them
-        complete = dict(step=step, counters=counters, files=files, processes=dist.get_world_size(),
-                        torch=str(torch.__version__), config=dataclasses.asdict(self.cfg))
-        write_atomically(self.partial / "complete", lambda file: file.write(json.dumps(complete, indent=1).encode()))
+        write_json(folder / "complete", dict(
+            step=step, counters=counters, files=files | {".metadata": sha256(folder / ".metadata")},
+            processes=dist.get_world_size(), torch=str(torch.__version__), config=dataclasses.asdict(self.cfg)))
         self.lock.check()
         final = self.folder / f"step_{step:09d}"
-        for name in self.damaged:  # out of the way, for whoever may want to look
-            os.replace(self.folder / name, self.folder / f"damaged_{name}_{self.key[:8]}")
+        for name in self.damaged:  # put aside, for whoever wants to look
+            os.replace(self.folder / name, self.folder / f"damaged_{name}_{uuid.uuid4().hex[:8]}")
         self.damaged = []
         shutil.rmtree(final, ignore_errors=True)
-        self.partial.rename(final)
+        folder.rename(final)
         make_durable(self.folder)
         for old in sorted(self.folder.glob("step_*"))[: -self.cfg.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
     def collect(self, wait: bool = True) -> None:
-        """Takes note of how a save ended; waits for one under way unless told not to."""
+        """Reports how the last save ended; waits for one under way unless told not to."""
         if self.thread is None or self.thread.is_alive() and not wait:
             return
         self.thread.join()
-        self.thread, now = None, time.monotonic()
+        self.thread = None
         if not self.error:
             self.good, self.failing_since = self.step, None
             self.say(f"saved step {self.step}: training waited {self.stall:.2f} s, writing took {self.seconds:.1f} s")
             return
-        self.last, self.failing_since, self.trouble = now, self.failing_since or now, self.error
+        self.last = time.monotonic()
+        self.failing_since = self.failing_since or self.last
         self.say(f"note: step {self.step} could not be saved ({self.error}); the last good save is that of step "
                  f"{self.good}. Trying again every {self.RETRY:g} s, for {self.cfg.save_patience:g} minutes")
 
     def finish(self, step: int, counters: dict) -> None:
-        """Waits until the state after `step` steps is saved. Raises Failed when that has become hopeless."""
+        """Waits until the state after `step` steps is saved. Raises Failed when there is no hope of that."""
         while True:
             self.collect()
             if self.good == step and not self.error:
                 return
-            hopeless = together(self.hopeless, self.group)[0]
-            if hopeless:
+            if hopeless := on_all_ranks(self.hopeless, self.group)[0]:
                 raise Failed(hopeless)
             if self.error:
                 time.sleep(self.RETRY)
@@ -534,8 +615,8 @@ class Saver:
 
 
 class StopSignals:
-    """While in use, SIGTERM, SIGUSR1 and a first SIGINT (Ctrl-C) ask for an orderly stop: `name` tells. A second
-    SIGINT, which is not the echo of the first by torchrun, ends the program at once."""
+    """While in use, SIGTERM, SIGUSR1 and a first SIGINT (Ctrl-C) request an orderly stop: `name` says which. A second
+    SIGINT ends the program at once, unless it comes so soon that it is torchrun passing on the first."""
 
     ECHO = 0.5  # seconds
 
@@ -551,7 +632,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def receive(self, number: int, frame) -> None:
-        if not self.name and self.lock:  # of rank 0; no print(), which the signal may have interrupted
+        if not self.name and self.lock:  # rank 0 only; not by print(), which the signal may have interrupted
             os.write(2, b"\nfinishing the step, then saving; Ctrl-C (again) ends at once\n")
         self.name = self.name or signal.Signals(number).name
         if number != signal.SIGINT:
@@ -583,32 +664,33 @@ def same_command() -> str:
 
 
 class Log:
-    """metrics.jsonl and the progress bar, both on rank 0 only. A resumed run drops the lines it is going to repeat."""
+    """metrics.jsonl and the progress bar, on rank 0 only. A resumed run drops the lines that it will write again."""
 
     def __init__(self, path: Path, start: int, steps: int, counters: dict[str, int]):
         self.main = dist.get_rank() == 0
         self.path, self.records, self.behind = path, [], False
         if self.main:
-            lines = path.read_text().splitlines() if path.exists() else []
-            records = []
-            for line in lines:
+            for line in path.read_text().splitlines() if path.exists() else ():
                 with contextlib.suppress(ValueError):  # a killed run may leave half a line
-                    records.append(json.loads(line))
-            self.records = [r for r in records if r["step"] < start + ("knn" in r and start > 0)]
+                    self.records.append(json.loads(line))
+            # k-NN lines count the steps done, the others name the step itself, from 0
+            self.records = [r for r in self.records if r["step"] < start + ("knn" in r and start > 0)]
             self.rewrite()
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=None if self.main else True, smoothing=0.05)
-        self.steps, self.told = steps, time.monotonic()
-        self.bad_path, self.new_bad, self.unlisted = path.with_name("bad_samples.txt"), [], {}
+        self.steps, self.printed = steps, time.monotonic()
+        self.bad_path, self.new_bad = path.with_name("bad_samples.txt"), []  # (name, reason) since the last line
         self.counters = dict(bad_samples=0, skipped_steps=0, skipped_in_a_row=0) | counters
         self.bad_before = self.counters["bad_samples"]
         listed = self.bad_path.read_text("utf-8", "surrogateescape") if self.bad_path.exists() else ""
-        self.listed = {line.partition("\t")[0] for line in listed.split("\n")}
+        self.bad_files = dict(line.partition("\t")[::2] for line in listed.split("\n") if line)  # name -> reason
+        self.n_listed = len(self.bad_files)
 
     def rewrite(self) -> None:
-        write_atomically(self.path, lambda file: file.writelines(json.dumps(r).encode() + b"\n" for r in self.records))
+        with replacing(self.path, durable=True) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
 
     def write(self, record: dict) -> None:
-        """Adds a line. On a disk that refuses, it is kept in memory and written with a later one."""
+        """Adds a line. If the disk refuses, the line waits in memory and is written with a later one."""
         if not self.main:
             return
         self.records.append({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()})
@@ -621,50 +703,51 @@ class Log:
             self.behind = False
         except OSError as error:
             if not self.behind:
-                self.say(f"note: {self.path} cannot be written ({why(error)}); its lines wait in memory")
+                self.say(f"note: {self.path} cannot be written ({root_cause(error)}); its lines wait in memory")
             self.behind = True
 
     def knn(self, step: int, key: str = "knn") -> dict | None:
         return next((r[key] for r in self.records if r["step"] == step and key in r), None)
 
-    def step(self, step: int, now: dict[str, float], means: dict[str, float], images_per_s: float,
-             data_wait: float) -> None:
-        """One line for this step: `now` the schedules, `means` the losses over all processes and the gradient norms;
-        `images_per_s` and `data_wait`, the share of the time spent waiting for images, since the last line. A number
-        that is not finite becomes null."""
+    def start_clock(self, done: int, waited: float) -> None:
+        """From here on speed is measured: after `done` steps, with `waited` seconds spent waiting for images so far."""
+        self.since = time.perf_counter(), done, waited
+
+    def step(self, step: int, now: dict[str, float], means: dict[str, float], batch_size: int, waited: float) -> None:
+        """Writes one line for this step: `now` holds the scheduled values, `means` the losses, averaged over processes,
+        and gradient norms. images_per_s, and data_wait, the share of the time spent waiting for images, count since
+        start_clock(). Numbers that are not finite become null."""
+        began, done, waited_before = self.since
+        seconds = time.perf_counter() - began
+        images_per_s, data_wait = batch_size * (step + 1 - done) / seconds, (waited - waited_before) / seconds
         loss = sum(v for k, v in means.items() if not k.startswith("grad_norm"))
         self.write(dict(step=step, loss=loss, **means, **now, images_per_s=images_per_s, data_wait=data_wait,
                         bad_samples=self.counters["bad_samples"], skipped_steps=self.counters["skipped_steps"]))
         text = f"loss {loss:.3f}, {images_per_s:.0f} images/s, data wait {data_wait:.0%}"
         self.bar.set_postfix_str(text)
-        if self.main and self.bar.disable and time.monotonic() - self.told > 60:  # no terminal: a line a minute
+        if self.main and self.bar.disable and time.monotonic() - self.printed > 60:  # no terminal: a line a minute
             print(f"step {step + 1} of {self.steps}: {text}", flush=True)
-            self.told = time.monotonic()
+            self.printed = time.monotonic()
 
     def count_bad(self, n_samples: int) -> float:
-        """Adds up what all processes could not read since the last line, and lists each file once, with the reason, in
-        bad_samples.txt. Returns the share of bad ones among all that this command read for its `n_samples` samples."""
-        gathered = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, self.new_bad)
-        new = [item for bad in gathered for item in bad]
+        """Counts the images that any process could not read since the last call, and lists each file once, with the
+        reason, in bad_samples.txt. Returns their share of all images that this command has read for `n_samples`."""
+        new = [item for bad in on_all_ranks(lambda: self.new_bad) for item in bad]
         self.new_bad = []
         self.counters["bad_samples"] += len(new)
-        for name, text in new:
-            plain = re.sub(r"\s", " ", name)  # a line each, whatever is in a name
-            if plain not in self.listed:
-                self.unlisted[plain] = text
-        if self.main and self.unlisted:
-            with contextlib.suppress(OSError):  # then with the next ones
-                with open(self.bad_path, "a", encoding="utf-8", errors="surrogateescape") as file:
-                    file.writelines(f"{name}\t{self.unlisted[name]}\n" for name in sorted(self.unlisted))
-                self.listed.update(self.unlisted)
-                self.unlisted = {}
+        for name, reason in new:
+            self.bad_files.setdefault(re.sub(r"\s", " ", name), reason)  # a line each, whatever the name holds
+        if self.main and len(self.bad_files) > self.n_listed:
+            with contextlib.suppress(OSError), replacing(self.bad_path) as temporary:  # else with the next ones
+                lines = "".join(f"{name}\t{reason}\n" for name, reason in self.bad_files.items())
+                temporary.write_text(lines, "utf-8", "surrogateescape")
+                self.n_listed = len(self.bad_files)
         bad = self.counters["bad_samples"] - self.bad_before
         return bad / (bad + n_samples)
 
     def evaluation(self, knn, teacher: nn.ModuleDict, done: int) -> None:
-        self.write(dict(step=done, knn=knn.teacher(teacher)) | (
-            dict(knn_raw_pixels=knn.raw_pixels()) if done == 0 else {}))
+        pixels = dict(knn_raw_pixels=knn.raw_pixels()) if done == 0 else {}
+        self.write(dict(step=done, knn=knn.teacher(teacher)) | pixels)
         if done:
             self.say(f"step {done}: {summary(self, done)}")
 
@@ -673,57 +756,66 @@ class Log:
             self.bar.write(text, file=sys.stdout)
 
 
+def summary(log: Log, steps: int) -> str:
+    """k-NN accuracy after `steps` steps, beside that of the untrained network and of raw pixels."""
+    named = (("trained teacher", log.knn(steps)), ("untrained network", log.knn(0)),
+             ("raw pixels", log.knn(0, "knn_raw_pixels")))
+    return "k-NN top-1 (k=20): " + " | ".join(f"{name} {knn['top1_k20']:.1f} %" for name, knn in named if knn)
+
+
 class NonFinite:
-    """Counts the steps that were skipped because a loss or a gradient was not finite, and writes to out/nonfinite/ what
-    they were. It looks at a step one step later, when the GPU has long finished it."""
+    """Counts steps that were skipped because a loss or gradient was not finite, and writes their losses and samples to
+    out/nonfinite/. Looks at each step one step later, when the GPU has long finished it."""
 
     def __init__(self, cfg, log: Log, batches, saver: Saver):
         self.cfg, self.log, self.batches, self.saver, self.pending = cfg, log, batches, saver, None
 
     def watch(self, step: int, finite: Tensor, terms: dict[str, Tensor]) -> None:
         self.settle()
-        seen = torch.empty((), dtype=torch.bool, pin_memory=finite.is_cuda).copy_(finite, non_blocking=True)
+        on_host = torch.empty((), dtype=torch.bool, pin_memory=finite.is_cuda).copy_(finite, non_blocking=True)
         copied = torch.cuda.current_stream().record_event() if finite.is_cuda else None
-        self.pending = step, seen, copied, terms
+        self.pending = step, on_host, copied, terms
 
     def settle(self) -> None:
         """Counts the step watched last. Raises Failed after --max-nonfinite in a row."""
         if self.pending is None:
             return
-        (step, seen, copied, terms), self.pending, counters = self.pending, None, self.log.counters
+        (step, finite, copied, terms), self.pending, counters = self.pending, None, self.log.counters
         if copied:
             copied.synchronize()
-        if seen:
+        if finite:
             counters["skipped_in_a_row"] = 0
             return
         counters["skipped_steps"] += 1
         counters["skipped_in_a_row"] += 1
-        source, seed = self.batches.source, self.batches.seed
-        mine = dict(rank=dist.get_rank(), terms={k: str(v.item()) for k, v in terms.items()},
-                    samples={s: str(source.describe(source.pick(s, seed))) for s in self.batches.samples_of(step)})
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
         folder = self.log.path.with_name("nonfinite")
-        if self.log.main:
-            self.log.say(f"note: loss or gradients of step {step} are not finite; the step is skipped, its samples are "
-                         f"listed in {folder}")
-            with contextlib.suppress(OSError):
-                folder.mkdir(exist_ok=True)
-                text = json.dumps(dict(step=step, processes=everyone), indent=1)
-                write_atomically(folder / f"step_{step:09d}.json", lambda file: file.write(text.encode()))
+        self.report(step, terms, folder)
         if counters["skipped_in_a_row"] >= self.cfg.max_nonfinite:
             self.saver.collect()
             raise Failed(f"loss or gradients were not finite in {counters['skipped_in_a_row']} steps in a row, the "
                          f"last {step}; see {folder}. The last good save is that of step {self.saver.good}: lower --lr "
                          "and continue from it with --resume")
 
+    def report(self, step: int, terms: dict[str, Tensor], folder: Path) -> None:
+        source, seed = self.batches.source, self.batches.seed
+        processes = on_all_ranks(lambda: dict(
+            rank=dist.get_rank(), terms={k: str(v.item()) for k, v in terms.items()},
+            samples={s: str(source.describe(source.pick(s, seed))) for s in self.batches.samples_of(step)}))
+        if self.log.main:
+            self.log.say(f"note: loss or gradients of step {step} are not finite; the step is skipped, its samples are "
+                         f"listed in {folder}")
+            with contextlib.suppress(OSError):
+                folder.mkdir(exist_ok=True)
+                write_json(folder / f"step_{step:09d}.json", dict(step=step, processes=processes))
+
+
+def weights_sha256(ckpt: Path) -> str:
+    """SHA-256 of the teacher's weights in a checkpoint."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(torch.load(ckpt, map_location="cpu", weights_only=True)["teacher"].items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
 
 class TooManyBad(Exception):
-    """More images than allowed cannot be read; all processes know and have saved."""
-
-
-def summary(log: Log, steps: int) -> str:
-    """The last line of a run: where it ended, where it began, what the pixels alone are worth."""
-    named = (("trained teacher", log.knn(steps)), ("untrained network", log.knn(0)),
-             ("raw pixels", log.knn(0, "knn_raw_pixels")))
-    return "k-NN top-1 (k=20): " + " | ".join(f"{name} {knn['top1_k20']:.1f} %" for name, knn in named if knn)
+    """More images than allowed cannot be read. All processes know, and all is saved."""

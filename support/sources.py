@@ -1,4 +1,22 @@
-"""Where images come from."""
+"""Where images come from. A source is named by one string:
+
+    /any/folder                   all images below it; class sub-folders give labels, train/ and val/ sub-folders splits
+    photos.txt                    a text file with one image path per line, optionally followed by a tab and a label
+    /data/shards/*.tar            tar shards (WebDataset), also x-{000..099}.tar, with labels from .cls members; 16 are
+                                  read at a time, front to back, and mixed; :interleave=0 reads in fully random order
+    ImageNet:split=TRAIN:root=/data/imagenet[:extra=/data/extra]       train/<wnid>/*.JPEG, val/<wnid>/*.JPEG, test/
+    ImageNet22k:root=/data/in22k[:extra=/data/extra]                   <wnid>.tar
+    CIFAR10, CIFAR100, MNIST, FashionMNIST[:root=…][:download=yes]     as torchvision stores them
+    digits                        1,797 scans shipped with scikit-learn, of which split=VAL holds out a fifth
+    my_data.py:photos             any torch Dataset, returned by the function photos() in my_data.py; see TorchDataset
+    A*0.7,B*0.3                   any of these, mixed in exactly these proportions; A,B: all of both once per pass
+
+    python -m support.sources stats /my/photos     # mean and standard deviation per channel, for --mean and --std
+    python -m support.sources check /my/photos     # reads every image, lists those it cannot; exit code 1 if any
+    python -m support.sources extra ImageNet:root=/data/imagenet:extra=/data/extra     # official metadata, also of 22k
+
+Listings are made once, cached in ~/.cache/dinov2 and mapped into memory. Apache License 2.0.
+"""
 import bisect
 import csv
 import errno
@@ -6,6 +24,7 @@ import functools
 import glob
 import gzip
 import hashlib
+import importlib.util
 import itertools
 import math
 import os
@@ -14,6 +33,7 @@ import re
 import signal
 import sys
 import tarfile
+import traceback
 import zlib
 from array import array
 from fractions import Fraction
@@ -21,18 +41,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 from support.cli import Parser, nearest, run
-from support.images import MAX_BYTES, as_channels, decode, read_file, reason
-from support.parallel import worker_count
+from support.images import MAX_BYTES, as_channels, decode, from_array, from_pillow, read_file, short_reason
+from support.parallel import Failed, on_all_ranks, worker_count
+from support.run import write_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
-
 SPLIT_FOLDERS = {"TRAIN": ("train", "training"), "VAL": ("val", "valid", "validation", "test")}
 
 
@@ -41,9 +61,8 @@ SPLIT_FOLDERS = {"TRAIN": ("train", "training"), "VAL": ("val", "valid", "valida
 
 
 class Source:
-    """Numbered images. `labels` (n,) integers, -1 for none, or None; `classes`: what they number, a list of names, or
-    None where the numbers speak for themselves; `name` for messages; `fingerprint`, the same on every machine that sees
-    the same."""
+    """Numbered images. `labels` (n,) integers, -1 for none, or None; `classes`: the names of the labels, or None if the
+    numbers speak for themselves; `name` for messages; `fingerprint`, equal on all machines that see the same images."""
 
     name, labels, classes, fingerprint = "", None, None, 0
     spec, channels = "", 3  # as given to open_source
@@ -51,54 +70,68 @@ class Source:
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def encoded(self, i: int) -> np.ndarray:
-        """The bytes of image i's file, uint8 (n,). Raises whatever reading does."""
+    def describe(self, i: int) -> str:
+        """The file of image i, or what else to call it in messages."""
         raise NotImplementedError
 
-    def describe(self, i: int) -> str:
-        raise NotImplementedError
+    def encoded(self, i: int) -> np.ndarray:
+        """The bytes of image i's file, uint8 (n,). Raises whatever reading raises."""
+        return read_file(self.describe(i))
 
     def image(self, i: int) -> Tensor:
-        """Image i, uint8 or uint16 (channels, H, W). Raises whatever reading or decoding does."""
+        """Image i, uint8 or uint16 (channels, H, W). Raises whatever reading or decoding raises."""
         return decode(self.encoded(i), self.channels)
 
     def order(self, position: int, key: int) -> int:
-        """The image that comes at `position` of the pass over all images named by `key`."""
+        """The image at `position` of the pass over all images that `key` determines."""
         return shuffled(position, len(self), key)
 
     def pick(self, s: int, seed) -> int:
-        """Index of the image of sample s: every n samples each of the n images comes once, in a new order."""
+        """The index of the image of sample s: each pass of n samples visits every image once, in a new order."""
         epoch, position = divmod(s, len(self))
         return self.order(position, key=random.Random(f"{seed}/epoch/{epoch}").getrandbits(64))
 
     def replacement(self, i: int, rng: random.Random) -> int:
-        """An image to take the place of image i, which cannot be read."""
+        """The index of an image to use instead of image i, which cannot be read."""
         return rng.randrange(len(self))
 
-    def __reduce__(self):  # worker processes that are not forked open it again, instead of a copy of all tables
+    def __reduce__(self):  # workers that are not forked open the source again, instead of receiving all its tables
         return (reopen, (self.spec, self.channels, self.fingerprint)) if self.spec else super().__reduce__()
-
-
-class Changed(ValueError):
-    """A source is not what it was when the run started."""
 
 
 def reopen(spec: str, channels: int, fingerprint: int) -> Source:
     source = open_source(spec, channels)
     if source.fingerprint != fingerprint:
-        raise Changed(f"{source.name} has changed while the run was starting; start it again")
+        raise ValueError(f"{source.name} has changed while the run was starting; start it again")
     return source
 
 
+def shuffled(i: int, n: int, key: int) -> int:
+    """Where a permutation of range(n), determined by `key`, sends i. A Feistel network over the next power of four,
+    repeated until it lands below n: nothing is stored, however large n is."""
+    half = max((n - 1).bit_length() + 1, 2) // 2
+    mask = (1 << half) - 1
+    while True:
+        left, right = i >> half, i & mask
+        for r in range(6):
+            x = (right + key + (r << 32)) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF  # splitmix64
+            x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+            left, right = right, left ^ (x >> 31 & mask)
+        i = left << half | right
+        if i < n:
+            return i
+
+
 class InMemory(Source):
-    """A source that fits in memory: `pixels` uint8 (n, H, W) or (n, H, W, 3), served enlarged to `side`."""
+    """A set that fits in memory: `pixels` uint8 (n, H, W) or (n, H, W, 3), enlarged to `side` if given."""
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray, name: str, side: int | None = None, classes=None):
-        self.pixels, self.labels, self.name = torch.from_numpy(pixels), labels.astype(np.int64), name
-        self.classes, self.fingerprint = classes, zlib.crc32(pixels)
-        self.images = self.pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else self.pixels[:, None]
+        self.labels, self.name, self.classes = labels.astype(np.int64), name, classes
+        self.fingerprint = zlib.crc32(pixels)
+        images = torch.from_numpy(pixels)
+        self.images = images.permute(0, 3, 1, 2) if pixels.ndim == 4 else images[:, None]
         if side:
-            self.images = TF.resize(self.images, [side, side], InterpolationMode.BICUBIC, antialias=True)
+            self.images = F.interpolate(self.images, (side, side), mode="bicubic", antialias=True)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -110,8 +143,80 @@ class InMemory(Source):
         return f"{self.name}[{i}]"
 
 
+class TorchDataset(Source):
+    """Any map-style torch Dataset. Its items are images or tuples (image, label, …); an image is a PIL image, a uint8
+    or uint16 tensor (C, H, W), or such an array (H, W) or (H, W, C). Raises ValueError for other items.
+
+    Items must be the same each time they are read; augmentation is left to training. Labels are the dataset's `targets`
+    if it has them; else those of the items, all of which are read as soon as an evaluation asks for labels."""
+
+    def __init__(self, dataset, name: str = ""):
+        self.dataset, self.name, kind = dataset, name or type(dataset).__name__, type(dataset).__name__
+        try:
+            n = len(dataset)
+        except TypeError:
+            raise ValueError(f"{self.name} returns a {kind}, which has no length; return a Dataset with __len__ and "
+                             "__getitem__") from None
+        if n == 0:
+            raise ValueError(f"{self.name} is empty")
+        probes = [self.probe(i) for i in (0, n // 2, n - 1, 0)]
+        if probes[0] != probes[3]:
+            raise ValueError(f"{self.name} changes its images each time; leave its random transforms to training")
+        self.labeled = any(labeled for labeled, _ in probes)
+        self.fingerprint = zlib.crc32(f"{n} {kind} {probes}".encode())
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def describe(self, i: int) -> str:
+        return f"{self.name}[{i}]"
+
+    def probe(self, i: int) -> tuple[bool, int]:
+        """Whether item i has a label, and a checksum of its image; (False, 0) if it cannot be read."""
+        try:
+            item = self.dataset[i]
+        except Exception:  # a damaged file; training will replace it
+            return False, 0
+        return isinstance(item, (tuple, list)) and len(item) > 1, zlib.crc32(self.pixels(item).contiguous().numpy())
+
+    def image(self, i: int) -> Tensor:
+        return as_channels(self.pixels(self.dataset[i]), self.channels)
+
+    def pixels(self, item) -> Tensor:
+        """The image of an item, uint8 or uint16 (C, H, W)."""
+        image = item[0] if isinstance(item, (tuple, list)) and item else item
+        if isinstance(image, Image.Image):
+            return from_pillow(image, self.channels)
+        if isinstance(image, np.ndarray) and image.dtype in (np.uint8, np.uint16):
+            return from_array(image)
+        if isinstance(image, Tensor) and image.dtype in (torch.uint8, torch.uint16) and image.ndim == 3:
+            return image.as_subclass(Tensor)
+        kind = f" {image.dtype} {tuple(image.shape)}" if isinstance(image, (np.ndarray, Tensor)) else ""
+        raise ValueError(f"an item of {self.name} is a {type(image).__name__}{kind}; return an image or (image, "
+                         "label), the image from PIL, as a uint8 tensor (C, H, W) or as a uint8 array (H, W, C)")
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray | None:
+        targets = getattr(self.dataset, "targets", None)
+        if targets is None and self.labeled:
+            rows = tqdm(range(len(self)), desc=f"reading the labels of {self.name}", unit=" images", disable=None)
+            targets = [self.label(i) for i in rows]
+        labels = np.asarray(targets) if targets is not None else None
+        if labels is not None and (labels.dtype.kind not in "iub" or labels.shape != (len(self),)):
+            raise ValueError(f"{self.name} labels its images by {labels.dtype} {labels.shape}; evaluations need one "
+                             "integer per image")
+        return labels if labels is None else labels.astype(np.int64)
+
+    def label(self, i: int):
+        try:
+            item = self.dataset[i]
+        except Exception:  # a damaged file, left out
+            return -1
+        return np.asarray(item[1]).item()
+
+
 class ImageFiles(Source):
-    """Files by a listing of names, kept as one byte string with offsets and mapped into memory: small for a hundred
+    """Files by a listing of names, stored as one byte string with offsets and mapped into memory: small for a hundred
     million files, and shared by all processes of a machine."""
 
     def __init__(self, root: Path, listing: dict):
@@ -124,15 +229,12 @@ class ImageFiles(Source):
     def __len__(self) -> int:
         return len(self.ends) - 1
 
-    def encoded(self, i: int) -> np.ndarray:
-        return read_file(self.describe(i))
-
     def describe(self, i: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.names[self.ends[i] : self.ends[i + 1]].tobytes()))
 
 
 class ImageNetEntries(Source):
-    """ImageNet through the official metadata, `extra`/entries-SPLIT.npy, instead of listing the folders."""
+    """ImageNet by the official metadata, `extra`/entries-SPLIT.npy, instead of a listing of the folders."""
 
     def __init__(self, root: Path, entries: np.ndarray, split: str):
         self.root, self.entries, self.split, self.name = root, entries, split, f"{root} ({split})"
@@ -142,9 +244,6 @@ class ImageNetEntries(Source):
     def __len__(self) -> int:
         return len(self.entries)
 
-    def encoded(self, i: int) -> np.ndarray:
-        return read_file(self.describe(i))
-
     def describe(self, i: int) -> str:
         number, wnid = self.entries["actual_index"][i], self.entries["class_id"][i]
         name = {"TRAIN": f"train/{wnid}/{wnid}_{number}.JPEG", "VAL": f"val/{wnid}/ILSVRC2012_val_{number:08d}.JPEG",
@@ -153,9 +252,8 @@ class ImageNetEntries(Source):
 
 
 class InTars(Source):
-    """Images inside of tar files. Image i is bytes start[i] to start[i] + size[i] of tar number shard[i]; the images of
-    a tar have consecutive numbers. With `interleave` reading advances from front to back, in that many places at once.
-    """
+    """Images in tar files. Image i is the bytes start[i] to start[i] + size[i] of tar number shard[i]; the images of a
+    tar have consecutive numbers. With `interleave`, that many places are read in turn, each from front to back."""
 
     def __init__(self, name: str, tars: list[str], shard, start, size, fingerprint: int, labels=None, classes=None,
                  interleave: int = 0):
@@ -170,7 +268,7 @@ class InTars(Source):
     def encoded(self, i: int) -> np.ndarray:
         size = int(self.size[i])
         if size > MAX_BYTES:
-            raise ValueError(f"{size:,} bytes are more than data.MAX_BYTES")
+            raise ValueError(f"{size:,} bytes, more than MAX_BYTES in support/images.py")
         data = np.fromfile(self.tars[self.shard[i]], np.uint8, size, offset=int(self.start[i]))
         if len(data) < size:
             raise EOFError("the tar file ends within this image")
@@ -180,9 +278,9 @@ class InTars(Source):
         return f"{self.tars[self.shard[i]]} at byte {int(self.start[i])}"
 
     def order(self, position: int, key: int) -> int:
-        """With `interleave` = L: the tars in random order make one long row, cut into L equal parts. Reading advances
-        through all parts at the same pace; the next 256 images of each are one window, whose order is random. Like a
-        shuffle buffer of 256 * L images, but a permutation of which any element can be computed alone."""
+        """With `interleave` = L, the tars in random order form one long row, which is cut into L lanes of equal length.
+        Reading advances through all lanes at the same pace; the next 256 images of each lane form a window, which is
+        shuffled. Like a shuffle buffer of 256 * L images, but any element can be computed on its own."""
         if not self.interleave:
             return super().order(position, key)
         tars, starts = self.tars_in_order(key)
@@ -193,27 +291,27 @@ class InTars(Source):
             first = window * 256 * lanes
             place = first + shuffled(place, min(256 * lanes, depth * lanes - first), key + window)
             position = place % lanes * depth + place // lanes  # lane, and how deep in it
-            if position < len(self):  # the last lane may be a little shorter: walk on as shuffled() does
+            if position < len(self):  # the last lane may be a little shorter: repeat, as shuffled() does
                 break
         j = bisect.bisect_right(starts, position) - 1
         return int(self.first[tars[j]]) + position - starts[j]
 
     def tars_in_order(self, key: int) -> tuple[list[int], list[int]]:
-        """The numbers of the tars in the order of the pass `key`, and at which position each begins."""
+        """The numbers of the tars in the order of the pass `key`, and the position at which each begins."""
         tars = [j for j in range(len(self.tars)) if self.first[j] < self.first[j + 1]]
         random.Random(key).shuffle(tars)
         return tars, [0, *itertools.accumulate(int(self.first[j + 1] - self.first[j]) for j in tars[:-1])]
 
 
 class Mix(Source):
-    """Several sources as one. With `weights` they come in these shares, exactly in every run of samples as long as the
-    weights' common denominator; without, every image comes once per pass."""
+    """Several sources as one. With `weights`, every run of samples as long as the weights' common denominator contains
+    exactly these proportions; without, each pass visits every image of every source once."""
 
     def __init__(self, sources: list[Source], weights: list[Fraction] | None):
         self.sources, self.name = sources, " + ".join(s.name for s in sources)
         self.first = [0, *itertools.accumulate(len(s) for s in sources)]
         self.fingerprint = zlib.crc32(str([(len(s), s.fingerprint) for s in sources]).encode())
-        self.quota = None  # how many of a round of samples come from each source, cumulated
+        self.quota = None  # cumulated number of samples per round from each source
         if weights:
             scale = math.lcm(*(w.denominator for w in weights))
             counts = [int(w * scale) for w in weights]
@@ -222,23 +320,23 @@ class Mix(Source):
     def __len__(self) -> int:
         return self.first[-1]
 
-    def whose(self, i: int) -> tuple[Source, int]:
-        """The source of image i and the image's number there."""
+    def locate(self, i: int) -> tuple[Source, int]:
+        """The source of image i, and the image's index there."""
         k = bisect.bisect_right(self.first, i) - 1
         return self.sources[k], i - self.first[k]
 
     def image(self, i: int) -> Tensor:
-        source, i = self.whose(i)
-        return source.image(i)
+        source, own = self.locate(i)
+        return source.image(own)
 
     def describe(self, i: int) -> str:
-        source, i = self.whose(i)
-        return source.describe(i)
+        source, own = self.locate(i)
+        return source.describe(own)
 
     def replacement(self, i: int, rng: random.Random) -> int:
         if self.quota is None:
             return super().replacement(i, rng)
-        source, own = self.whose(i)
+        source, own = self.locate(i)  # of the same source, so that the proportions stay exact
         return i - own + source.replacement(own, rng)
 
     def pick(self, s: int, seed) -> int:
@@ -252,32 +350,15 @@ class Mix(Source):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Keyed order
-
-
-def shuffled(i: int, n: int, key: int) -> int:
-    """Where the keyed permutation of range(n) sends i. A Feistel network over the next power of four, walked until it
-    lands below n: nothing is stored, whatever n is."""
-    half = max((n - 1).bit_length() + 1, 2) // 2
-    mask = (1 << half) - 1
-    while True:
-        left, right = i >> half, i & mask
-        for r in range(6):
-            x = (right + key + (r << 32)) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF  # splitmix64
-            x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-            left, right = right, left ^ (x >> 31 & mask)
-        i = left << half | right
-        if i < n:
-            return i
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Opening a source
 
 
+CODE = r"(.+\.py):(\w+)"  # file and function
+
+
 def open_source(spec: str, channels: int = 3) -> Source:
-    """The source named by `spec` (see the top of this file), serving images of so many channels. Raises ValueError with
-    the fix in the message."""
+    """The source named by `spec`, as described on top of this file, with images of so many channels. Raises ValueError
+    with the fix in the message."""
     parts = split_mixture(spec)
     try:
         if len(parts) > 1 or parts[0][1]:
@@ -291,7 +372,7 @@ def open_source(spec: str, channels: int = 3) -> Source:
 
 
 def split_mixture(spec: str) -> list[tuple[str, Fraction | None]]:
-    """"A*0.7,B*0.3" -> [(A, 7/10), (B, 3/10)]; "A" -> [(A, None)], also for a path that looks like a mixture."""
+    """"A*0.7,B*0.3" -> [(A, 7/10), (B, 3/10)]; "A" -> [(A, None)], also if A is a path that looks like a mixture."""
     if os.path.exists(os.path.expanduser(spec)):
         return [(spec, None)]
     parts = [part.strip() for part in spec.split(",")]
@@ -308,9 +389,12 @@ def split_mixture(spec: str) -> list[tuple[str, Fraction | None]]:
 
 def open_single(spec: str) -> Source:
     name, options = parse_spec(spec)
-    opener, keys = NAMED.get(name, (open_path, ("interleave",) if name.endswith(".tar") else ("split",)))
+    if name.endswith(".py") or re.fullmatch(CODE, name):
+        opener, keys = open_dataset, ()
+    else:
+        opener, keys = NAMED.get(name, (open_path, ("interleave",) if name.endswith(".tar") else ("split",)))
     if unknown := options.keys() - set(keys):
-        raise ValueError(f"--data {spec!r}: unknown key {min(unknown)!r}; {name} takes {', '.join(keys)}"
+        raise ValueError(f"--data {spec!r}: unknown key {min(unknown)!r}; {name} takes {', '.join(keys) or 'none'}"
                          + nearest(name, NAMED) * (name not in NAMED))
     return opener(name, options)
 
@@ -326,8 +410,8 @@ def join_spec(name: str, options: dict[str, str]) -> str:
 
 
 def eval_specs(spec: str, train: str = "", val: str = "") -> tuple[str, str | None]:
-    """The specs of the labeled images to learn from and to classify (None: leave one out): those given, else the TRAIN
-    and VAL splits of the training source `spec`, as far as it has them."""
+    """The specs of the labeled images to learn from and of those to classify (None: leave-one-out): those given, else
+    the TRAIN and VAL splits of the training source `spec`, where it has them."""
     if any(part != (train or spec) for part, _ in split_mixture(train or spec)):  # a mixture has no splits
         return train or spec, val or None
     name, options = parse_spec(train or spec)
@@ -342,28 +426,84 @@ def eval_specs(spec: str, train: str = "", val: str = "") -> tuple[str, str | No
     return tuple(specs) if all(has) else (train or spec, None)
 
 
-def take_split(name: str, options: dict[str, str], splits=("TRAIN", "VAL")) -> str:
+def open_on_all_ranks(specs: list[str | None], channels: int) -> list["Source | None"]:
+    """open_source() of each spec, None for None; on rank 0 first, so that the others find its listings. Raises
+    ValueError on all ranks if one of them cannot open them, or if they do not see the same files."""
+    sources = []
+    try:
+        for first in (True, False):
+            mine = specs if first == (dist.get_rank() == 0) else []
+            on_all_ranks(lambda: sources.extend(None if spec is None else open_source(spec, channels) for spec in mine))
+        seen = on_all_ranks(lambda: [(len(s), s.fingerprint) if s is not None else 0 for s in sources])
+    except Failed as error:
+        raise ValueError(str(error)) from None
+    if any(other != seen[0] for other in seen):
+        raise ValueError(f"the machines see different files in {specs}; give all of them the same copy")
+    return sources
+
+
+def check_readable(source) -> None:
+    """Raises ValueError if none of ten images can be read."""
+    for i in range(0, len(source), max(len(source) // 10, 1)):
+        try:
+            return source.image(i)
+        except Exception as error:  # decoders raise all sorts on damaged files
+            reason = short_reason(error)
+    raise ValueError(f"no readable image in {source.name}; the last of those tried says: {reason}")
+
+
+def without_code(spec: str) -> str:
+    """A spec that a checkpoint states, which anyone may have written. Raises ValueError if opening it would run code."""
+    if ".py:" in spec:
+        raise ValueError(f"the checkpoint's images come from a function, {spec}; if you trust it, name it yourself")
+    return spec
+
+
+def choose_split(name: str, options: dict[str, str], splits=("TRAIN", "VAL")) -> str:
     split = options.get("split", "TRAIN")
     if split not in splits:
         raise ValueError(f"{name} has the splits {', '.join(splits[:-1])} and {splits[-1]}, not {split}")
     return split
 
 
+def open_dataset(name: str, options: dict[str, str]) -> TorchDataset:
+    """FILE.py:FUNCTION, where FUNCTION, called without arguments, returns the Dataset."""
+    match = re.fullmatch(CODE, name)
+    if not match:
+        raise ValueError(f"--data {name}: name the function that returns the Dataset, as in {name}:photos")
+    path = Path(match[1]).expanduser()
+    if not path.is_file():
+        raise ValueError(f"--data {name}: {path} does not exist")
+    about = importlib.util.spec_from_file_location(f"dataset {path.stem}", path)
+    module = sys.modules[about.name] = importlib.util.module_from_spec(about)
+    try:
+        about.loader.exec_module(module)
+        make = vars(module).get(match[2])
+        dataset = make and make()
+    except Exception as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(f"--data {name}: {type(error).__name__} at line {at.lineno} of {at.filename}: "
+                         f"{short_reason(error)}") from error
+    if make is None:
+        raise ValueError(f"--data {name}: {path} has no function {match[2]}{nearest(match[2], vars(module))}")
+    return TorchDataset(dataset, name)
+
+
 def open_digits(name: str, options: dict[str, str]) -> InMemory:
-    split = take_split(name, options)
-    from sklearn.datasets import load_digits  # a second's import, wanted here only
+    split = choose_split(name, options)
+    from sklearn.datasets import load_digits  # takes a second to import
     from sklearn.model_selection import train_test_split
 
-    data = load_digits()
-    halves = train_test_split(np.arange(len(data.target)), test_size=0.2, random_state=0, stratify=data.target)
+    digits = load_digits()
+    halves = train_test_split(np.arange(len(digits.target)), test_size=0.2, random_state=0, stratify=digits.target)
     rows = halves[("TRAIN", "VAL").index(split)]
-    pixels = (data.images[rows] * (255 / 16)).round().astype(np.uint8)  # (n, 8, 8) of 17 shades
-    return InMemory(pixels, data.target[rows], f"digits {split}", side=32)  # so that crops may begin between two pixels
+    pixels = (digits.images[rows] * (255 / 16)).round().astype(np.uint8)  # (n, 8, 8) of 17 shades
+    return InMemory(pixels, digits.target[rows], f"{name} {split}", side=32)  # crops may begin between two pixels
 
 
 def open_torchvision(name: str, options: dict[str, str]) -> InMemory:
-    """CIFAR10, CIFAR100, MNIST and FashionMNIST; the last two also as the plain idx files in a folder."""
-    split, download = take_split(name, options), options.get("download") == "yes"
+    """CIFAR10, CIFAR100, MNIST and FashionMNIST; the last two also as plain idx files in a folder."""
+    split, download = choose_split(name, options), options.get("download") == "yes"
     if options.get("download", "yes") != "yes":
         raise ValueError(f"{name}: download is yes or left out, not {options['download']}")
     debian = name == "FashionMNIST" and not download
@@ -372,10 +512,12 @@ def open_torchvision(name: str, options: dict[str, str]) -> InMemory:
         prefix = "train" if split == "TRAIN" else "t10k"
         arrays = [read_idx(root, name, f"{prefix}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
         return InMemory(*arrays, f"{name} {split}")
+    import torchvision  # takes half a second to import
+
     try:
         dataset = getattr(torchvision.datasets, name)(root, split == "TRAIN", download=download)
     except (RuntimeError, OSError) as error:
-        hint = f"try again later ({reason(error)})" if download else "name its root=FOLDER, or add :download=yes"
+        hint = f"try again later ({short_reason(error)})" if download else "give its root=FOLDER, or add :download=yes"
         raise ValueError(f"{name} is not in {root}, or damaged; {hint}") from None
     return InMemory(np.asarray(dataset.data), np.asarray(dataset.targets), f"{name} {split}", classes=dataset.classes)
 
@@ -393,14 +535,15 @@ def read_idx(root: Path, dataset: str, name: str) -> np.ndarray:
             except (OSError, EOFError, IndexError, ValueError):
                 raise ValueError(f"{path} is damaged or no idx file; copy or download it again") from None
     debian = "install Debian's dataset-fashion-mnist, " if dataset == "FashionMNIST" else ""
-    raise ValueError(f"no {name}[.gz] in {root}; {debian}name another root=FOLDER, or add :root=FOLDER:download=yes")
+    raise ValueError(f"no {name}[.gz] in {root}; {debian}give another root=FOLDER, or add :root=FOLDER:download=yes")
 
 
 def open_imagenet(name: str, options: dict[str, str]) -> Source:
-    split = take_split(name, options, ("TRAIN", "VAL", "TEST"))
+    split = choose_split(name, options, ("TRAIN", "VAL", "TEST"))
     if "root" not in options:
         raise ValueError("ImageNet is named as ImageNet:split=TRAIN:root=/data/imagenet, split one of TRAIN, VAL, TEST")
-    root, folder = Path(options["root"]).expanduser(), Path(options["root"]).expanduser() / split.lower()
+    root = Path(options["root"]).expanduser()
+    folder = root / split.lower()
     if not folder.is_dir():
         raise ValueError(f"{folder} does not exist; ImageNet's root must hold the folders train and val")
     if "extra" not in options:
@@ -410,14 +553,15 @@ def open_imagenet(name: str, options: dict[str, str]) -> Source:
 
 def load_entries(options: dict[str, str], name: str, column: str) -> np.ndarray:
     path = Path(options["extra"]).expanduser() / name
+    fix = "write it by python -m support.sources extra"
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; leave out :extra= to do without, or write it by python data.py extra")
+        raise ValueError(f"{path} does not exist; leave out :extra= to do without, or {fix}")
     try:
         entries = np.load(path, mmap_mode="r")
     except (ValueError, EOFError):
         entries = np.empty(0)
     if column not in (entries.dtype.names or ()):
-        raise ValueError(f"{path} is damaged, or no such table; write it again by python data.py extra")
+        raise ValueError(f"{path} is damaged, or not such a table; {fix}")
     return entries
 
 
@@ -433,84 +577,87 @@ def open_imagenet22k(name: str, options: dict[str, str]) -> InTars:
         source.labels, source.classes = source.shard, [Path(t).stem for t in tars]
         return source
     path = Path(options["extra"]).expanduser() / "entries.npy"
+    entries = load_entries(options, "entries.npy", "start_offset")
 
     def convert() -> dict:
-        entries = load_entries(options, "entries.npy", "start_offset")
         shard, start = entries["class_index"].astype(np.int32), entries["start_offset"].astype(np.int64) + 512
         wnids = {int(c): str(entries["class_id"][row]) for c, row in zip(*np.unique(shard, return_index=True))}
         columns = dict(shard=shard, start=start, size=entries["end_offset"] - start)  # 512: the member's header
         return dict(stamps={str(path): os.stat(path).st_mtime_ns}, wnids=wnids, fingerprint=zlib.crc32(start),
                     **{name: torch.from_numpy(column) for name, column in columns.items()})
 
-    load_entries(options, "entries.npy", "start_offset")
-    table = remembered(f"entries {path.resolve()}", convert)
+    table = cached_listing(f"entries {path.resolve()}", convert)
     tars = [str(root / f"{table['wnids'].get(c, '')}.tar") for c in range(max(table["wnids"]) + 1)]
     columns = [table[name].numpy() for name in ("shard", "start", "size")]
     return InTars(str(root), tars, *columns, table["fingerprint"], labels=columns[0])
 
 
-def open_path(spec: str, options: dict[str, str]) -> Source:
-    path = Path(spec).expanduser()
-    if spec.endswith(".tar"):
-        numbers = re.search(r"\{(\d+)\.\.(\d+)\}", spec)
-        patterns = [str(path)] if not numbers else [
-            str(path).replace(numbers[0], str(n).zfill(len(numbers[1])))
-            for n in range(int(numbers[1]), int(numbers[2]) + 1)]
-        tars = [tar for pattern in patterns for tar in sorted(glob.glob(pattern)) or [pattern]]
-        if missing := [tar for tar in tars if not os.path.isfile(tar)]:
-            raise ValueError(f"--data {spec!r}: {missing[0]} does not exist" + ", nothing is called so" * ("*" in spec))
+def open_path(name: str, options: dict[str, str]) -> Source:
+    path = Path(name).expanduser()
+    if name.endswith(".tar"):
         interleave = options.get("interleave", "16")
         if not interleave.isdecimal():
-            raise ValueError(f"--data {spec!r}: interleave is the number of tars to read in turn, or 0")
-        return open_tars(spec, tars, int(interleave))
+            raise ValueError(f"--data {name!r}: interleave is the number of tars to read in turn, or 0")
+        return open_tars(name, expand_tars(str(path)), int(interleave))
     if path.is_file():
         if options:
-            raise ValueError(f"--data {spec!r}: a list has no splits; name another list")
+            raise ValueError(f"--data {name!r}: a list has no splits; name another list")
         return open_list(path)
     if not path.is_dir():
-        raise ValueError(f"--data {spec!r} is no folder, no file, nor one of {', '.join(NAMED)}{nearest(spec, NAMED)}")
+        raise ValueError(f"--data {name!r} is no folder, no file, nor one of {', '.join(NAMED)}{nearest(name, NAMED)}")
     folders = {s: next((path / f for f in SPLIT_FOLDERS[s] if (path / f).is_dir()), None) for s in SPLIT_FOLDERS}
     if "split" in options and folders.get(options["split"]) is None:
         names = ", ".join(SPLIT_FOLDERS.get(options["split"], ("TRAIN and VAL are the splits of a folder",)))
         raise ValueError(f"{path} has no sub-folder for split {options['split']} ({names})")
-    chosen = folders[options.get("split", "TRAIN")] if "split" in options or all(folders.values()) else path
-    return open_folder(chosen)
+    return open_folder(folders[options.get("split", "TRAIN")] if "split" in options or all(folders.values()) else path)
 
-NAMED = {"digits": (open_digits, ("split",)), "ImageNet": (open_imagenet, ("split", "root", "extra")),
-         "ImageNet22k": (open_imagenet22k, ("root", "extra"))}
 
-NAMED |= {name: (open_torchvision, ("split", "root", "download"))
-          for name in ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST")}
+def expand_tars(pattern: str) -> list[str]:
+    """x-{000..099}.tar and wildcards -> the files. Raises ValueError if one is missing."""
+    numbers = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    patterns = [pattern] if not numbers else [
+        pattern.replace(numbers[0], str(n).zfill(len(numbers[1])))
+        for n in range(int(numbers[1]), int(numbers[2]) + 1)]
+    tars = [tar for pattern in patterns for tar in sorted(glob.glob(pattern)) or [pattern]]
+    if missing := [tar for tar in tars if not os.path.isfile(tar)]:
+        raise ValueError(f"--data {pattern!r}: " + (f"no file matches {missing[0]}" if "*" in missing[0] else
+                                                    f"{missing[0]} does not exist"))
+    return tars
+
+
+NAMED = {  # name: (function that opens it, the keys it takes)
+    "digits": (open_digits, ("split",)), "ImageNet": (open_imagenet, ("split", "root", "extra")),
+    "ImageNet22k": (open_imagenet22k, ("root", "extra")),
+    **{name: (open_torchvision, ("split", "root", "download"))
+       for name in ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST")}}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Listings: made once, with a progress bar, then cached in ~/.cache/dinov2 and mapped into memory
 
 
-def remembered(what: str, make) -> dict:
-    """make()'s tables: {"stamps": {path: mtime in ns}, name: tensor or plain data}. They are made again when a path's
-    time has changed."""
+def cached_listing(what: str, make) -> dict:
+    """make()'s tables: {"stamps": {path: mtime in ns}, name: tensor or plain data}. They are made again once the time
+    of a path has changed."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dinov2"
     path = folder / f"{hashlib.sha1(os.fsencode(what)).hexdigest()[:16]}.listing3"
     try:
         listing = torch.load(path, mmap=True, weights_only=True)
         if all(os.stat(p).st_mtime_ns == t for p, t in listing["stamps"].items()):
             return listing
-    except Exception:  # none, a damaged one, or a path is gone: list again
+    except Exception:  # there is none, it is damaged, or a path is gone: list again
         pass
     listing = make()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = f"{path}.{os.getpid()}.partial"
-        torch.save(listing, partial)
-        os.replace(partial, path)
+        write_file(path, functools.partial(torch.save, listing))
         return torch.load(path, mmap=True, weights_only=True)
-    except OSError as error:
-        print(f"the listing could not be remembered ({error}); every start, and every worker, may have to list again")
+    except (OSError, ValueError) as error:
+        print(f"the listing could not be cached ({error}); each start, and each worker, may have to list again",
+              file=sys.stderr)
         return listing
 
 
-class Names:
+class ListingBuilder:
     """Collects file names and labels into the tables of a listing."""
 
     def __init__(self):
@@ -522,25 +669,25 @@ class Names:
         self.labels.append(label)
 
     def tables(self, classes: dict[str, int] | None) -> dict:
-        """`classes` maps names to the labels given so far, which are renumbered in the order of the names."""
+        """`classes` maps names to the labels used so far, which are renumbered in the order of the names; "" is no
+        label."""
         labels = torch.from_numpy(np.array(self.labels, np.int32))
+        names = sorted(c for c in classes or () if c)
         if classes:
-            order = sorted(c for c in classes if c)
-            rank = torch.full((len(classes),), -1, dtype=torch.int32)  # of "", no label
-            rank[[classes[c] for c in order]] = torch.arange(len(order), dtype=torch.int32)
+            rank = torch.full((len(classes),), -1, dtype=torch.int32)
+            rank[[classes[c] for c in names]] = torch.arange(len(names), dtype=torch.int32)
             labels = rank[labels]
-        tables = dict(names=torch.frombuffer(self.names or bytearray(1), dtype=torch.uint8),
-                      ends=torch.from_numpy(np.array(self.ends)), labels=labels if classes else labels[:0],
-                      classes=sorted(c for c in classes if c) if classes else [])
+        tables = dict(names=torch.frombuffer(self.names or bytearray(1), dtype=torch.uint8), classes=names,
+                      ends=torch.from_numpy(np.array(self.ends)), labels=labels if classes else labels[:0])
         return tables | dict(fingerprint=zlib.crc32(tables["labels"].numpy(), zlib.crc32(self.names)))
 
 
 def open_folder(root: Path) -> ImageFiles:
-    """All images below `root`, each folder's files in order of their names, before its sub-folders; labeled by their
-    first sub-folder if every image lies in one and there are at least two."""
+    """All images below `root`, the files of each folder in the order of their names, before its sub-folders. Their
+    first sub-folder is their label, if every image is in one and there are at least two."""
     root = root.resolve()
     try:
-        source = ImageFiles(root, remembered(f"folder {root}", lambda: list_folder(root)))
+        source = ImageFiles(root, cached_listing(f"folder {root}", lambda: list_folder(root)))
     except PermissionError as error:
         raise ValueError(f"{error.filename} may not be read by this user; move it or change its mode") from None
     if len(source) == 0:
@@ -550,11 +697,11 @@ def open_folder(root: Path) -> ImageFiles:
 
 
 def list_folder(root: Path) -> dict:
-    names, classes, stamps, seen = Names(), {}, {}, set()
+    listing, classes, stamps, seen = ListingBuilder(), {}, {}, set()
     todo, links, linked = [""], [], False
     with tqdm(desc=f"listing {root}", unit=" images", disable=None) as bar:
         while todo or links:
-            linked = linked or not todo  # all links come last: a folder goes by its real name, if it has one
+            linked = linked or not todo  # links come last: a folder is listed by its real name, if it has one
             folder = todo.pop() if todo else links.pop(0)
             about = os.stat(root / folder)
             if linked and (about.st_dev, about.st_ino) in seen:  # two links to one folder, or one that leads back up
@@ -563,23 +710,22 @@ def list_folder(root: Path) -> dict:
             stamps[str(root / folder)] = about.st_mtime_ns
             files, folders = [], []
             for entry in os.scandir(root / folder):
-                if entry.name.startswith(".") or is_circle(entry):  # hidden ones are such as the ._ files of macOS
+                if entry.name.startswith(".") or links_to_itself(entry):  # hidden, such as the ._ files of macOS
                     continue
                 if entry.is_dir():
                     (links if entry.is_symlink() else folders).append(os.path.join(folder, entry.name))
                 elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():  # a file, or a link to one
                     files.append(os.path.join(folder, entry.name))
             for name in sorted(files):
-                names.add(name, classes.setdefault(folder.split(os.sep)[0], len(classes)))
+                listing.add(name, classes.setdefault(folder.split(os.sep)[0], len(classes)))
             todo += sorted(folders, reverse=True)
             links.sort()
             bar.update(len(files))
     labeled = len(classes) > 1 and "" not in classes
-    return dict(stamps=stamps, **names.tables(classes if labeled else None))
+    return dict(stamps=stamps, **listing.tables(classes if labeled else None))
 
 
-def is_circle(entry: os.DirEntry) -> bool:
-    """Is it a link that leads to itself?"""
+def links_to_itself(entry: os.DirEntry) -> bool:
     try:
         return entry.is_symlink() and not os.stat(entry.path)
     except OSError as error:
@@ -587,9 +733,9 @@ def is_circle(entry: os.DirEntry) -> bool:
 
 
 def open_list(path: Path) -> ImageFiles:
-    """A text file: one path per line, absolute or from the file's own folder, with a label after a tab or not."""
+    """A text file with one path per line, absolute or relative to the file, and optionally a tab and a label."""
     path = path.resolve()
-    source = ImageFiles(path.parent, remembered(f"list {path}", lambda: read_list(path)))
+    source = ImageFiles(path.parent, cached_listing(f"list {path}", lambda: read_list(path)))
     source.name = str(path)
     if len(source) == 0:
         raise ValueError(f"{path} names no image; write one path per line")
@@ -597,7 +743,7 @@ def open_list(path: Path) -> ImageFiles:
 
 
 def read_list(path: Path) -> dict:
-    names, classes, unlabeled = Names(), {}, 0
+    listing, classes, unlabeled = ListingBuilder(), {}, 0
     stamps = {str(path): os.stat(path).st_mtime_ns}
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
@@ -605,18 +751,18 @@ def read_list(path: Path) -> dict:
                 name, _, label = line.strip("\r\n").partition("\t")
                 if name.strip():
                     unlabeled += not label
-                    names.add(name, classes.setdefault(label, len(classes)))
+                    listing.add(name, classes.setdefault(label, len(classes)))
                 if "\0" in name:
                     raise ValueError
     except (ValueError, PermissionError):
         raise ValueError(f"{path} is no readable text; --data takes a folder, or a file with one image path per line"
                          ) from None
-    return dict(stamps=stamps, **names.tables(classes if unlabeled < len(names.labels) else None))
+    return dict(stamps=stamps, **listing.tables(classes if unlabeled < len(listing.labels) else None))
 
 
 def open_tars(name: str, tars: list[str], interleave: int) -> InTars:
     tars = [os.path.abspath(tar) for tar in tars]
-    table = remembered("\n".join(["tars", *tars]), lambda: list_tars(tars))
+    table = cached_listing("\n".join(["tars", *tars]), lambda: list_tars(tars))
     if len(table["shard"]) == 0:
         raise ValueError(f"{name}: there is no image in {tars[0]}" + " or the others" * (len(tars) > 1))
     labels = table["labels"].numpy() if len(table["labels"]) else None
@@ -625,7 +771,7 @@ def open_tars(name: str, tars: list[str], interleave: int) -> InTars:
 
 
 def list_tars(tars: list[str]) -> dict:
-    """Where the images lie, found by walking from header to header; labels from the .cls members of the same name."""
+    """Where the images are, found by jumping from header to header; labels from the .cls members of the same name."""
     columns, stamps = {"shard": array("i"), "start": array("q"), "size": array("q"), "labels": array("i")}, {}
     for j, path in enumerate(tqdm(tars, desc="listing tars", unit="tar", disable=None)):
         stamps[path], keys, labels, end = os.stat(path).st_mtime_ns, [], {}, 0
@@ -643,7 +789,7 @@ def list_tars(tars: list[str]) -> dict:
                     elif member.isreg() and suffix == "cls":
                         labels[key] = int(tar.extractfile(member).read())
             if os.path.getsize(path) < end + 512:
-                raise tarfile.ReadError("it has no end")
+                raise tarfile.ReadError("its end is missing")
         except tarfile.TarError as error:
             if not keys:
                 raise ValueError(f"{path} is no plain tar file ({error}); unpack it if it is compressed") from None
@@ -654,42 +800,40 @@ def list_tars(tars: list[str]) -> dict:
     tables = {name: torch.from_numpy(np.array(column)) for name, column in columns.items()}
     if (tables["labels"] < 0).all():
         tables["labels"] = tables["labels"][:0]
-    print_of = functools.reduce(lambda crc, table: zlib.crc32(table.numpy(), crc), tables.values(), 0)
-    return dict(stamps=stamps, fingerprint=print_of, **tables)
+    fingerprint = functools.reduce(lambda crc, table: zlib.crc32(table.numpy(), crc), tables.values(), 0)
+    return dict(stamps=stamps, fingerprint=fingerprint, **tables)
 
 
 def image_paths(names: list[str]) -> list[str]:
-    """The files named, and all images below the folders named, in order, each once. Raises ValueError for what does
-    not exist."""
-    paths = []
+    """The files named, and all images below the folders named, in order, each once. Raises ValueError for names that
+    do not exist."""
+    paths = {}
     for name in names:
-        if os.path.isdir(name):
-            source = open_folder(Path(name))
-            paths += [source.describe(i) for i in range(len(source))]
-        elif os.path.exists(name):
-            paths.append(name)
-        else:
+        if not os.path.exists(name):
             raise ValueError(f"no such image or folder: {name}")
-    first = {}
-    for path in paths:
-        first.setdefault(os.path.realpath(path), path)
-    return list(first.values())
+        folder = open_folder(Path(name)) if os.path.isdir(name) else None
+        for path in [name] if folder is None else map(folder.describe, range(len(folder))):
+            paths.setdefault(os.path.realpath(path), path)
+    return list(paths.values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The official metadata of ImageNet
 
 
+ENTRY = [("actual_index", "<u4"), ("class_index", "<u4")]
+
+
 def write_extra(spec: str) -> None:
-    """Writes the .npy files which the official code reads instead of listing folders. Raises ValueError."""
+    """Writes the .npy files that the official code reads instead of listing folders. Raises ValueError."""
     name, options = parse_spec(spec)
     if name not in ("ImageNet", "ImageNet22k") or not {"root", "extra"} <= options.keys():
-        raise ValueError(f"extra wants ImageNet:root=FOLDER:extra=FOLDER, or ImageNet22k likewise, not {spec!r}")
+        raise ValueError(f"extra needs ImageNet:root=FOLDER:extra=FOLDER, or ImageNet22k likewise, not {spec!r}")
     root, extra = Path(options["root"]).expanduser(), Path(options["extra"]).expanduser()
     arrays = extra_of_imagenet22k(root) if name == "ImageNet22k" else {}
     if name == "ImageNet":
         splits = ("TRAIN", "VAL", "TEST")
-        splits = (take_split(name, options, splits),) if "split" in options else splits
+        splits = (choose_split(name, options, splits),) if "split" in options else splits
         for split in [s for s in splits if (root / s.lower()).is_dir()]:
             arrays |= extra_of_imagenet(root, split)
     if not arrays:
@@ -720,8 +864,6 @@ def extra_of_imagenet(root: Path, split: str) -> dict[str, np.ndarray]:
     rows = [(n, c, source.classes[c], names[c]) for n, c in zip(numbers, source.labels.tolist())]
     return {f"entries-{split}.npy": np.array(rows, [*ENTRY, *text]), f"class-ids-{split}.npy": np.array(source.classes),
             f"class-names-{split}.npy": np.array(names)}
-
-ENTRY = [("actual_index", "<u4"), ("class_index", "<u4")]
 
 
 def extra_of_imagenet22k(root: Path) -> dict[str, np.ndarray]:
@@ -758,9 +900,9 @@ def extra_of_imagenet22k(root: Path) -> dict[str, np.ndarray]:
 # Commands: stats, check, extra
 
 
-class Tried(torch.utils.data.Dataset):
-    """tried[k] -> image number i = indices[k]; the sums of its pixels and their squares per channel, and how many, in a
-    (3, C) float64 tensor; and why it cannot be read, if so."""
+class PixelSums(torch.utils.data.Dataset):
+    """sums[k] -> (i, sums, reason) for image i = indices[k]: per channel the sum of its pixels, of their squares, and
+    their number, (3, C) float64; and the reason if it cannot be read, else ""."""
 
     def __init__(self, source: Source, indices):
         self.source, self.indices = source, indices
@@ -771,44 +913,45 @@ class Tried(torch.utils.data.Dataset):
     def __getitem__(self, k: int) -> tuple[int, Tensor, str]:
         try:
             image = self.source.image(self.indices[k])
-        except Exception as error:
-            return self.indices[k], torch.zeros(3, self.source.channels, dtype=torch.float64), reason(error)
+        except Exception as error:  # decoders raise anything on damaged files
+            return self.indices[k], torch.zeros(3, self.source.channels, dtype=torch.float64), short_reason(error)
         sums = torch.zeros(3, len(image), dtype=torch.float64)
-        for rows in image.split(256, dim=1):  # large images would take much memory as doubles
+        for rows in image.split(256, dim=1):  # a whole large image would take much memory as float64
             x = rows.double().div_(65535 if rows.dtype == torch.uint16 else 255).flatten(1)  # (C, 256*W)
             sums += torch.stack([x.sum(1), x.square().sum(1), torch.full_like(x[:, 0], x.shape[1])])
         return self.indices[k], sums, ""
 
 
 def ignore_interrupt(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the main one answers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of a terminal; the main one responds
 
 
 def read_all(source: Source, indices, num_workers: int):
-    """Goes through Tried with a progress bar."""
-    loader = torch.utils.data.DataLoader(Tried(source, indices), batch_size=None, worker_init_fn=ignore_interrupt,
+    """The items of PixelSums, with a progress bar."""
+
+    loader = torch.utils.data.DataLoader(PixelSums(source, indices), batch_size=None, worker_init_fn=ignore_interrupt,
                                          num_workers=worker_count(num_workers))
     return tqdm(loader, desc=f"reading {source.name}", unit=" images", disable=None)
 
 
 def measure_stats(source: Source, n: int, num_workers: int = 0) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel, in [0, 1], over all pixels of n images (0: all), drawn at random."""
+    """Mean and standard deviation per channel, in [0, 1], over all pixels of n random images (0: of all images)."""
     n = min(n, len(source)) or len(source)
     indices = range(n) if n == len(source) else [shuffled(i, len(source), 0) for i in range(n)]
-    sums, n_bad = 0, 0
-    for _, one, why in read_all(source, indices, num_workers):
-        sums, n_bad = sums + one, n_bad + bool(why)
+    total, n_bad = 0, 0
+    for _, sums, reason in read_all(source, indices, num_workers):
+        total, n_bad = total + sums, n_bad + bool(reason)
     if n_bad:
-        print(f"{n_bad:,} of {n:,} images cannot be read: python data.py check lists them", file=sys.stderr)
-    if not sums[2].any():
+        print(f"{n_bad:,} of {n:,} images cannot be read: python -m support.sources check lists them", file=sys.stderr)
+    if not total[2].any():
         raise ValueError(f"no image of {source.name} can be read")
-    mean = sums[0] / sums[2]
-    return mean.tolist(), (sums[1] / sums[2] - mean**2).clamp(min=0).sqrt().tolist()
+    mean = total[0] / total[2]
+    return mean.tolist(), (total[1] / total[2] - mean**2).clamp(min=0).sqrt().tolist()
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
-    parser.add_argument("command", choices=("stats", "check", "extra"), help="what to do, see above")
+    parser.add_argument("command", choices=("stats", "check", "extra"), help="see above")
     parser.add_argument("spec", help="the source")
     parser.add_argument("--in-chans", type=int, default=3, help="channels of the images")
     parser.add_argument("--images", type=int, default=10_000, help="stats: how many images to measure, 0 for all")
@@ -823,8 +966,9 @@ def main(argv: list[str] | None = None) -> None:
         mean, std = measure_stats(source, args.images, args.num_workers)
         print(*(f"--{name} {' '.join(f'{v:.4g}' for v in values)}" for name, values in (("mean", mean), ("std", std))))
     else:
-        bad = [(source.describe(i), why) for i, _, why in read_all(source, range(len(source)), args.num_workers) if why]
-        print(*(f"{name}\t{why}" for name, why in bad), sep="\n", end="\n" * bool(bad))
+        rows = read_all(source, range(len(source)), args.num_workers)
+        bad = [f"{source.describe(i)}\t{reason}" for i, _, reason in rows if reason]
+        print(*bad, sep="\n", end="\n" * bool(bad))
         print(f"{len(bad):,} of {len(source):,} images of {source.name} cannot be read")
         sys.exit(bool(bad))
 

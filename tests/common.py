@@ -6,6 +6,7 @@ seeds given here. Of large tensors it keeps the norm and some entries. test_gold
 depth, segmentation and Mask2Former heads, whose weights follow from their names, see fill_by_names.
 """
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -13,9 +14,9 @@ import math
 import multiprocessing
 import os
 import random
+import runpy
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -23,13 +24,14 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pytest
+import sklearn.datasets
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.checkpoint.format_utils
 from PIL import Image
 
-import data
 import eval_linear
 import model
 import train
@@ -37,6 +39,7 @@ import support.sources
 
 HERE = Path(__file__).parents[1]
 CPU = torch.device("cpu")
+sklearn.datasets.load_digits = functools.cache(sklearn.datasets.load_digits)  # reading the file takes as long as a step
 
 
 class Golden:
@@ -125,11 +128,12 @@ def dense_close(key: str, value: torch.Tensor) -> None:
     assert_close(value, expected, 2e-4 * max(1.0, expected.abs().max().item()), key)
 
 
-def run(*command, ok: int = 0, **env) -> subprocess.CompletedProcess:
-    result = subprocess.run([str(c) for c in command], cwd=HERE, capture_output=True, text=True, timeout=300,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", **env})
-    assert result.returncode == ok, f"exit {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
-    return result
+def exit_code(script: str, *argv) -> int:
+    """That of `python script argv`, run in this process, where it ends by itself."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", [script, *map(str, argv)])
+        runpy.run_path(str(HERE / script), run_name="__main__")
+    return stop.value.code
 
 
 def train_main(*argv) -> None:
@@ -142,12 +146,12 @@ def train_main(*argv) -> None:
 
 
 FORKS = multiprocessing.get_context("forkserver")  # of a process that has imported everything already
-FORKS.set_forkserver_preload(["tests.common", "sklearn.datasets", "torch._dynamo"])
+FORKS.set_forkserver_preload(["tests.common", "torch._dynamo"])
 
 
 class Launched:
-    """main(*argv) of one of our programs in `world` new processes, as torchrun would start them; what they print goes to
-    the end of `log`. `before` is called in each first. A start takes a tenth of a second, not ten."""
+    """main(*argv) of one of our programs in `world` new processes, as torchrun would start them; what they print is
+    appended to `log`. `before` is called in each first. A start takes a tenth of a second, not ten."""
 
     def __init__(self, log: Path, main, *argv, world: int = 1, before=None):
         self.log, port = log, free_port()

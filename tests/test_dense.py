@@ -4,9 +4,7 @@ import math
 import os
 import random
 import re
-import runpy
 import shutil
-import sys
 import types
 from functools import partial
 from pathlib import Path
@@ -22,8 +20,8 @@ import heads
 import hub
 import mask2former
 import model
-from tests.common import (HERE, M2F_TINY, Launched, assert_close, fill_by_names, golden_dense, photographs, pixels_of,
-                          results, same, size_of)
+from tests.common import (HERE, M2F_TINY, Launched, assert_close, exit_code, fill_by_names, golden_dense, photographs,
+                          pixels_of, results, same, size_of)
 
 
 def dense(*argv) -> dict:
@@ -369,11 +367,9 @@ def test_eval_dense_wrong_flags_are_named(argv, text, dense_pairs, dense_vit, de
               *(["--channels", 8] if "linear4" in argv else []), *argv)
 
 
-def test_eval_dense_wrong_input_is_one_line_and_exit_code_2(dense_pairs, dense_vit, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["eval_dense.py", str(dense_vit), "--task", "seg", "--data", "nowhere"])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(HERE / "eval_dense.py"), run_name="__main__")
-    assert end.value.code == 2 and capsys.readouterr().err == "error: no such folder: nowhere\n"
+def test_eval_dense_wrong_input_is_one_line_and_exit_code_2(dense_pairs, dense_vit, capsys):
+    assert exit_code("eval_dense.py", dense_vit, "--task", "seg", "--data", "nowhere") == 2
+    assert capsys.readouterr().err == "error: no such folder: nowhere\n"
 
 
 # Recipes
@@ -712,7 +708,7 @@ def test_eval_dense_two_processes_and_resuming_equal_one(kind, dense_pairs, dens
         dense(start, *flags)
     assert len(list(folder.parent.glob("*.resume"))) == 1
     again = dense(start, *flags)
-    assert "goes on after step 2 of 4" in capsys.readouterr().err and len(calls) == 3
+    assert "resuming after step 2 of 4" in capsys.readouterr().err and len(calls) == 3
     assert {k: v for k, v in again.items() if k != "head"} == {k: v for k, v in alone.items() if k != "head"}
     assert same(head, head_of(folder.parent / file.replace("vit", "again")))
     assert not list(folder.parent.rglob("*.resume"))
@@ -733,22 +729,22 @@ def test_eval_dense_resumes_only_what_is_its_own(dense_pairs, dense_vit, monkeyp
                                      ["--depth-range", 1, 7])):
         with pytest.raises(KeyboardInterrupt):
             dense(*flags, *argv)
-        assert "goes on" not in capsys.readouterr().err and len(saves()) == n_before + 1, argv
+        assert "resuming" not in capsys.readouterr().err and len(saves()) == n_before + 1, argv
     first, *others = sorted(saves(), key=lambda path: path.stat().st_mtime_ns)
     for path in others:
         path.unlink()
     n_before = 0
     with pytest.raises(KeyboardInterrupt):
         dense(*flags)
-    assert "goes on after step 2" in capsys.readouterr().err and saves() == [first]
+    assert "resuming after step 2" in capsys.readouterr().err and saves() == [first]
     good = saves()[0].read_bytes()
     for damaged in (good[: len(good) // 2], b"", b"x" * 99):
         saves()[0].write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"\.resume is damaged; remove it, and the training starts anew"):
+        with pytest.raises(ValueError, match=r"\.resume is damaged; remove it to start from scratch"):
             dense(*flags)
     for state in (dict(head={}), [1, 2], dict(head=None, optimizer=None)):
         torch.save(state, saves()[0])
-        with pytest.raises(ValueError, match=r"\.resume is damaged; remove it, and the training starts anew"):
+        with pytest.raises(ValueError, match=r"\.resume is damaged; remove it to start from scratch"):
             dense(*flags)
     dense(*flags, "--no-resume")
     assert not saves()
@@ -904,7 +900,9 @@ DENSE_BASE = {
 
 def test_eval_dense_every_flag_has_an_effect(dense_pairs, dense_vit, desk, capsys):
     """On the figures, the head, the files or what is printed; only the number of reading processes has none."""
-    flags = re.findall(r'add\("--([a-z-]+)"', (HERE / "eval_dense.py").read_text())
+    with pytest.raises(SystemExit):
+        eval_dense.parse(["--help"])
+    flags = re.findall(r"^  --([a-z-]+)", capsys.readouterr().out, re.MULTILINE)
     assert set(flags) | {"no-flip"} == FLAGS.keys() | ELSEWHERE_DENSE
     for what, part in itertools.product(("images", "depth"), ("train", "val")):
         for name in ("01.png", "03.png") if part == "val" else ("02.png", "04.png"):

@@ -281,7 +281,7 @@ POINTS = {"linear": ("_ld", dict(layers=1)), "linear4": ("_ld", {}), "dpt": ("_d
 
 @pytest.mark.parametrize("key", [k for k in DENSE_SHAPES if k.endswith("_head")])
 def test_dense_entry_points_have_the_released_keys(key):
-    """The 40 heads: names in order, shapes; the range of depth is that of the data, not the 80 m of the official hub."""
+    """The 40 heads: names in order, shapes; the depth range is that of the data, not the 80 m of the official hub."""
     name, dataset, kind, _ = key.rsplit("_", 3)
     suffix, kwargs = POINTS[kind] if dataset in heads.RANGES else (f"_{kind[0]}s", {})
     with torch.device("meta"):
@@ -369,9 +369,11 @@ def test_dense_files_that_do_not_fit(small_released, tmp_path):
             ("nyu_dbt", "no such dense head: nyu_dbt, did you mean nyu_dpt"), ("missing.pth", "no such dense head")):
         with pytest.raises(ValueError, match=text):
             load(path)
-    with pytest.raises(ValueError, match="nyu_dpt is a head of the released dinov2_vit{s,b,l,g}14, dinov2_vits14_reg is none"):
+    with pytest.raises(ValueError, match="nyu_dpt is a head of the released dinov2_vit{s,b,l,g}14, "
+                                         "dinov2_vits14_reg is none"):
         hub.load_dense("dinov2_vits14_reg", "nyu_dpt")
-    linear, segments = save(heads.LinearDepthHead(64, 1), "nyu_linear_head.pth"), save(heads.SegmentationHead(64, 21), "s")
+    linear = save(heads.LinearDepthHead(64, 1), "nyu_linear_head.pth")
+    segments = save(heads.SegmentationHead(64, 21), "s")
     points = {k: partial(v, weights=str(segments)) for k, v in hub.entry_points().items() if "vits14_" in k}
     for call, text in ((partial(points["dinov2_vits14_ld"], weights=str(linear)), "a head for layers=1"),
                        (partial(points["dinov2_vits14_dd"], weights=str(linear)), "is a linear head; call dinov2_._ld"),
@@ -403,7 +405,8 @@ def test_dense_info(small_released, tmp_path, capsys):
 def test_dense_heads_of_wider_backbones_are_told_by_their_names(tmp_path):
     """Four blocks of a network are as wide as one of a network four times as wide."""
     vit = model.build("vit_nano", embed_dim=256, num_heads=4, patch_size=8, img_size=16)
-    for head, name in ((heads.SegmentationHead(64, 150, 4), "ade20k_ms"), (heads.LinearDepthHead(64, 4), "nyu_linear4")):
+    for head, name in ((heads.SegmentationHead(64, 150, 4), "ade20k_ms"),
+                       (heads.LinearDepthHead(64, 4), "nyu_linear4")):
         with pytest.raises(ValueError, match="is the head of another backbone"):
             hub.attach_dense_head(vit, as_released(head, tmp_path / f"dinov2_vits14_{name}_head.pth"))
     odd = as_released(heads.SegmentationHead(256, 151), tmp_path / "dinov2_vits14_ade20k_linear_head.pth")

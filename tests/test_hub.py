@@ -16,7 +16,8 @@ import export
 import hub
 import model
 import support.images
-from tests.common import HERE, HUB_VIT, RELEASED, Payload, assert_close, golden, hub_vit, randn, randomize, write_images
+from tests.common import (HERE, HUB_VIT, RELEASED, Payload, assert_close, exit_code, golden, hub_vit, randn, randomize,
+                          write_images)
 
 
 def renamed(weights: dict, *pairs) -> dict:
@@ -145,7 +146,7 @@ def test_hub_equals_transformers_classifier(kind, tmp_path):
 
 
 @pytest.mark.parametrize("registers", [0, 4])
-@pytest.mark.parametrize("kind", ["registered", "mlp", "swiglu"])
+@pytest.mark.parametrize("kind", [pytest.param("registered", marks=pytest.mark.slow), "mlp", "swiglu"])
 def test_hub_equals_timm(kind, registers, tmp_path):
     timm = pytest.importorskip("timm")
     if kind == "registered":
@@ -397,8 +398,9 @@ def test_hub_entry_points_load(tmp_path, monkeypatch):
         points["dinov2_vits14"](img_size=224)
 
 
-@pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize("kind", ["package", "file"])
+@pytest.mark.parametrize("order,kind", [("before", "package"), pytest.param("before", "file", marks=pytest.mark.slow),
+                                        pytest.param("after", "package", marks=pytest.mark.slow),
+                                        pytest.param("after", "file", marks=pytest.mark.slow)])
 def test_hub_by_torch_hub_beside_modules_of_the_same_names(order, kind, tmp_path):
     """From a foreign folder whose modules have our names, and are imported before or after. Nothing else changes."""
     names = ("model", "data", "losses", "train", "hub", "heads", "mask2former", "export", "hubconf")
@@ -567,7 +569,7 @@ def test_hub_refuses_features_that_are_not_finite(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "nan.pth"]
 
 
-def test_hub_command_errors(tmp_path):
+def test_hub_command_errors(tmp_path, capsys):
     torch.save(hub_vit().state_dict(), tmp_path / "vit.pth")
     vit = str(tmp_path / "vit.pth")
     for argv, text in (
@@ -593,5 +595,6 @@ def test_hub_command_errors(tmp_path):
         with pytest.raises(ValueError, match=text):
             hub.main(argv)
     assert [p.name for p in tmp_path.iterdir()] == ["vit.pth"]
-    result = subprocess.run([sys.executable, HERE / "hub.py", "info", "none"], capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.startswith("error: no such checkpoint") and not result.stdout
+    assert exit_code("hub.py", "info", "none") == 2
+    told = capsys.readouterr()
+    assert told.err.startswith("error: no such checkpoint") and not told.out

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 import data
@@ -73,7 +74,7 @@ def test_data_decompression_bombs_are_refused(tmp_path, monkeypatch):
     Image.new("1", (20_000, 10_000)).save(tmp_path / "bomb.png")
     Image.new("L", (12_000, 12_000)).save(tmp_path / "bomb.jpg")
     Image.new("L", (20_000, 3)).save(tmp_path / "long.jpg")
-    monkeypatch.setattr(data.torchvision.io, "decode_jpeg", lambda *args, **kwargs: pytest.fail("decoded"))
+    monkeypatch.setattr(torchvision.io, "decode_jpeg", lambda *args, **kwargs: pytest.fail("decoded"))
     for name in ("bomb.png", "bomb.jpg"):
         with pytest.raises(Exception, match="MAX_PIXELS|decompression bomb"):
             load(tmp_path / name)
@@ -97,8 +98,8 @@ def test_data_decodes_without_torchvision_too(tmp_path, monkeypatch):
     """torchvision 0.29 announces that its decoders will go; Pillow takes over."""
     write_images(tmp_path, ["a.jpg"])
     image = load(tmp_path / "a.jpg")
-    monkeypatch.delattr(data.torchvision.io, "decode_jpeg")
-    monkeypatch.delattr(data.torchvision.io, "ImageReadMode")
+    monkeypatch.delattr(torchvision.io, "decode_jpeg")
+    monkeypatch.delattr(torchvision.io, "ImageReadMode")
     assert_close(load(tmp_path / "a.jpg").float(), image.float(), 2)
 
 
@@ -161,14 +162,14 @@ def test_data_fuzz_2000_damaged_files(tmp_path, cache):
 
 
 def test_data_fit_brings_images_to_multiples_of_the_patch():
-    """Where a pixel goes is what Fit says; padding has the mean color; sizes that are given are kept."""
+    """Where a pixel goes is what PatchFit says; padding has the mean color; sizes that are given are kept."""
     image = torch.zeros(3, 40, 90, dtype=torch.uint8)
     image[:, 20:24, 60:64] = 255  # a square whose middle is (62, 22)
     for how, size, canvas in (("crop", (), (28, 84)), ("pad", (), (42, 98)), ("resize", (), (42, 84)),
                               ("crop", (80,), (70, 168)), ("pad", (80,), (84, 182)), ("resize", (80,), (84, 182)),
-                              ("crop", (56, 70), (56, 70)), ("pad", (56, 70), (56, 70)), ("resize", (56, 70), (56, 70))):
+                              *((how, (56, 70), (56, 70)) for how in ("crop", "pad", "resize"))):
         fit = support.images.plan_fit(40, 90, 14, how, size)
-        out = support.images.fit_image(image, fit)
+        out = support.images.fit_image(image, fit, data.MEAN)
         assert out.shape[1:] == fit.canvas == canvas and out.dtype == torch.uint8
         x, y = fit.left + 62 * fit.scaled[1] / 90, fit.top + 22 * fit.scaled[0] / 40
         if 0 <= x < canvas[1]:
@@ -177,10 +178,11 @@ def test_data_fit_brings_images_to_multiples_of_the_patch():
             assert abs((bright * xs).sum() / bright.sum() - x) < 1 and abs((bright * ys).sum() / bright.sum() - y) < 1
         if how == "pad":
             assert out[:, 0, 0].tolist() == [124, 116, 104]
-    deep = support.images.fit_image(image.to(torch.uint16) * 257, support.images.plan_fit(40, 90, 14, "pad"))
+    deep = support.images.fit_image(image.to(torch.uint16) * 257, support.images.plan_fit(40, 90, 14, "pad"), data.MEAN)
     assert deep.dtype == torch.uint16 and deep[0, 0, 0] == round(0.485 * 65535)
     for hw, args, text in (((10, 90), (), "10x90 pixels is less than one patch of 14x14"),
-                           ((40, 90), ("crop", (50, 70)), "size 50 is no multiple of the patch size 14; the nearest is 56")):
+                           ((40, 90), ("crop", (50, 70)),
+                            "size 50 is no multiple of the patch size 14; the nearest is 56")):
         with pytest.raises(ValueError, match=text):
             support.images.plan_fit(*hw, 14, *args)
     assert support.images.plan_fit(10, 90, 14, "pad").canvas == (14, 98)

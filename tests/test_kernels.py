@@ -211,6 +211,7 @@ def test_kernels_build_says_what_lacks(kernels, monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.skipif(not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()), reason="needs nvcc")
+@pytest.mark.slow
 def test_kernels_compile_without_spills(kernels):
     """For A100 and H100: what does not fit the registers would go to memory. 163 KB is a block's share on the A100."""
     rows = kernels.resources()

@@ -43,10 +43,32 @@ def test_eval_linear_two_processes_and_resuming_equal_one(cached, trained, tmp_p
     with pytest.raises(KeyboardInterrupt):
         eval_linear.main([str(tmp_path / "c.pth"), *flags])
     again = eval_linear.main([str(tmp_path / "c.pth"), *flags])
-    assert len(steps) == 10 + 4 and "goes on after step 8 of 12" in capsys.readouterr().err
+    assert len(steps) == 10 + 4 and "resuming after step 8 of 12" in capsys.readouterr().err
     assert again["classifiers"] == alone["classifiers"] and again["curve"] == alone["curve"]
     assert same(head, torch.load(tmp_path / f"c.{end}", weights_only=True))
     assert not list(tmp_path.glob("*.resume"))
+
+
+def test_eval_linear_resumes_only_its_own_undamaged_state(trained, tmp_path, monkeypatch, capsys):
+    """Other settings start from scratch; a damaged state is named; --no-resume does without it."""
+    shutil.copy(trained / "ckpt.pth", tmp_path / "a.pth")
+    flags = [str(tmp_path / "a.pth"), "--batch-size", "32", "--epochs", "2", "--epoch-length", "2", "--cached"]
+    save = support.evaluation.ResumeFile.save
+    def save_and_stop(*args):
+        save(*args)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(support.evaluation.ResumeFile, "save", save_and_stop)
+    for n, more in enumerate(([], ["--seed", "1"], ["--learning-rates", "0.1"]), 1):
+        with pytest.raises(KeyboardInterrupt):
+            eval_linear.main([*flags, *more])
+        assert len(list(tmp_path.glob("*.resume"))) == n and "resuming" not in capsys.readouterr().err
+    monkeypatch.setattr(support.evaluation.ResumeFile, "save", save)
+    for path in tmp_path.glob("*.resume"):
+        path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"\.resume is damaged; remove it to start from scratch"):
+        eval_linear.main(flags)
+    eval_linear.main([*flags, "--no-resume"])
+    assert len(list(tmp_path.glob("*.resume"))) == 2  # its own is gone
 
 
 def test_eval_linear_head_is_one_of_the_hub(trained, tmp_path, cache):
@@ -57,15 +79,17 @@ def test_eval_linear_head_is_one_of_the_hub(trained, tmp_path, cache):
     result = eval_linear.main([*flags, "--batch-size", "128", "--epochs", "1", "--epoch-length", "20", "--cached"])
     classifier = hub.load_classifier(tmp_path / "a.pth", tmp_path / "a.linear_head_cached.pth")
     source = support.sources.open_source("digits:split=VAL")
-    images = torch.stack([support.evaluation.EvalImages(source, 12, 12)[i][0] for i in range(len(source))])  # the preset's size
+    validation = support.evaluation.EvalImages(source, 12, 12)  # the preset's size
+    images = torch.stack([validation[i][0] for i in range(len(source))])
     with torch.no_grad():
         answers = classifier(data.normalize(data.to_float(images))).argmax(1)
     assert 100 * (answers == torch.from_numpy(source.labels)).double().mean().item() == pytest.approx(result["top1"])
     write_images(tmp_path / "numbered", [f"{c}/{i}.png" for c in (3, 8) for i in range(2)], size=(16, 16))
     np.save(tmp_path / "map.npy", np.array([3, 8]))
-    again = eval_linear.main([*flags, "--head", str(tmp_path / "a.linear_head_cached.pth"), "--test", "digits:split=TRAIN",
-                              str(tmp_path / "numbered"), str(tmp_path / "numbered"), "--test-classes", "auto", "auto",
-                              str(tmp_path / "map.npy")])
+    again = eval_linear.main([
+        *flags, "--head", str(tmp_path / "a.linear_head_cached.pth"), "--test", "digits:split=TRAIN",
+        str(tmp_path / "numbered"), str(tmp_path / "numbered"), "--test-classes", "auto", "auto",
+        str(tmp_path / "map.npy")])
     assert again["top1"] == result["top1"] and again["tests"]["digits:split=TRAIN"]["top1"] > 20
     assert again["tests"][str(tmp_path / "numbered")]["top5"] == 100  # of two classes
     with pytest.raises(ValueError, match="head of another backbone: it takes 7 features"):
@@ -93,11 +117,12 @@ def test_eval_linear_mistakes_show_before_the_training(trained, tmp_path, cache,
     write_images(tmp_path / "plain", ["a.png"])
     write_images(tmp_path / "names", ["x/a.png", "y/b.png"])
     (tmp_path / "real.json").write_text("{}")
-    for flags, text in ((["--test", tmp_path / "plain"], "has no labels; --test needs"), (["--test", "/none"], "no folder"),
-                        (["--test", tmp_path / "names"], "class 'x' of .* was not trained by that name"),
+    for flags, text in ((["--test", tmp_path / "plain"], "has no labels; --test needs"),
+                        (["--test", "/none"], "no folder"),
+                        (["--test", tmp_path / "names"], "class 'x' of .* is not among the training classes"),
                         (["--real", tmp_path / "real.json"], "is not called ILSVRC2012_val"),
                         (["--flip-prob", "-0.3"], "from 0 to 1"), (["--head", "x", "--cached"], "leave --cached out"),
-                        (["--batch-size", "0"], "must be positive"), (["--test-classes", "a"], "give one for each")):
+                        (["--batch-size", "0"], "must be 1 or more"), (["--test-classes", "a"], "give one for each")):
         with pytest.raises(ValueError, match=text):
             eval_linear.main([str(trained / "ckpt.pth"), *map(str, flags)])
 
@@ -123,12 +148,13 @@ def test_eval_linear_classes_of_other_test_sets(tmp_path):
     assert columns(source(["0", "1", "3"])).tolist() == [0, 1, 3]
     numbered = source(["1", "10", "2"])
     assert eval_linear.class_columns(source(["10", "2"]), numbered, "").tolist() == [1, 2]
-    with pytest.raises(ValueError, match="class '02' of set was not trained"):
+    with pytest.raises(ValueError, match="class '02' of set is not among the training classes"):
         eval_linear.class_columns(source(["02", "1"]), numbered, "")
     assert eval_linear.class_columns(source(None, 3), source(None, 4), "").tolist() == [0, 1, 2]
     np.save(tmp_path / "map.npy", np.array([3, 0]))
     assert eval_linear.class_columns(source(["x", "y"]), train, str(tmp_path / "map.npy")).tolist() == [3, 0]
-    for bad, path, text in ((["n02", "n09"], "auto", "class 'n09' of set was not trained"), (["0", "4"], "", "a class 4"),
+    for bad, path, text in ((["n02", "n09"], "auto", "class 'n09' of set is not among the training classes"),
+                            (["0", "4"], "", "a class 4"),
                             (["x", "y", "z"], str(tmp_path / "map.npy"), "must hold, for each of the 3 classes"),
                             (["x"], str(tmp_path / "none.npy"), "cannot be read")):
         with pytest.raises(ValueError, match=text):
@@ -147,7 +173,7 @@ def test_eval_linear_real_labels_go_by_file_name(tmp_path):
     source.describe = names.__getitem__
     (tmp_path / "real.json").write_text("[[5], [6, 7], [], []]")
     assert eval_linear.read_real(str(tmp_path / "real.json"), source) == [[6, 7], [5], []]
-    for content, text in (("[[5]]", "no list of 4"), ("no", "cannot be read"), ("[[], [], [], []]", "no answer")):
+    for content, text in (("[[5]]", "no list of 4 or more"), ("no", "cannot be read"), ("[[], [], [], []]", "no answer")):
         (tmp_path / "real.json").write_text(content)
         with pytest.raises(ValueError, match=text):
             eval_linear.read_real(str(tmp_path / "real.json"), source)
@@ -159,8 +185,8 @@ def test_eval_linear_crops_are_shared_out_and_left_out_when_bad(tmp_path, cache)
     (tmp_path / "4.png").write_bytes(b"damaged")
     (tmp_path / "l.txt").write_text("".join(f"{i}.png" + (f"\t{i}" if i != 5 else "") + "\n" for i in range(6)))
     source = support.sources.open_source(str(tmp_path / "l.txt"))
-    def batches(rank=0, world=1, flip=0.5):
-        return eval_linear.ProbeBatches(source, source.labels, 12, 8, (0.3, 1.0), flip, 0, rank, world)
+    def batches(rank=0, n_ranks=1, flip=0.5):
+        return eval_linear.ProbeBatches(source, source.labels, 12, 8, (0.3, 1.0), flip, 0, rank, n_ranks)
 
     crops, labels, bad = batches()[3]
     assert crops.shape == (12, 3, 8, 8) and set(labels.tolist()) == {0, 1, 2, 3}

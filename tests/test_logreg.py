@@ -3,7 +3,6 @@ import json
 import pytest
 import torch
 
-import eval_knn
 import eval_logreg
 import support.evaluation
 from tests.common import Launched, assert_close, randn, write_images
@@ -15,6 +14,10 @@ def clusters(n: int, dim: int, n_classes: int, noise: float, seed: int = 0) -> t
     return centers[labels] + noise * x + 3, labels
 
 
+def accuracies(models, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    return support.evaluation.accuracies(eval_logreg.places_of_answers(models, x, labels), labels)
+
+
 @pytest.mark.parametrize("n_classes", [2, 5])
 @pytest.mark.parametrize("scales", [0, 1])
 def test_eval_logreg_equals_scikit_learn(n_classes, scales):
@@ -22,14 +25,14 @@ def test_eval_logreg_equals_scikit_learn(n_classes, scales):
     x, labels = clusters(400, 6, n_classes, 2.0)
     x = x * torch.logspace(-scales, scales, 6)
     cs = [1e-6, 1e-3, 0.1, 1.0, 100.0, 1e5]
-    models = eval_logreg.fit(eval_logreg.Principal(x.clone()), labels, cs, tol=1e-6)
-    oracle = eval_logreg.fit_by_sklearn(x, labels, cs, max_iter=100_000, tol=1e-9)
+    models = eval_logreg.fit(eval_logreg.PrincipalAxes(x.clone()), labels, cs, tol=1e-6)
+    oracle = eval_logreg.fit_with_sklearn(x, labels, cs, max_iter=100_000, tol=1e-9)
     assert models.converged.all() and models.iterations.max() < 80  # scikit-learn's go into the thousands
     for j, c in enumerate(cs):
         assert_close(models.weight[j], oracle.weight[j], 1e-3 * oracle.weight[j].abs().max().item(), f"C = {c:g}")
         bias = models.bias[j] - models.bias[j].mean(), oracle.bias[j] - oracle.bias[j].mean()  # a shift has no effect
         assert_close(*bias, 2e-3 * oracle.bias[j].abs().max().item(), f"C = {c:g}")
-    ours, theirs = (eval_logreg.accuracies(m, x, labels, n_classes)["top1"] for m in (models, oracle))
+    ours, theirs = (accuracies(m, x, labels)["top1"] for m in (models, oracle))
     assert_close(ours, theirs, 0.1 + 1e-6)
 
 
@@ -39,11 +42,11 @@ def test_eval_logreg_default_tolerance():
         x, labels = clusters(600, 30, 6, 2.0)
         x[:outliers] *= 100
         cs = [1e-4, 1e-2, 1.0]
-        near, exact = (eval_logreg.fit(eval_logreg.Principal(x.to(dtype, copy=True)), labels, cs, **options)
+        near, exact = (eval_logreg.fit(eval_logreg.PrincipalAxes(x.to(dtype, copy=True)), labels, cs, **options)
                        for dtype, options in ((torch.float32, {}), (torch.float64, dict(tol=1e-7, max_iter=9999))))
         for a, b in zip(near.weight, exact.weight):
             assert (a - b).norm() <= 5e-3 * b.norm()
-        both = (eval_logreg.accuracies(m, x, labels, 6)["top1"] for m in (near, exact))
+        both = (accuracies(m, x, labels)["top1"] for m in (near, exact))
         assert_close(*both, 0.17)  # an image of 600
     assert eval_logreg.parse(["x"]).tol == 1e-4 and eval_logreg.parse(["x", "--sklearn"]).tol == 1e-7
 
@@ -52,19 +55,19 @@ def test_eval_logreg_converges_on_hard_data_and_says_when_not():
     """Separable, so that weights grow with C; columns that are constant, equal, or a million times larger."""
     x, labels = clusters(300, 5, 3, 0.1)
     x = torch.cat([x, x[:, :1], torch.ones(300, 1), 1e6 * x[:, 1:2]], 1)
-    models = eval_logreg.fit(eval_logreg.Principal(x.clone()), labels, eval_logreg.CS)
-    assert models.converged.all() and (eval_logreg.accuracies(models, x, labels, 3)["top1"][30:] == 100).all()
-    assert not eval_logreg.fit(eval_logreg.Principal(x.clone()), labels, [1e5], max_iter=2).converged.any()
+    models = eval_logreg.fit(eval_logreg.PrincipalAxes(x.clone()), labels, eval_logreg.CS)
+    assert models.converged.all() and (accuracies(models, x, labels)["top1"][30:] == 100).all()
+    assert not eval_logreg.fit(eval_logreg.PrincipalAxes(x.clone()), labels, [1e5], max_iter=2).converged.any()
     with pytest.raises(ValueError, match="of one class"):
-        eval_logreg.fit(eval_logreg.Principal(x), torch.zeros_like(labels), [1.0])
+        eval_logreg.fit(eval_logreg.PrincipalAxes(x), torch.zeros_like(labels), [1.0])
 
 
 def test_eval_logreg_gradient_and_curvature():
     """Of the objective, against automatic differentiation."""
     x, labels = clusters(50, 4, 3, 1.0)
-    features = eval_logreg.Principal(x.double())
+    features = eval_logreg.PrincipalAxes(x.double())
     cs = torch.tensor([0.1, 10.0], dtype=torch.float64)
-    objective = eval_logreg.Objective(features, torch.arange(50), labels, 3, cs)
+    objective = eval_logreg.PenalizedLoss(features, torch.arange(50), labels, 3, cs)
     w = randn(1, (2, 3, 5))[0].double().requires_grad_()
     loss = torch.stack([
         torch.nn.functional.cross_entropy(features.x @ w[j, :, :4].T + w[j, :, 4], labels)
@@ -98,8 +101,8 @@ def test_eval_logreg_without_flags(trained, tmp_path):
         x, labels = e.labeled(e.train, e.train_labels)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     held, rows = order[:143], order[143:]
-    models = eval_logreg.fit(eval_logreg.Principal(x.clone()), labels, [1e-5, 1e-3], rows)
-    expected = eval_logreg.accuracies(models, x[held], labels[held], 10)["top1"]
+    models = eval_logreg.fit(eval_logreg.PrincipalAxes(x.clone()), labels, [1e-5, 1e-3], rows)
+    expected = accuracies(models, x[held], labels[held])["top1"]
     assert list(alone["figures"].values()) == pytest.approx(expected.tolist())
 
 
@@ -117,8 +120,9 @@ def test_eval_logreg_other_ways_to_choose_and_missing_classes(trained, tmp_path,
     (tmp_path / "d/train/c/x.png").write_bytes(b"damaged")  # so class c has no image to learn from
     missing = main("--train", tmp_path / "d/train", "--val", tmp_path / "d/val")
     assert missing["classes"] == 2 and missing["val_images"] == 9 and missing["top1"] <= 67
-    write_images(tmp_path / "few", [f"train/{c}/{i}.png" for c in "ab" for i in range(2)] + ["val/a/0.png", "val/b/0.png"])
-    with pytest.raises(ValueError, match="a tenth of 4 training images is none"):
+    write_images(tmp_path / "few", [f"train/{c}/{i}.png" for c in "ab" for i in range(2)])
+    write_images(tmp_path / "few", ["val/a/0.png", "val/b/0.png"])
+    with pytest.raises(ValueError, match="cannot hold out a tenth of 4 training images"):
         main("--train", tmp_path / "few")
     assert main("--train", tmp_path / "few", "--finetune-on-val")["val_images"] == 2
     with pytest.raises(ValueError, match="exclude each other"):

@@ -22,8 +22,8 @@ from tests.common import (CPU, TINY, Launched, assert_close, metrics, saved_tens
 
 def test_train_compiles_once(tmp_path, monkeypatch):
     """--compile: one whole graph for the student's blocks and one for the teacher's, with stochastic depth, with FSDP2
-    around them, also when they are computed anew, and one for the losses; none after the first step, although the number
-    of masked patches changes. The losses stay the same."""
+    around them, also with activation checkpointing, and one for the losses; none after the first step, although the
+    number of masked patches changes. The losses stay the same."""
     graphs = {}
 
     def count(graph, inputs):
@@ -31,7 +31,8 @@ def test_train_compiles_once(tmp_path, monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
-    for name, flags in dict(plain=[], whole=["--compile"], selective=["--compile", "--activation-checkpointing", "selective"],
+    for name, flags in dict(plain=[], whole=["--compile"],
+                            selective=["--compile", "--activation-checkpointing", "selective"],
                             blocks=["--compile", "--activation-checkpointing", "full"]).items():
         train.compiled.cache_clear()
         train_main(*TINY, "--steps", 4, "--log-every", 1, "--out", tmp_path / name, "--drop-path-rate", 0.3,
@@ -73,8 +74,8 @@ def test_shard_in_parts_equals_one_process(tmp_path):
     """Several copies of the weights, and a share in parts, of which the last adds up the gradients of all."""
     flags = [*TINY, "--steps", 3, "--batch-size", 16]
     alone = Launched(tmp_path / "log1", train.main, *flags, "--out", tmp_path / "one")
-    sent = Launched(tmp_path / "log2", train.main, *flags, "--out", tmp_path / "many", "--gradient-accumulation-steps", 2, "--sharding", "ddp",
-                    world=2, before=note_all_reduces)
+    sent = Launched(tmp_path / "log2", train.main, *flags, "--out", tmp_path / "many",
+                    "--gradient-accumulation-steps", 2, "--sharding", "ddp", world=2, before=note_all_reduces)
     alone.wait()
     numbers = json.loads(re.search(r"all-reduces (\[.*\])", sent.wait())[1])
     for one, many in zip(metrics(tmp_path / "one"), metrics(tmp_path / "many"), strict=True):
@@ -119,7 +120,7 @@ def shards_checks() -> None:
         torch.manual_seed(0)
         network, teacher = train.build_network(cfg), train.build_network(cfg).requires_grad_(False).eval()
         whole = {name: p.numel() for name, p in network.named_parameters()}
-        mesh = support.parallel.share_mesh("cpu", mode)
+        mesh = support.parallel.make_mesh("cpu", mode)
         assert mesh.shape == ((4,) if n_shards == 4 else (4 // n_shards, n_shards))
         support.parallel.shard(network, mesh, torch.bfloat16, mode=mode)
         support.parallel.shard(teacher, mesh, torch.bfloat16, with_backward=False, mode=mode)
@@ -160,7 +161,7 @@ def test_recompute_gives_the_same_gradients_in_less_memory(ffn):
         torch.manual_seed(0)
         cfg = train.Config(**train.PRESETS["digits"] | dict(ffn_layer=ffn, init_std=0.1))
         network = train.build_network(cfg, 0.3)
-        support.parallel.shard(network, types.SimpleNamespace(size=lambda: 1), torch.float32, way)  # alone: nothing to share
+        support.parallel.shard(network, types.SimpleNamespace(size=lambda: 1), torch.float32, way)
         for block in network["backbone"].block_list() if compiled else ():
             block.compile(backend="aot_eager", fullgraph=True)
         images = [torch.randn(8, 3, 12, 12), torch.randn(16, 3, 8, 8)]
@@ -185,10 +186,12 @@ def test_shard_and_recompute_of_a_run_that_knew_neither(trained, tmp_path):
     """A run that began with the field recompute_blocks, or without --sharding, goes on, with any value of the two."""
     shutil.copytree(trained, tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())
-    config = {k: v for k, v in config.items() if k not in ("sharding", "activation_checkpointing")} | dict(recompute_blocks=True)
+    config = {k: v for k, v in config.items() if k not in ("sharding", "activation_checkpointing")}
+    config |= dict(recompute_blocks=True)
     (tmp_path / "out/config.json").write_text(json.dumps(config))
     flags = ["--steps", 4, "--eval-every", 2, "--export-every", 3, "--save-every", 2, "--out", tmp_path / "out"]
-    assert set_up_and_release(*TINY, *flags, "--sharding", "zero3", "--activation-checkpointing", "selective").start == 4
+    flags += ["--sharding", "zero3", "--activation-checkpointing", "selective"]
+    assert set_up_and_release(*TINY, *flags).start == 4
 
 
 def test_shard_hsdp_wants_equal_machines(tmp_path):
@@ -198,7 +201,8 @@ def test_shard_hsdp_wants_equal_machines(tmp_path):
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
     assert len(errors) == 3 and "--sharding hsdp wants as many processes on each machine" in errors[0]
     assert "take --sharding zero2" in errors[0] and not (tmp_path / "out").exists()
-    for field, value, fix in (("sharding", "zero4", "did you mean zero"), ("activation_checkpointing", "ful", "did you mean full")):
+    for field, value, fix in (("sharding", "zero4", "did you mean zero"),
+                              ("activation_checkpointing", "ful", "did you mean full")):
         with pytest.raises(ValueError, match="--" + field.replace("_", "-") + f" .{value}., {fix}"):
             train.check(train.Config(**{field: value}), 1)
 
@@ -206,11 +210,11 @@ def test_shard_hsdp_wants_equal_machines(tmp_path):
 def test_train_compiles_blocks_of_rising_rates(monkeypatch):
     """Each block with a rate of stochastic depth of its own is a graph of its own, more of them than Dynamo allows."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     monkeypatch.setitem(model.ARCHS["vit_nano"], "depth", 12)
     torch._dynamo.reset()
     network = train.build_network(train.Config(**train.PRESETS["digits"] | dict(drop_path_uniform=False)), 0.3)
-    support.parallel.shard(network, types.SimpleNamespace(size=lambda: 1), torch.float32, compile_blocks=True)
     orders = torch.stack([torch.randperm(8)[None] for _ in range(24)])
-    out = network["backbone"](torch.randn(8, 3, 12, 12), is_training=True, drop_orders=orders)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        support.parallel.shard(network, types.SimpleNamespace(size=lambda: 1), torch.float32, compile_blocks=True)
+        out = network["backbone"](torch.randn(8, 3, 12, 12), is_training=True, drop_orders=orders)
     assert out["x_norm_clstoken"].shape == (8, 64)

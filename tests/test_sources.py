@@ -5,7 +5,6 @@ import pickle
 import random
 import re
 import shutil
-import sys
 import tarfile
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from PIL import Image
 
 import data
 import support.sources
-from tests.common import golden, png, run, write_images
+from tests.common import exit_code, golden, png, write_images
 
 
 def test_data_folder(tmp_path, monkeypatch):
@@ -33,7 +32,8 @@ def test_data_folder(tmp_path, monkeypatch):
     assert support.sources.open_source(str(photos)).labels is None
     (photos / "a/.hidden.jpg").write_bytes(b"")
     (photos / "a/dangling.jpg").symlink_to("nowhere")
-    assert support.sources.eval_specs(str(photos)) == support.sources.eval_specs("digits", str(photos)) == (str(photos), None)
+    assert support.sources.eval_specs(str(photos)) == (str(photos), None)
+    assert support.sources.eval_specs("digits", str(photos)) == (str(photos), None)
     (photos / "a/deep/back").symlink_to(photos)
     (photos / "twice").symlink_to(photos / "b")
     assert len(support.sources.open_source(str(photos))) == 6  # links are followed, each folder once
@@ -70,7 +70,8 @@ def test_data_imagenet(tmp_path, monkeypatch):
     assert entries.labels.tolist() == [0, 0, 1]
     assert [Path(entries.describe(i)) for i in range(3)] == [Path(listed.describe(i)) for i in range(3)]
     train_spec, val_spec = support.sources.eval_specs(f"ImageNet:split=TRAIN:root={root}:extra={extra}")
-    assert support.sources.open_source(val_spec).image(0).shape == (3, 40, 32) and len(support.sources.open_source(train_spec)) == 3
+    assert support.sources.open_source(val_spec).image(0).shape == (3, 40, 32)
+    assert len(support.sources.open_source(train_spec)) == 3
 
 
 def test_data_fashion_mnist_files(tmp_path):
@@ -174,7 +175,8 @@ def test_data_mixtures(tmp_path, cache):
     assert len(support.sources.open_source(f"{tmp_path}/x,y*2")) == 1
     split = f"{tmp_path}/s"
     write_images(tmp_path / "s", ["train/1.png", "val/2.png"])
-    assert support.sources.open_source(f"{split}:split=TRAIN*0.5, {split}:split=VAL*0.5").describe(1).endswith("val/2.png")
+    halves = support.sources.open_source(f"{split}:split=TRAIN*0.5, {split}:split=VAL*0.5")
+    assert halves.describe(1).endswith("val/2.png")
     for spec in ("ImageNet:root=/a,ImageNet22k:root=/b", "CIFAR10:root=/d*0.5,CIFAR100:root=/d*0.5", "CIFAR10*1"):
         assert support.sources.eval_specs(spec) == (spec, None)
     (tmp_path / "a/1.png").write_bytes(b"damaged")
@@ -187,7 +189,7 @@ def test_data_mixtures(tmp_path, cache):
 
 
 def test_data_imagenet_extra_golden(tmp_path, cache, capsys):
-    """`data.py extra` writes what the official classes dumped from the same tree, to the byte."""
+    """The command extra writes what the official classes dumped from the same tree, to the byte."""
     for split in ("train/", "val/"):
         write_images(tmp_path, [f for f in golden.json("extra/files") if f.startswith(split)])
     (tmp_path / "labels.txt").write_text(golden.json("extra/labels"))
@@ -262,8 +264,9 @@ def test_data_stats_and_check_commands(tmp_path, cache, capsys):
     out = capsys.readouterr().out
     assert "bad.jpg\tcannot identify" in out and "1 of 4 images" in out
     assert stop.value.code == 1
-    result = run(sys.executable, "data.py", "stats", tmp_path / "no", ok=2)
-    assert result.stderr.startswith("error: --data") and result.stderr.count("\n") == 1
+    assert exit_code("support/sources.py", "stats", tmp_path / "no") == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: --data") and told.count("\n") == 1
 
 
 def test_data_listing_is_shared_and_small(tmp_path, cache):
@@ -303,3 +306,135 @@ def test_data_image_paths_come_once(tmp_path, cache):
     write_images(tmp_path / "a", ["0.png", "1.png"])
     found = support.sources.image_paths([str(tmp_path / "a/1.png"), str(tmp_path / "a")])
     assert [Path(p).name for p in found] == ["1.png", "0.png"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Any torch Dataset
+
+
+DATASETS = '''
+import numpy as np
+import torch
+from PIL import Image
+
+class Squares(torch.utils.data.Dataset):
+    def __init__(self, make, n=12):
+        self.make, self.n = make, n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return self.make(i)
+
+def gray(i):
+    return np.full((20, 24), 20 * i, np.uint8)
+
+def pil():
+    return Squares(lambda i: Image.fromarray(gray(i)))
+
+def labeled():
+    return Squares(lambda i: (torch.from_numpy(gray(i)).expand(3, -1, -1), torch.tensor(i % 3), "more"))
+
+def arrays():
+    dataset = Squares(lambda i: [gray(i)[..., None].repeat(3, 2), None])
+    dataset.targets = list(range(12))
+    return dataset
+
+def deep():
+    return Squares(lambda i: (np.full((20, 24), 257 * 20 * i, np.uint16), i))
+
+def damaged():
+    return Squares(lambda i: 1 / 0 if i % 6 == 0 else (gray(i), i % 2))
+
+def random():
+    return Squares(lambda i: torch.randint(256, (3, 20, 24), dtype=torch.uint8))
+
+def floats():
+    return Squares(lambda i: torch.rand(3, 20, 24))
+
+def dicts():
+    return Squares(lambda i: {"image": gray(i)})
+
+def words():
+    return Squares(lambda i: (gray(i), "cat"))
+
+def stream():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield gray(0)
+    return Stream()
+
+def empty():
+    return Squares(gray, 0)
+
+def broken():
+    return missing
+'''
+
+
+@pytest.fixture
+def my_data(tmp_path, cache) -> str:
+    (tmp_path / "my_data.py").write_text(DATASETS)
+    return f"{tmp_path}/my_data.py"
+
+
+@pytest.mark.parametrize("name,labels", [("pil", None), ("labeled", [0, 1, 2] * 4), ("arrays", [*range(12)]),
+                                         ("deep", [*range(12)]), ("damaged", [-1, 1, 0, 1, 0, 1] * 2)])
+def test_data_torch_datasets(name, labels, my_data):
+    source = support.sources.open_source(f"{my_data}:{name}")
+    image = source.image(5)
+    assert image.shape == (3, 20, 24) and image.unique().tolist() == [100 * (257 if name == "deep" else 1)]
+    assert image.dtype == (torch.uint16 if name == "deep" else torch.uint8)
+    assert support.sources.open_source(f"{my_data}:{name}", channels=1).image(5).shape == (1, 20, 24)
+    assert len(source) == 12 and (source.labels if labels is None else source.labels.tolist()) == labels
+    assert support.sources.eval_specs(f"{my_data}:{name}") == (f"{my_data}:{name}", None)
+    again = pickle.loads(pickle.dumps(source))  # as a worker that is not forked gets it
+    assert again.fingerprint == source.fingerprint and torch.equal(again.image(5), image)
+    others = [support.sources.open_source(f"{my_data}:{other}") for other in ("pil", "labeled", "deep", "damaged")]
+    assert len({other.fingerprint for other in others}) == 4
+    mix = support.sources.open_source(f"{my_data}:{name}*0.5,digits*0.5")
+    assert sorted(mix.pick(s, 0) < 12 for s in range(2)) == [False, True]
+
+
+def test_data_torch_dataset_trains_with_spawned_workers(my_data):
+    """The workers open the source again; unreadable items are replaced."""
+    source = support.sources.open_source(f"{my_data}:damaged")
+    batches = data.TrainBatches(source, batch_size=12, group_size=12, global_size=16, local_size=8, n_local=1,
+                                patch_size=8)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(2), num_workers=1,
+                                         multiprocessing_context="spawn")
+    for step, batch in enumerate(loader):
+        assert torch.equal(batch.global_crops, batches[step].global_crops)
+        assert {name for name, _ in batch.bad} == {f"{my_data}:damaged[0]", f"{my_data}:damaged[6]"}
+        assert {reason for _, reason in batch.bad} == {"division by zero"}
+
+
+@pytest.mark.parametrize("name,text", [
+    (":nothing", "has no function nothing"), (":lable", "did you mean labeled?"), ("", "as in {}:photos"),
+    (":random", "changes its images each time"), (":floats", "is a Tensor torch.float32 (3, 20, 24); return an image"),
+    (":dicts", "is a dict; return an image"), (":stream", "returns a Stream, which has no length"),
+    (":empty", "is empty"), (":labeled:split=VAL", "takes none"),
+    (":broken", "NameError at line 58 of {}: name 'missing' is not defined")])
+def test_data_torch_dataset_errors_name_the_fix(name, text, my_data):
+    with pytest.raises(ValueError, match=re.escape(text.format(my_data))) as error:
+        support.sources.open_source(my_data + name)
+    assert "\n" not in str(error.value)
+
+
+def test_data_torch_dataset_mistakes_around_the_file(my_data):
+    with pytest.raises(ValueError, match="no/such.py does not exist"):
+        support.sources.open_source("no/such.py:photos")
+    with pytest.raises(ValueError, match="one integer per image"):
+        support.sources.open_source(f"{my_data}:words").labels
+    Path(my_data).write_text("def photos(:")
+    with pytest.raises(ValueError, match="SyntaxError"):
+        support.sources.open_source(f"{my_data}:photos")
+
+
+def test_data_code_named_by_a_checkpoint_is_not_run(my_data):
+    assert [support.sources.without_code(spec) for spec in ("digits", "/data/a*0.5,b*0.5", "")] == [
+        "digits", "/data/a*0.5,b*0.5", ""]
+    for spec in (f"{my_data}:pil", f"digits*0.5,{my_data}:pil*0.5"):
+        with pytest.raises(ValueError, match="if you trust it, name it yourself"):
+            support.sources.without_code(spec)
