@@ -89,7 +89,7 @@ def read_sample(source: Source, s: int, seed: int, bad: list, labels=None) -> tu
             try:
                 return i, source.image(i)
             except Exception as error:  # decoders raise anything on damaged files
-                bad.append((source.describe(i), str(error).partition("\n")[0] or type(error).__name__))
+                bad.append((source.describe(i), str(error).partition("\n")[0].expandtabs(1) or repr(error)))
             failures += 1
             if failures == 50:
                 raise Unreadable(f"50 images in a row could not be read, the last {bad[-1][0]}: {bad[-1][1]}")
@@ -448,8 +448,7 @@ def augment_at_once(crops: Tensor, ops: Tensor, mean=MEAN, std=STD) -> Tensor:
     x, ops = to_float(crops.permute(0, 3, 1, 2)), ops.to(crops.device, non_blocking=True)
     values = dict(zip((*OPERATIONS, *PLACES), ops[..., None, None, None].unbind(1)))  # each (n, 1, 1, 1)
     for step in steps_of(x.shape[1]):
-        name, _ = step
-        x = torch.where(is_applied(step, values), OPERATIONS[name].apply(x, values[name]), x)
+        x = torch.where(is_applied(step, values), OPERATIONS[step[0]].apply(x, values[step[0]]), x)
     return normalize_(x, mean, std)
 
 

@@ -29,12 +29,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Prefetcher, cut_crop, make_loader, normalize, read_sample, to_float, widen
+from data import Prefetcher, cut_crop, make_loader, normalize, read_sample, to_float
 from hub import read_head
 from support.cli import at_least, positive, run
 from support.evaluation import (
     Evaluation, EvaluationParser, ResumeFile, accuracies, count_left_out, data_hash, full_float32, no_bar,
-    save_on_rank_0, say, with_label)
+    save_on_rank_0, say, stack_images, with_label)
 from support.parallel import world
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)  # for batch 256
@@ -140,8 +140,8 @@ class Grid:
 
 
 def embed(model, n_last: int, images: Tensor) -> Tensor:
-    """Normalized images -> (B, (n_last+1)*D) float32: the normed CLS tokens of the last blocks, the last block's last,
-    then the mean of its patch tokens."""
+    """Normalized images -> (B, (n_last+1)*D) float32: the CLS tokens of the last n blocks in order, each after the
+    final norm, then the mean patch token of the last block."""
     outs = model.get_intermediate_layers(images, n_last, return_class_token=True)
     return torch.cat([cls for _, cls in outs] + [outs[-1][0].mean(1)], -1).float()
 
@@ -171,9 +171,7 @@ class ProbeBatches(torch.utils.data.Dataset):
             crop = cut_crop(rng, image, self.crop, self.scale).permute(2, 0, 1)
             crops.append(crop.flip(2) if rng.random() < self.flip_prob else crop)
             labels.append(int(self.labels[i]))
-        if any(c.dtype == torch.uint16 for c in crops):
-            crops = [widen(c) if c.dtype == torch.uint8 else c for c in crops]
-        return torch.stack(crops), torch.tensor(labels), len(bad)
+        return stack_images(crops), torch.tensor(labels), len(bad)
 
 
 def from_images(e: Evaluation, probe, start: int, stop: int):

@@ -55,7 +55,7 @@ from support.draw import (
 from support.evaluation import common_labels, extract_features, full_float32, normalize_rows_
 from support.images import PatchFit, fit_image, plan_fit, read_image
 from support.parallel import pick_device, worker_count
-from support.sources import Source, eval_specs, image_paths, open_source
+from support.sources import Source, eval_specs, image_paths, open_source, without_code
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -526,8 +526,8 @@ def neighbors(args: argparse.Namespace) -> None:
     model, config = load(args.model, device)
     if not (args.data or config["data"]):
         raise ValueError(f"{args.model} does not say which images to search; give --data")
-    named = (args.data, args.data) if args.data else (config[k] for k in ("data", "eval_train", "eval_val"))
-    train, val = eval_specs(*named)
+    stated = (config[key] for key in ("data", "eval_train", "eval_val"))
+    train, val = eval_specs(*((args.data, args.data) if args.data else map(without_code, stated)))
     source = open_source(train, config["in_chans"])
     if out.exists() and out.resolve() in (Path(source.describe(i)).resolve() for i in range(len(source))):
         raise ValueError(f"--out {args.out} would overwrite an image of {train}; name another")

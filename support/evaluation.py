@@ -35,7 +35,7 @@ from model import FORMAT
 from support.cli import DTYPES, Parser, at_least
 from support.parallel import join_processes, leave_processes, pick_device, worker_count, world
 from support.run import write_file
-from support.sources import eval_specs, open_source
+from support.sources import eval_specs, open_source, without_code
 
 NOT_FINITE = "the checkpoint has diverged, or half precision is too coarse for it (use --dtype fp32)"
 
@@ -93,10 +93,15 @@ def center_crop(image: Tensor, height: int, width: int) -> Tensor:
 
 
 def collate_images(items: list[tuple[Tensor, bool]]) -> tuple[Tensor, Tensor]:
-    """Items of EvalImages as (n, C, crop, crop) and (n,) bool. 8-bit images in a batch with 16-bit ones are widened."""
-    any_16_bit = any(image.dtype == torch.uint16 for image, _ in items)
-    images = [widen(image) if any_16_bit and image.dtype == torch.uint8 else image for image, _ in items]
-    return torch.stack(images), torch.tensor([ok for _, ok in items])
+    """Items of EvalImages as (n, C, crop, crop) and (n,) bool."""
+    images, ok = zip(*items)
+    return stack_images(images), torch.tensor(ok)
+
+
+def stack_images(images) -> Tensor:
+    """uint8 or uint16 images (C, h, w) of one size as one tensor; a single 16-bit image makes it uint16."""
+    any_16_bit = any(image.dtype == torch.uint16 for image in images)
+    return torch.stack([widen(x) if any_16_bit and x.dtype == torch.uint8 else x for x in images])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -305,7 +310,8 @@ class Evaluation:
         if not args.train and "data" not in config:
             raise ValueError(f"{args.checkpoint} does not say which data to use; give --train and --val")
         train, val = (eval_specs(args.train, args.train, args.val) if args.train else
-                      eval_specs(config["data"], config["eval_train"], args.val or config["eval_val"]))
+                      eval_specs(*(without_code(config[key]) for key in ("data", "eval_train")),
+                                 args.val or without_code(config["eval_val"])))
         if train == val:
             raise ValueError(f"--val is the same as --train, {train}; leave --val out, or name other images")
         return train, val

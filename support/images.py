@@ -8,7 +8,6 @@ Apache License 2.0.
 """
 import io
 import os
-import re
 import stat
 import struct
 import zlib
@@ -17,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 2**27  # larger images are refused, so that a small file cannot fill the memory; Pillow's limit is 2**27.4
@@ -39,8 +38,7 @@ def read_image(path: str, channels: int = 3) -> Tensor:
 
 def short_reason(error: Exception) -> str:
     """The first line of an error, at most 200 characters."""
-    line = str(error).partition("\n")[0].replace("\t", " ")
-    return re.sub(r" <_io\.BytesIO object at \w+>", "", line)[:200] or type(error).__name__
+    return str(error).partition("\n")[0].expandtabs(1)[:200] or type(error).__name__
 
 
 def read_file(path: str) -> np.ndarray:
@@ -101,7 +99,11 @@ def read_jpeg(data: np.ndarray, channels: int) -> Tensor:
 
 
 def read_by_pillow(data: np.ndarray, channels: int) -> Tensor:
-    with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+    try:
+        file = Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError("cannot identify the image format") from None  # Pillow's message differs from run to run
+    with file:
         check_size(*file.size)
         n_pages = getattr(file, "n_frames", 1) if channels not in (1, 3, 4) else 1
         if n_pages != channels:

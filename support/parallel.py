@@ -1,8 +1,4 @@
-"""Device, processes, sharding, activation checkpointing; and the few things that processes tell each other.
-
-A training always has a process group, of one process without torchrun, so that there is a single code path. Evaluations
-have one only under torchrun. Apache License 2.0.
-"""
+"""Device, processes, sharding, activation checkpointing. Apache License 2.0."""
 import importlib.util
 import os
 import sys
@@ -17,17 +13,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-# torch.distributed's fsdp, tensor and checkpoint take a second to import, so the functions that need them do: a
-# mistyped flag is answered before.
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Device
 
 
 def pick_device(name: str) -> torch.device:
-    """`name` is auto, cpu, cuda, cuda:N or mps; auto means CUDA if there is a GPU, else the CPU. Under torchrun each
-    process gets the GPU of its local rank. Raises ValueError if there is no such device."""
+    """`name` is auto (a GPU if there is one), cpu, cuda, cuda:N or mps; under torchrun each process gets the GPU of its
+    local rank. Raises ValueError if there is no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -86,14 +79,16 @@ TIMEOUT = timedelta(hours=2)  # of every collective: rank 0 may list a large fol
 
 
 def start_processes(device: torch.device, sharding: str = "zero2") -> DeviceMesh:
-    """Joins the process group of torchrun, or makes a group of one. Returns the mesh for --sharding, see make_mesh()."""
+    """Joins torchrun's process group, or makes a group of one: the same code from here on. Returns make_mesh()'s mesh.
+    """
     # The backbone returns views of one tensor; nothing here changes them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
     alone = {} if "WORLD_SIZE" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None, **alone)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None,
+                            **alone)
     return make_mesh(device.type, sharding)
 
 
@@ -196,7 +191,7 @@ def make_mesh(device_type: str, sharding: str) -> DeviceMesh:
     if sharding == "hsdp":
         machines = on_all_ranks(lambda: (here, rank - int(os.environ.get("LOCAL_RANK", 0))))  # (size, first rank)
         if any(size != here or first % here for size, first in machines):
-            raise ValueError("--sharding hsdp wants as many processes on each machine, numbered machine by machine, but "
+            raise ValueError("--sharding hsdp wants as many processes on each machine, numbered machine by machine; "
                              f"there are {' '.join(str(size) for size, _ in machines)} beside the {n} processes; give "
                              "torchrun one --nproc-per-node, or take --sharding zero2")
     n_shards = dict(ddp=1, hsdp=here).get(sharding, n)

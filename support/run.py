@@ -1,14 +1,7 @@
-"""What keeps a run: its folder and lock, saves, signals and log.
+"""What keeps a run: its folder and lock, saves, signals and log. Apache License 2.0.
 
-    out/config.json              the settings; marks the folder as a run
-    out/lock                     locked while a process trains here
-    out/ckpt.pth                 the teacher and the settings, for evaluations
-    out/metrics.jsonl            one line per logged step
-    out/resume/step_N/           a save: the tensors by torch.distributed.checkpoint (*.distcp, .metadata), and the file
-                                 `complete` with the step, the counters and the SHA-256 of the other files
-    out/bad_samples.txt, out/nonfinite/    images that could not be read; the samples of skipped steps
-
-Apache License 2.0.
+A save, out/resume/step_N, holds tensors as torch.distributed.checkpoint writes them (*.distcp, .metadata), and the file
+`complete`: the step, the counters and the SHA-256 of the other files.
 """
 import contextlib
 import dataclasses
@@ -42,8 +35,6 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-# torch.distributed.tensor and .checkpoint take a second to import, so the functions that need them do.
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
@@ -51,8 +42,8 @@ except ImportError:  # Windows
 
 @contextlib.contextmanager
 def replacing(path: Path, durable: bool = False):
-    """Yields a temporary path next to `path`, at which the caller writes a file or a folder; then renames it to `path`.
-    So `path` is never half-written, with `durable` not even after a power cut, and a failure leaves nothing behind."""
+    """Yields a temporary path, where the caller writes a file or a folder, and then renames it to `path`: nobody sees
+    half of it, with `durable` not even after a power cut, and a failure leaves nothing behind."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         yield temporary
@@ -76,8 +67,7 @@ def make_durable(path: Path) -> None:
 
 
 def write_file(path: Path, write) -> None:
-    """Has write(file) fill a file that appears as `path`, in a folder made if need be, only when it is whole. Raises
-    ValueError, with the reason, if it cannot be written."""
+    """Has write(file) fill a file that appears as `path` when it is whole. Raises ValueError if the disk refuses."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary, open(temporary, "wb") as file:
@@ -148,11 +138,11 @@ def claim_output(cfg, overwrite: bool) -> None:
 
 
 class OutputLock:
-    """An operating-system lock on the file `lock` in --out, held by rank 0, which keeps other runs away.
+    """Keeps other runs away from --out: rank 0 holds an operating-system lock on the file `lock` in it.
 
-    The system frees it when the process ends, however it ends, so it is never stale. On NFS it also holds between Linux
-    machines; if one vanishes, the server frees its locks after a minute or two. The content of the file is for messages
-    only. Raises ValueError if another process has the lock, or if the folder cannot be written.
+    The system frees it when the process ends, however it ends, so it is never stale. On NFS it also works between Linux
+    machines; the locks of one that vanishes are freed after a minute or two. Raises ValueError if another process has
+    the lock, or if the folder cannot be written.
     """
 
     LEASE = 120  # seconds to wait for an owner on another machine, which may have vanished
@@ -163,6 +153,7 @@ class OutputLock:
             self.take()
             self.devices = os.stat(out.parent).st_dev, os.stat(out).st_dev
         except OSError as error:
+            self.release()
             raise ValueError(f"--out {out} cannot be written ({root_cause(error)}); choose another folder") from None
         if fcntl:  # data-loading workers would share the lock, and keep it if they outlived this process
             os.register_at_fork(after_in_child=self.close)
@@ -197,7 +188,9 @@ class OutputLock:
         """Whether the file we have locked is still there under its name."""
         try:
             return self.descriptor is not None and os.path.samestat(os.fstat(self.descriptor), os.stat(self.path))
-        except FileNotFoundError:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):  # ESTALE: deleted on another machine
+                raise
             return False
 
     def check(self) -> None:
@@ -208,17 +201,16 @@ class OutputLock:
             return
         if os.stat(out.parent).st_dev != self.devices[0] or out.exists() and os.stat(out).st_dev != self.devices[1]:
             raise OSError(errno.ENODEV, "its file system is gone", str(out))  # but may be mounted again
-        try:
-            self.lost = (out / "config.json").exists()  # that run has already ended
-            self.take()
-        except ValueError:
-            self.lost = True
-        if self.lost:
-            raise OSError(errno.EBUSY, "another run has taken over", str(out))
+        if not self.lost and not (out / "config.json").exists():  # else another run has been here, if only for a while
+            with contextlib.suppress(ValueError):
+                return self.take()
+        self.lost = True
+        raise OSError(errno.EBUSY, "another run has taken over", str(out))
 
     def release(self) -> None:
-        if self.is_ours():
-            self.path.unlink()
+        with contextlib.suppress(OSError):
+            if self.is_ours():
+                self.path.unlink()
         self.close()
 
     def close(self) -> None:
@@ -275,8 +267,8 @@ def read_complete(save: Path) -> dict | str:
 
 
 def verify(save: Path) -> dict | str:
-    """The content of the file `complete` if all other files of a save are as that says; or what is wrong, in words. To
-    be called on all ranks: each checks a share of the files. Raises Failed on all if one cannot read its share."""
+    """The content of `complete` if all files of a save are as it says; or what is wrong, in words. To be called on all
+    ranks, each of which checks a share of the files. Raises Failed on all if one cannot read its share."""
     def check_share() -> str:
         share = sorted(complete["files"])[dist.get_rank() :: dist.get_world_size()]
         wait_for_files(save, share)
@@ -426,15 +418,15 @@ def load_newest(state, folder: Path) -> tuple[dict, list[str]]:
 class Saver:
     """Saves the run to resume/step_N, and the teacher to ckpt.pth, in a thread of each process.
 
-    Training waits only while the state is copied to host memory. The thread writes the save under a temporary name:
-    first the tensors, then the file `complete`; when all is on the disk, it is renamed. A failed save is tried again
-    later, from the step reached by then. All methods must be called on all ranks; rank 0 decides.
+    Training waits only while the state is copied to host memory. The thread writes the tensors under a temporary name,
+    then the file `complete`, and renames the save when all is on the disk. A save that fails is tried again later, from
+    the step reached by then. All methods must be called on all ranks; rank 0 decides.
     """
 
     RETRY = 30.0  # seconds after which a failed save is tried again
 
     def __init__(self, cfg, state, make_checkpoint, lock: OutputLock | None, start: int, damaged: list[str], say):
-        from torch.distributed import checkpoint  # slow to import; not in the thread, where it would delay training
+        from torch.distributed import checkpoint  # slow: better not in the thread
 
         self.dcp = checkpoint
         self.cfg, self.state, self.lock, self.damaged, self.say = cfg, state, lock, damaged, say
@@ -690,7 +682,8 @@ class Log:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
 
     def write(self, record: dict) -> None:
-        """Adds a line. If the disk refuses, the line waits in memory and is written with a later one."""
+        """Adds a line, with null for numbers that are not finite. If the disk refuses, it is written with a later one.
+        """
         if not self.main:
             return
         self.records.append({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()})
@@ -714,9 +707,9 @@ class Log:
         self.since = time.perf_counter(), done, waited
 
     def step(self, step: int, now: dict[str, float], means: dict[str, float], batch_size: int, waited: float) -> None:
-        """Writes one line for this step: `now` holds the scheduled values, `means` the losses, averaged over processes,
-        and gradient norms. images_per_s, and data_wait, the share of the time spent waiting for images, count since
-        start_clock(). Numbers that are not finite become null."""
+        """Writes a line: `now` holds the scheduled values, `means` the losses, averaged over processes, and gradient
+        norms. images_per_s, and data_wait, the share of the time spent waiting for images, count since start_clock().
+        """
         began, done, waited_before = self.since
         seconds = time.perf_counter() - began
         images_per_s, data_wait = batch_size * (step + 1 - done) / seconds, (waited - waited_before) / seconds

@@ -126,10 +126,9 @@ class InMemory(Source):
     """A set that fits in memory: `pixels` uint8 (n, H, W) or (n, H, W, 3), enlarged to `side` if given."""
 
     def __init__(self, pixels: np.ndarray, labels: np.ndarray, name: str, side: int | None = None, classes=None):
-        self.labels, self.name, self.classes = labels.astype(np.int64), name, classes
-        self.fingerprint = zlib.crc32(pixels)
-        images = torch.from_numpy(pixels)
-        self.images = images.permute(0, 3, 1, 2) if pixels.ndim == 4 else images[:, None]
+        self.pixels, self.labels, self.name = torch.from_numpy(pixels), labels.astype(np.int64), name
+        self.classes, self.fingerprint = classes, zlib.crc32(pixels)
+        self.images = self.pixels.permute(0, 3, 1, 2) if pixels.ndim == 4 else self.pixels[:, None]
         if side:
             self.images = F.interpolate(self.images, (side, side), mode="bicubic", antialias=True)
 
@@ -447,15 +446,15 @@ def check_readable(source) -> None:
     for i in range(0, len(source), max(len(source) // 10, 1)):
         try:
             return source.image(i)
-        except Exception as error:  # decoders raise all sorts on damaged files
+        except Exception as error:  # decoders raise anything on damaged files
             reason = short_reason(error)
-    raise ValueError(f"no readable image in {source.name}; the last of those tried says: {reason}")
+    raise ValueError(f"no readable image in {source.name}; the last one tried: {reason}")
 
 
 def without_code(spec: str) -> str:
-    """A spec that a checkpoint states, which anyone may have written. Raises ValueError if opening it would run code."""
+    """A spec read from a checkpoint, which anyone may have written. Raises ValueError if opening it would run code."""
     if ".py:" in spec:
-        raise ValueError(f"the checkpoint's images come from a function, {spec}; if you trust it, name it yourself")
+        raise ValueError(f"the checkpoint's images come from a function, {spec}; if you trust it, name it as the data")
     return spec
 
 
@@ -928,7 +927,6 @@ def ignore_interrupt(worker: int) -> None:
 
 def read_all(source: Source, indices, num_workers: int):
     """The items of PixelSums, with a progress bar."""
-
     loader = torch.utils.data.DataLoader(PixelSums(source, indices), batch_size=None, worker_init_fn=ignore_interrupt,
                                          num_workers=worker_count(num_workers))
     return tqdm(loader, desc=f"reading {source.name}", unit=" images", disable=None)

@@ -1,6 +1,7 @@
-"""README, model card and docs/: short enough, no dead link, and every command typed as it is printed, in the order in
-which a reader meets them. What stands before a block says what it needs beyond this repository, "(GPU needed)"; such a
-block is checked, but not run.
+"""README, model card and docs/: short enough, no dead links, and every command works, in the order a reader meets them.
+
+A block that needs more than this repository says so in the sentence before it, as in "(GPU needed)". Such blocks are
+checked but not run.
 """
 import contextlib
 import functools
@@ -9,6 +10,7 @@ import importlib.util
 import io
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -19,10 +21,11 @@ from torch.distributed.run import get_args_parser
 
 import bench
 import export
+import heads
 import hub
 import train
 import visualize
-from tests.common import HERE, TINY, free_port, run, write_images
+from tests.common import HERE, TINY, free_port, write_images
 
 README = (HERE / "README.md").read_text()
 DOCS = re.findall(r"\]\((docs/\w+\.md)\)", README)  # in the order in which the README sends its readers there
@@ -34,7 +37,7 @@ class Block(NamedTuple):
     page: str
     language: str
     text: str
-    needs: str  # what is not here: a GPU, a download, ImageNet; empty: the block is run
+    needs: str  # "GPU needed", "download needed", …; if empty, the block is run
 
 
 def read(page: str) -> str:
@@ -69,6 +72,8 @@ def as_commands(page: str, text: str) -> list[Command]:
     lines = [part.strip() for line in text.replace("\\\n", " ").splitlines() for part in line.split("&&")]
     found = []
     for launcher, *words in (shlex.split(line, comments=True) for line in lines if line):
+        if words[:1] == ["-m"] and words[1].startswith("support."):
+            words = [words[1].replace(".", "/") + ".py", *words[2:]]
         if launcher in ("python", "torchrun") and (scripts := [w for w in words if re.fullmatch(r"[\w/]+\.py", w)]):
             at = words.index(scripts[0])
             launch = get_args_parser().parse_args([*words[:at], scripts[0]]) if launcher == "torchrun" else None
@@ -87,7 +92,7 @@ SPANS = [c for page in PAGES for span in re.findall(r"`((?:python|torchrun) [^`]
 
 
 def program(script: str):
-    if script.startswith("kernels/"):  # loaded by path, so that nothing is built on import
+    if script.startswith("kernels/"):  # no package: loaded by path
         spec = importlib.util.spec_from_file_location("attention", HERE / script)
         spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
         return module
@@ -106,7 +111,8 @@ def flags_of(script: str, subcommand: str = "") -> frozenset[str]:
     return frozenset(flags | (flags_of("train.py") if subcommand in bench.TRAINED else set()))
 
 
-SUBCOMMANDS = {"hub.py": ("info",), "export.py": tuple(export.COMMANDS), "visualize.py": tuple(visualize.COMMANDS)}
+SUBCOMMANDS = {"hub.py": ("info",), "export.py": tuple(export.COMMANDS),
+               "visualize.py": tuple(visualize.COMMANDS)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -120,12 +126,12 @@ def test_docs_readme_is_short():
     for command in ("pip install -r requirements.txt && python train.py",
                     "pip install -r requirements.txt pytest && python -m pytest -q"):
         assert README.splitlines().count(command) == 1
-    assert sorted(DOCS) == sorted(f"docs/{p.name}" for p in (HERE / "docs").glob("*.md")) and len(DOCS) == len(set(DOCS))
+    assert sorted(DOCS) == sorted(f"docs/{p.name}" for p in (HERE / "docs").glob("*.md"))
     assert README.count("(MODEL_CARD.md)") == README.count("(CITATION.cff)") == README.count("(LICENSE)") == 1
 
 
 def test_docs_readme_names_every_file():
-    """The table of files has all of them, and no others."""
+    """The table of files has all programs and no others."""
     named = set(re.findall(r"`([\w/]+\.py)`", README.partition("## Read the code")[2].partition("\n## ")[0]))
     here = {str(p.relative_to(HERE)) for folder in (".", "support") for p in (HERE / folder).glob("*.py")}
     assert named == here - {"conftest.py"}
@@ -165,7 +171,7 @@ def test_docs_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_docs_flags_exist(page):
-    """Of commands with their own program; alone in a text, with one that the page names."""
+    """Flags of a command exist in its program; flags in prose in one of the programs that the page names."""
     for command in (c for c in TYPED + SPANS if c.page == page):
         flags = flags_of(command.script, command.argv[0] if command.argv else "")
         given = {word.partition("=")[0] for word in command.argv if word.startswith("--")}
@@ -184,7 +190,7 @@ PROGRAMS = {"train.py", "export.py", "hub.py", "visualize.py", "bench.py", "supp
 
 
 def test_docs_commands_parse():
-    """Presets, choices and numbers of all commands, run or not, are such as the programs take."""
+    """The programs accept the presets, choices and numbers of all commands, run or not."""
     assert {command.script for command in TYPED} >= PROGRAMS - {"kernels/attention.py"}
     for command in TYPED + SPANS:
         if command.script not in PROGRAMS:
@@ -198,7 +204,7 @@ def test_docs_commands_parse():
 
 
 def output_of(command: Command) -> str:
-    """What a command writes that another one could overwrite; results, which are appended, left out."""
+    """What a command writes that another could overwrite. Results of evaluations are appended to a file."""
     argv = command.argv
     if "--help" in argv:
         return ""
@@ -229,14 +235,14 @@ def test_docs_python_compiles():
 # Running
 
 
-SHORT = {  # put behind the flags of a command, which go first: the same, but small
+SHORT = {  # appended to a command's own flags, which these override
     "train.py": [*map(str, TINY), "--steps", "4"],
     "eval_linear.py": ["--epochs", "1", "--epoch-length", "2"],
     "eval_dense.py": ["--steps", "2", "--eval-every", "2", "--batch-size", "2", "--num-workers", "0"],
     "support/sources.py": ["--num-workers", "0"],
 }
-SMALL_NET = ["--arch", "vit_nano", "--batch-size", "4", "--group-size", "4", "--head-n-prototypes", "64", "--device", "cpu",
-             "--head-hidden-dim", "8", "--head-bottleneck-dim", "8", "--repeats", "1"]
+SMALL_NET = ["--arch", "vit_nano", "--batch-size", "4", "--group-size", "4", "--head-n-prototypes", "64",
+             "--head-hidden-dim", "8", "--head-bottleneck-dim", "8", "--device", "cpu", "--repeats", "1"]
 SHORT_BENCH = {"train": [*SMALL_NET, "--num-workers", "0"], "heads": SMALL_NET, "attention": SMALL_NET, "scale": [],
                "save": ["--preset", "digits", "--repeats", "1"], "data": ["--repeats", "1"], "gpu": [],
                "hub": ["--name", "dinov2_vits14", "--repeats", "1"], "dense": ["--dim", "8", "--repeats", "1"],
@@ -254,14 +260,17 @@ def shortened(command: Command) -> list[str]:
     return [{"/my/photos": "my_photos"}.get(word, word) for word in command.argv] + short
 
 
-def type_in(command: Command) -> None:
-    """The command, in this process; torchrun in new ones."""
+def execute(command: Command) -> None:
+    """Runs the command in this process, those of torchrun in new ones."""
     argv = shortened(command)
     if command.n_processes:
-        return run(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", command.n_processes, "--master-port",
-                   free_port(), HERE / command.script, *argv, "--out", Path(argv[argv.index("--out") + 1]).absolute())
+        out = Path(argv[argv.index("--out") + 1]).absolute()
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node", command.n_processes, "--master-port", free_port()]
+        subprocess.run([str(word) for word in (sys.executable, *launch, command.script, *argv, "--out", out)], cwd=HERE,
+                       check=True)
+        return
     if "hf" in argv and importlib.util.find_spec("safetensors") is None:
-        return None
+        return
     try:
         program(command.script).main(argv)
     except SystemExit as done:
@@ -272,37 +281,37 @@ def type_in(command: Command) -> None:
             torch.distributed.destroy_process_group()
 
 
-def type_in_everything(skip: tuple[str, ...]) -> None:
-    """All that needs nothing which is not here, page after page: a file that is used has been made before."""
+def execute_pages(skip: tuple[str, ...]) -> None:
+    """Runs all blocks that need nothing else, page after page, so that each file exists before it is used. With `skip`,
+    neither these programs nor torchrun."""
     write_images(Path("my_photos"), ["a.png", "b/c.png"])
     for block in (b for b in ALL_BLOCKS if not b.needs):
         if block.language == "python":
-            first = re.match(r"# (\w+\.py)\n", block.text)  # a file that the reader is told to write
+            first = re.match(r"# (\w+\.py)\n", block.text)  # the reader saves this block as a file
             Path(first[1]).write_text(block.text) if first else exec(block.text, {"__name__": "block"})
-            for file in list(Path("pairs").rglob("*_[1-9]*_*.png")):  # one row of pairs will do
+            for file in list(Path("pairs").rglob("*_[1-9]*_*.png")):  # one row of each photograph is enough
                 file.unlink()
         for command in commands_of(block):
             if command.script not in skip and not (skip and command.n_processes):
-                type_in(command)
+                execute(command)
 
 
-def test_docs_short_commands_run(desk, capsys, monkeypatch):
-    """All but those that take long; what these would have made is written first."""
-    import heads
-
+def test_docs_short_commands_run(desk, capsys):
+    """All but the long ones, whose results are written beforehand."""
     folder = Path("out_photos")
     folder.mkdir()
-    for name, head in (("depth_linear4", heads.LinearDepthHead(128, layers=4)), ("seg_linear", heads.SegmentationHead(128, 5))):
+    for name, head in (("depth_linear4", heads.LinearDepthHead(128, layers=4)),
+                       ("seg_linear", heads.SegmentationHead(128, 5))):
         about = dict(dim=128, dataset="", depth_range=(0.001, 10), classes=list("abcde"), recipe=(32, 99, 64, 32))
         torch.save(dict(state_dict=head.state_dict(), about=about), folder / f"ckpt.{name}_head.pth")
-    type_in_everything(skip=LONG)
-    written = ["out/ckpt.pth", "out_photos/ckpt.pth", "features.npz", "out/vit.pt2", "curves.png", "visualize-neighbors.png",
-               "pca.png", "visualize-similarity.png", "depth.png", "segment.png"]
+    execute_pages(skip=LONG)
+    written = ["out/ckpt.pth", "out_photos/ckpt.pth", "features.npz", "out/vit.pt2", "curves.png", "pca.png",
+               "visualize-neighbors.png", "visualize-similarity.png", "depth.png", "segment.png"]
     assert [name for name in written if not Path(name).stat().st_size > 100] == []
 
 
 @pytest.mark.slow
 def test_docs_all_commands_run(desk, capsys):
-    type_in_everything(skip=())
+    execute_pages(skip=())
     assert {p.name for p in Path("out_photos").glob("ckpt.*_head.pth")} == {
         f"ckpt.{name}_head.pth" for name in ("depth_linear", "depth_linear4", "depth_dpt", "seg_linear", "seg_ms")}

@@ -445,8 +445,8 @@ def test_hub_convert_there_and_back(to, registers, ffn, tmp_path, capsys):
     assert_close(hub.load(tmp_path / "c.pth")(images), vit(images), 1e-5 if to == "timm" and registers else 0)
 
 
-def test_hub_convert_is_read_by_transformers_and_timm(trained, tmp_path):
-    transformers, timm = pytest.importorskip("transformers"), pytest.importorskip("timm")
+def test_hub_convert_is_read_by_transformers(trained, tmp_path):
+    transformers = pytest.importorskip("transformers")
     vit, images = randomize(hub.load(trained / "ckpt.pth")), randn(1, (2, 3, 12, 12))[0]
     ckpt = torch.load(trained / "ckpt.pth", weights_only=True)
     torch.save(ckpt | dict(teacher=prefixed("backbone.", vit.state_dict())), tmp_path / "a.pth")
@@ -458,14 +458,19 @@ def test_hub_convert_is_read_by_transformers_and_timm(trained, tmp_path):
     assert_close(hub.load(tmp_path / "hf")(images), vit(images), 0)  # 2 heads, 32 wide
     with pytest.raises(ValueError, match="2 heads for a width of .*; use --to hf"):
         export.main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "b.pth"), "--to", "official"])
-    for registers in (0, 4):
-        big = timm.create_model(f"vit_small_patch14_{'reg4_' * bool(registers)}dinov2", pretrained=False)
-        torch.save(hub.backbone(f"dinov2_vits14{'_reg' * bool(registers)}", pretrained=False).state_dict(),
-                   tmp_path / "s.pth")
-        export.main(["convert", str(tmp_path / "s.pth"), str(tmp_path / "t.pth"), "--to", "timm"])
-        big.load_state_dict(torch.load(tmp_path / "t.pth", weights_only=True))
-        x = randn(1, (1, 3, 518, 518))[0]
-        assert_close(big.eval()(x).detach(), hub.load(tmp_path / "s.pth")(x).detach(), 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("registers", [0, 4])
+def test_hub_convert_is_read_by_registered_timm(registers, tmp_path):
+    timm = pytest.importorskip("timm")
+    big = timm.create_model(f"vit_small_patch14_{'reg4_' * bool(registers)}dinov2", pretrained=False)
+    torch.save(hub.backbone(f"dinov2_vits14{'_reg' * bool(registers)}", pretrained=False).state_dict(),
+               tmp_path / "s.pth")
+    export.main(["convert", str(tmp_path / "s.pth"), str(tmp_path / "t.pth"), "--to", "timm"])
+    big.load_state_dict(torch.load(tmp_path / "t.pth", weights_only=True))
+    x = randn(1, (1, 3, 518, 518))[0]
+    assert_close(big.eval()(x).detach(), hub.load(tmp_path / "s.pth")(x).detach(), 1e-5)
 
 
 def test_hub_info(trained, tmp_path, capsys):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor
 
 import data
 import train
@@ -99,7 +100,7 @@ def test_optimizer_by_one_line(name, process_group, tmp_path, monkeypatch):
     assert step(4) and step(5)
 
     other, other_step = tiny_state(seed=1)
-    other.load(tmp_path / "save")
+    support.run.load_save(other, tmp_path / "save")
     assert same(tensors_of(other), saved)
     assert other_step(4) and other_step(5)
     assert same(tensors_of(other), tensors_of(state))
@@ -117,11 +118,11 @@ def test_optimizer_state_of_parameters_without_gradient(process_group, tmp_path,
     dcp.save(support.run.tensors_of(state), checkpoint_id=str(tmp_path / "save"))
     for save, n in (("save", len(list(state.student.parameters())) - 1), ("start", 0)):
         other, _ = tiny_state()
-        other.load(tmp_path / save)
-        assert len(other.optimizer_state()) == n and "backbone.pos_embed" not in other.optimizer_state()
+        support.run.load_save(other, tmp_path / save)
+        assert len(support.run.optimizer_state_of(other)) == n and "backbone.pos_embed" not in support.run.optimizer_state_of(other)
     monkeypatch.setattr(train, "build_optimizers", OPTIMIZERS["SGD momentum"])
     with pytest.raises(ValueError, match="optimizer is another: exp_avg.backbone"):
-        tiny_state()[0].load(tmp_path / "save")
+        support.run.load_save(tiny_state()[0], tmp_path / "save")
 
 
 def sharded_optimizer_checks(folder: str, name: str) -> None:
@@ -132,10 +133,10 @@ def sharded_optimizer_checks(folder: str, name: str) -> None:
     assert step(0)
     before = tensors_of(state, "student", "centers")
     assert not step(1, bad=True) and same(tensors_of(state, "student", "centers"), before)
-    assert isinstance(next(iter(state.optimizer_tensors()["momentum_buffer"].values())), train.DTensor)
+    assert isinstance(next(iter(support.run.optimizer_tensors_of(state)["momentum_buffer"].values())), DTensor)
     dcp.save(support.run.tensors_of(state), checkpoint_id=f"{folder}/save")
     other, other_step = tiny_state(seed=1)
-    other.load(Path(folder, "save"))
+    support.run.load_save(other, Path(folder, "save"))
     assert step(2) and other_step(2) and same(tensors_of(other), tensors_of(state))
     dist.barrier()
     dist.destroy_process_group()

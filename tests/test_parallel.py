@@ -49,16 +49,21 @@ def on_machines_of(n: int) -> None:
     os.environ |= dict(LOCAL_WORLD_SIZE=str(min(n, world - rank // n * n)), LOCAL_RANK=str(rank % n))
 
 
-def test_shard_modes_equal_one_process_and_continue_each_other(tmp_path):
-    """none, hybrid on two machines, full, grad, each going on from the save of the one before: losses, gradient norms
+@pytest.mark.parametrize("chain", [
+    (("ddp", 2, 2), ("zero3", 2, 4), ("zero2", 2, None)),
+    pytest.param((("ddp", 2, 2), ("hsdp", 4, 2), ("zero3", 2, 2), ("zero2", 4, None)), marks=pytest.mark.slow)])
+def test_shard_modes_equal_one_process_and_continue_each_other(chain, tmp_path):
+    """DDP, HSDP on two machines, ZeRO-3, ZeRO-2, each going on from the save of the one before: losses, gradient norms
     and weights of one process, with clipping at work; and each state is saved once, whoever holds copies of it."""
     flags = [*TINY, "--steps", 8, "--drop-path-rate", 0.3, "--batch-size", 16, "--save-every", 5, "--clip-grad", 0.3]
     alone = Launched(tmp_path / "log1", train.main, *flags, "--out", tmp_path / "one")
     flags += ["--out", tmp_path / "many"]
-    for mode, world, stop in (("ddp", 2, 2), ("hsdp", 4, 2), ("zero3", 2, 2), ("zero2", 4, None)):
+    for mode, world, stop in chain:
         before = partial(on_machines_and_stop, stop)
         text = Launched(tmp_path / "log", train.main, *flags, "--sharding", mode, world=world, before=before).wait()
-    assert re.findall(r"step (\d+) of 8, batch 16 on (\d)", text) == [("0", "2"), ("2", "4"), ("4", "2"), ("6", "4")]
+    starts = itertools.accumulate((stop for _, _, stop in chain[:-1]), initial=0)
+    expected = [(str(start), str(world)) for start, (_, world, _) in zip(starts, chain)]
+    assert re.findall(r"step (\d+) of 8, batch 16 on (\d)", text) == expected
     alone.wait()
     for one, many in zip(metrics(tmp_path / "one"), metrics(tmp_path / "many"), strict=True):
         assert one["grad_norm/backbone"] > 0.3 and one == pytest.approx(many, rel=1e-3, abs=1e-6)
@@ -132,13 +137,13 @@ def shards_checks() -> None:
 
         (targets,), _ = train.teacher_targets(teacher, [batch], cfg, 0.05, {})
         loss, _ = train.step_losses(network, batch, targets, cfg)
-        gathered = {name: not isinstance(p, train.DTensor) for name, p in network.named_parameters()}
-        assert not any(not isinstance(p, train.DTensor) for p in teacher.parameters())  # or its mean would miss them
+        gathered = {name: not support.parallel.is_sharded(p) for name, p in network.named_parameters()}
+        assert not any(not support.parallel.is_sharded(p) for p in teacher.parameters())  # or its mean would miss them
         assert all(kept == (mode != "zero3" or "_head." in name) for name, kept in gathered.items()), mode
         kinds = {(name.split(".")[0], p.dtype) for name, p in network.named_parameters() if gathered[name]}
         assert kinds - {("backbone", torch.bfloat16)} == {(h, torch.float32) for h in ("dino_head", "ibot_head")}
         loss.backward()
-        assert all(isinstance(p, train.DTensor) for p in network.parameters())
+        assert all(support.parallel.is_sharded(p) for p in network.parameters())
         gradients[mode] = {name: p.grad.full_tensor() for name, p in network.named_parameters()}
     for mode, grads in gradients.items():
         for name, g in grads.items():  # added up in float32: in bfloat16, sums would have no more than 8 bits

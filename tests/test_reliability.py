@@ -268,7 +268,7 @@ def test_nonfinite_steps_are_skipped_on_all_processes(tmp_path):
 
 
 def test_saves_follow_an_optimizer_that_starts_late(tmp_path, monkeypatch):
-    """If the first step is skipped, the save after it has no optimizer state, and the next one has; either continues."""
+    """If the first step is skipped, the save after it has no optimizer state, the next one has; both continue."""
     monkeypatch.setattr(train, "step_losses", train.step_losses)  # for poison()
     flags = [*TINY, "--steps", 3, "--save-every", 1, "--keep", 9]
     poison({0})
@@ -373,6 +373,19 @@ def test_lock_of_another_machine_and_without_locks(tmp_path, monkeypatch, capsys
         support.run.OutputLock(tmp_path / "out").release()
         assert capsys.readouterr().err.count("note: --out cannot be locked here (") == 1
     (tmp_path / "file").write_text("")
+    monkeypatch.undo()
+    mine = support.run.OutputLock(tmp_path / "out")
+    os.rename(tmp_path / "out", tmp_path / "gone")
+    mine.check()  # nobody else has come: it is locked again
+    with pytest.raises(ValueError, match="in use by process"):
+        support.run.OutputLock(tmp_path / "out")
+    os.rename(tmp_path / "out", tmp_path / "gone too")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/config.json").write_text("another run's, which has ended")
+    for _ in range(2):
+        with pytest.raises(OSError, match="another run has taken over"):
+            mine.check()
+        assert mine.lost and not (tmp_path / "out/lock").exists()
     with pytest.raises(ValueError, match="file/out cannot be written \\(Not a directory.*; choose another folder"):
         support.run.OutputLock(tmp_path / "file/out")
 
@@ -441,10 +454,10 @@ def train_in_agent(killed: Path, argv: list[str]) -> None:
     train.main(argv)
 
 
-def quick_agent(endpoint: str, killed: Path, argv: list[str]) -> None:
-    """What `torchrun --nnodes 4 --nproc-per-node 1 --max-restarts 3` does, with a forked worker: a fast start."""
+def quick_agent(n: int, endpoint: str, killed: Path, argv: list[str]) -> None:
+    """What `torchrun --nnodes {n} --nproc-per-node 1 --max-restarts 3` does, with a forked worker, for a fast start."""
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    config = launcher.LaunchConfig(min_nodes=4, max_nodes=4, nproc_per_node=1, run_id="four", rdzv_backend="c10d",
+    config = launcher.LaunchConfig(min_nodes=n, max_nodes=n, nproc_per_node=1, run_id="four", rdzv_backend="c10d",
                                    rdzv_endpoint=endpoint, max_restarts=3, start_method="fork")
     launcher.elastic_launch(config, train_in_agent)(killed, argv)
 
@@ -473,29 +486,30 @@ def kill_machine(agent: subprocess.Popen) -> None:
 FOUR = (*TINY, "--batch-size", 16, "--steps", 24, "--save-every", 5, "--keep", 100)
 
 
-def check_four(tmp_path: Path, n_starts: int, one: Launched, steps: int = 24) -> None:
-    """All steps are there, as `one` process does them, after so many starts."""
+def check_agents(tmp_path: Path, n_starts: int, one: Launched, steps: int = 24, n: int = 4) -> None:
+    """All steps are there, as `one` process does them, after so many starts of n processes."""
     out, log = tmp_path / "out", (tmp_path / "log").read_text()
-    starts = [int(s) for s in re.findall(rf"step (\d+) of {steps}, batch 16 on 4", log)]
+    starts = [int(s) for s in re.findall(rf"step (\d+) of {steps}, batch 16 on {n}", log)]
     assert starts[0] == 0 and starts[1] >= 5 and len(starts) == n_starts, starts
     assert [r["step"] for r in metrics(out)] == list(range(steps))
     one.wait()
-    for four, one in zip(metrics(out), metrics(tmp_path / "one"), strict=True):
-        assert four == pytest.approx(one, rel=0.01, abs=1e-5)
+    for many, one in zip(metrics(out), metrics(tmp_path / "one"), strict=True):
+        assert many == pytest.approx(one, rel=0.01, abs=1e-5)
 
 
-def test_four_agents_survive_the_loss_of_a_worker(tmp_path):
+@pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_agents_survive_the_loss_of_a_worker(n, tmp_path):
     """All restart, by themselves, from the last save."""
     flags, killed = [*FOUR, "--steps", 12, "--out"], tmp_path / "killed"
-    quick = partial(quick_agent, f"127.0.0.1:{free_port()}", killed)
-    agents = [Launched(tmp_path / "log", quick, *flags, tmp_path / "out") for _ in range(4)]
+    quick = partial(quick_agent, n, f"127.0.0.1:{free_port()}", killed)
+    agents = [Launched(tmp_path / "log", quick, *flags, tmp_path / "out") for _ in range(n)]
     wait_for((tmp_path / "out/resume/step_000000005/complete").exists)
-    os.kill(int(children(agents[3].processes[0])[0]), signal.SIGKILL)
+    os.kill(int(children(agents[-1].processes[0])[0]), signal.SIGKILL)
     killed.touch()
     one = Launched(tmp_path / "log1", train.main, *flags, tmp_path / "one")
     for a in agents:
         a.wait()
-    check_four(tmp_path, n_starts=2, one=one, steps=12)
+    check_agents(tmp_path, n_starts=2, one=one, steps=12, n=n)
 
 
 def four_agents(tmp_path: Path, machine_too: bool, endpoint: str = "", machines=((),) * 4) -> None:
@@ -518,7 +532,7 @@ def four_agents(tmp_path: Path, machine_too: bool, endpoint: str = "", machines=
         for a in agents:
             kill_machine(a)
     one = Launched(tmp_path / "log1", train.main, *FOUR, "--out", tmp_path / "one")
-    check_four(tmp_path, n_starts=2 + machine_too, one=one)
+    check_agents(tmp_path, n_starts=2 + machine_too, one=one)
 
 
 SHIMS = dict(  # what the script calls of Slurm, for one machine with one GPU
@@ -528,16 +542,34 @@ SHIMS = dict(  # what the script calls of Slurm, for one machine with one GPU
             'kill -USR1 $(all "$(cat "$FOLDER/step")")')
 
 
-def test_slurm_script_of_the_docs(tmp_path):
+STAND_IN = """
+import os, pathlib, signal, sys, time
+folder = pathlib.Path(os.environ["FOLDER"])
+with open(folder / "commands", "a") as file:
+    print(*sys.argv[1:], file=file)
+if not (folder / "saved").exists():  # trains until it is told to save
+    signal.signal(signal.SIGUSR1, lambda *a: ((folder / "saved").touch(), sys.exit(0)))
+    (folder / "ready").touch()
+    time.sleep(100)
+    sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize("torchrun", ["stand-in", pytest.param("real", marks=pytest.mark.slow)])
+def test_slurm_script_of_the_docs(torchrun, tmp_path):
     """Run as printed, but for data and port, with stand-ins for Slurm: the signal before the end has the training save,
     and the job requeued; the next time it ends, and nothing is requeued."""
-    script = re.search(r"```bash\n(#!/bin/bash.*?)```", (HERE / "docs/reliability.md").read_text(), re.DOTALL)[1]
+    pages = [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text() for page in pages)
+    script, = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", text, re.DOTALL)
     assert script.count("\n") <= 20
-    argv = [*TINY, "--steps", 60, "--num-workers", 1, "--save-every", 30, "--out", tmp_path / "out"]
+    real, out, port = torchrun == "real", tmp_path / "out", free_port()
+    argv = [*TINY, "--steps", 60, "--num-workers", 1, "--save-every", 30, "--out", out]
     script, n = re.subn(r"train.py --preset .* &", f"train.py {shlex.join(map(str, argv))} &", script)
-    (tmp_path / "job.sh").write_text(script.replace(":29500", f":{free_port()}"))
+    (tmp_path / "job.sh").write_text(script.replace(":29500", f":{port}"))
     assert n == 1
-    for name, text in SHIMS.items():
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    for name, text in (SHIMS if real else SHIMS | dict(torchrun='exec "$PYTHON" -S "$FOLDER/stand_in.py" "$@"')).items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     env = os.environ | dict(PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHON=sys.executable, FOLDER=str(tmp_path),
@@ -547,16 +579,24 @@ def test_slurm_script_of_the_docs(tmp_path):
     for interrupt in (True, False):
         with open(log, "w") as file:
             job = subprocess.Popen(["bash", tmp_path / "job.sh"], cwd=HERE, env=env, stdout=file, stderr=file)
+        if interrupt and real:
+            wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) > 3)
+        elif interrupt:
+            wait_for((tmp_path / "ready").exists)
         if interrupt:
-            wait_for(lambda: (tmp_path / "out/metrics.jsonl").exists() and len(metrics(tmp_path / "out")) > 3)
             job.send_signal(signal.SIGUSR1)
         code = job.wait(timeout=200)
         texts.append(log.read_text())
         assert interrupt or code == 0, texts[-1]
         assert (tmp_path / "requeued").read_text() == "requeue 7\n", texts[-1]
-    assert "all is saved" in texts[0] and "done; the teacher is in" in texts[1], texts[0]
-    assert "of 60, batch 8 on 1 x cpu" in texts[1] and "step 0 of 60" not in texts[1]
-    assert [r["step"] for r in metrics(tmp_path / "out")] == list(range(60))
+    if real:
+        assert "all is saved" in texts[0] and "done; the teacher is in" in texts[1], texts[0]
+        assert "of 60, batch 8 on 1 x cpu" in texts[1] and "step 0 of 60" not in texts[1]
+        assert [r["step"] for r in metrics(out)] == list(range(60))
+    else:
+        commands = (tmp_path / "commands").read_text().splitlines()
+        assert commands == ["--nnodes 1 --nproc-per-node 1 --max-restarts 3 --rdzv-backend c10d --rdzv-id 7 "
+                            f"--rdzv-endpoint 127.0.0.1:{port} train.py {' '.join(map(str, argv))}"] * 2
 
 
 @pytest.mark.slow

@@ -436,5 +436,5 @@ def test_data_code_named_by_a_checkpoint_is_not_run(my_data):
     assert [support.sources.without_code(spec) for spec in ("digits", "/data/a*0.5,b*0.5", "")] == [
         "digits", "/data/a*0.5,b*0.5", ""]
     for spec in (f"{my_data}:pil", f"digits*0.5,{my_data}:pil*0.5"):
-        with pytest.raises(ValueError, match="if you trust it, name it yourself"):
+        with pytest.raises(ValueError, match="if you trust it, name it as the data"):
             support.sources.without_code(spec)
