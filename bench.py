@@ -143,6 +143,11 @@ def reset_peak(device: torch.device) -> float:
     return peak_memory(device)
 
 
+def keep_memory(cfg: train.Config | None = None) -> None:
+    """The allocator's settings of train.py, or without `cfg` those of its data-loading workers."""
+    data.keep_memory(4 if cfg and cfg.activation_checkpointing != "none" else None)
+
+
 def versions(device: torch.device) -> dict[str, str]:
     gpu = dict(gpu=torch.cuda.get_device_name(device)) if device.type == "cuda" else {}
     cpu = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -497,7 +502,7 @@ def check_memory(preset: str) -> list[dict]:
 
 def measure_steps(cfg: train.Config) -> tuple[float, float]:
     """Bytes that the student's forward pass saves, and the peak of two steps beyond what the process had before."""
-    data.keep_memory(train.spare_memory(cfg))
+    keep_memory(cfg)
     cpu = torch.device("cpu")
     before = reset_peak(cpu)
     training = TimedTraining(cfg, support.sources.open_source(cfg.data, cfg.in_chans), cpu)
@@ -934,7 +939,8 @@ def heads_alone(cfg: train.Config) -> nn.ModuleDict:
 def masked_batch(cfg: train.Config, device: torch.device) -> data.Batch:
     """A batch with the masks of step 0 and crops without pixels."""
     cfg = replace(cfg, gradient_accumulation_steps=1)
-    batches = train.training_batches(cfg, Namespace(channels=cfg.in_chans), 0, 1)
+    images = Namespace(image=lambda i: torch.empty(cfg.in_chans, 1, 1))  # none is read
+    batches = train.training_batches(cfg, images, 0, 1)
     masks = torch.from_numpy(batches.masks_of(0, range(cfg.batch_size // cfg.group_size)))
     index, weight = data.mask_weights(masks)
     crops = [torch.empty(n * cfg.batch_size, 0) for n in (2, cfg.local_crops_number)]
@@ -1244,7 +1250,7 @@ def training_config(args, flags: list[str]) -> train.Config:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device = support.parallel.pick_device(args.cfg.device if args.what in TRAINING else "auto")
-    data.keep_memory(train.spare_memory(args.cfg) if args.what in TRAINING else None)  # as in training and its workers
+    keep_memory(args.cfg if args.what in TRAINING else None)
     rows = BENCHES[args.what](args, device)
     if int(os.environ.get("RANK", 0)) or args.what == "gpu" and args.list:
         return
