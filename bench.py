@@ -1,33 +1,25 @@
-"""Measurements. Every performance figure in the README names one of these commands, hardware and versions.
+"""Benchmarks. Every performance figure in the README and docs/ names one of these commands, hardware and versions.
 
-    python bench.py data                        # images per second and core: each stage, a worker, the whole pipeline,
-                                                # and the same augmentations by torchvision in the official order
-    python bench.py data --data /my/photos      # on your images instead of scikit-learn's two photographs
-    python bench.py train --batch-size 8        # a training step of ViT-S/16: images per second, share of what matrix
-                                                # products reach on this device, memory, and where the time goes; takes
-                                                # every flag of train.py: --preset, --compile, --arch, --dtype, ...
-    python bench.py train --profile trace.json  # and a trace for chrome://tracing, and the costliest operators
-    python bench.py heads --batch-size 64 --head-n-prototypes 131072 --centering sinkhorn_knopp  # heads and losses
-                                                # alone, against the definitions in losses.py; flags of train.py too
-    python bench.py attention                   # attention of both crop sizes, by each backend; flags of train.py too
-    python bench.py gpu --out gpu               # all that wants a GPU, on one, in ten minutes; --list shows what
-    python bench.py save                        # what saving and guarding a run costs, of ViT-S/16
-    python bench.py save --preset digits        # or of another preset
-    python bench.py scale                       # of ViT-S, B, L and g on 8, 32 and 256 GPUs: bytes sent, time, memory,
-                                                # by calculation; --preset vitl14 for one of them
-    python bench.py scale --preset digits --check  # the memory against that of real steps, on this CPU
-    python bench.py knn --repeats 3             # exact k-NN against the matrix product alone, the official way, and
-                                                # scikit-learn
-    python bench.py knn --ours-only --images 1281167 --dim 1024 --queries 512  # memory at the size of ImageNet-1k
-    python bench.py logreg --every 4            # 45 values of C at once against every 4th one by scikit-learn
-    python bench.py linear                      # a step of the grid of 52 classifiers against 52 modules and autograd
-    python bench.py hub --name dinov2_vitg14    # loading a file of that size against reading its bytes; imports
-    python bench.py dense                       # a linear depth head of 4 blocks, convolved first or enlarged first
-    python bench.py m2f --repeats 1             # Mask2Former over ViT-g, 896x896 pixels: minutes on a CPU, 11 GB
-    python bench.py data --json                 # the table as JSON
+    python bench.py data          # images per second and core: each stage, a data-loading worker, the pipeline, and
+                                  # torchvision's augmentations in the official order; --data: your own images
+    python bench.py train         # training steps of ViT-S/16: images per second, FLOP/s relative to a matrix product,
+                                  # memory, where the time goes; --profile trace.json: also a trace and slow operators
+    python bench.py heads         # only heads and losses, in chunks against all logits at once
+    python bench.py attention     # attention on both crop sizes, by each backend of PyTorch and by kernels/attention.py
+    python bench.py gpu           # all benchmarks for one GPU, in ten minutes; --list shows which
+    python bench.py save          # the cost of saving and guarding a run of ViT-S/16, or of another --preset
+    python bench.py scale         # ViT-S, B, L and g on 8, 32 and 256 GPUs: communication, time and memory, calculated;
+                                  # --preset vitl14: one of them; --check: the memory against real steps on this CPU
+    python bench.py knn           # exact k-NN against the matrix product alone, the official code's way, scikit-learn
+    python bench.py logreg        # 45 values of C at once, against scikit-learn; --every 4: against every 4th of them
+    python bench.py linear        # a step of the grid of 52 classifiers, against 52 modules and autograd
+    python bench.py hub           # loading a file as large as ViT-g's, against reading its bytes; imports
+    python bench.py dense         # a linear depth head: convolution before or after upsampling
+    python bench.py m2f           # Mask2Former on ViT-g, 896x896 pixels: minutes on a CPU, 11 GB
 
-Everything is measured in turn, several times over, in one process, `data` on one core: compare the ratios, which hold
-on a noisy machine too. A GPU's part is measured if there is one. Apache License 2.0.
+`train`, `heads` and `attention` take all flags of train.py (--preset, --batch-size, --compile, ...); --json prints the
+table as JSON. The alternatives of a table take turns, several times over, so that ratios hold on a noisy machine too:
+compare those. `data` uses one core. GPU figures appear where there is a GPU. Apache License 2.0.
 """
 import contextlib
 import ctypes
@@ -64,6 +56,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms as T
 from tqdm import tqdm
 
@@ -85,43 +78,118 @@ import support.sources
 
 
 def measure(functions: dict, repeats: int, least: float = 0.5) -> dict[str, list[float]]:
-    """{name: function that does one piece of work} -> {name: seconds of one call, `repeats` times}. All take turns; a
-    turn begins with a call that is not timed, for the caches, and lasts at least `least` seconds."""
+    """{name: function} -> {name: seconds per call, `repeats` times}. The functions take turns; a turn lasts at least
+    `least` seconds and starts with an untimed warm-up call, functions that take longer than that only in the first."""
     seconds = {name: [] for name in functions}
     for _, (name, function) in tqdm(itertools.product(range(repeats), functions.items()), disable=None,
                                     total=repeats * len(functions), desc="measuring", leave=False):
-        function()
+        if not seconds[name] or seconds[name][-1] < least:
+            function()
         calls, start = 0, time.perf_counter()
-        while time.perf_counter() - start < least:
+        while not calls or time.perf_counter() - start < least:
             function()
             calls += 1
         seconds[name].append((time.perf_counter() - start) / calls)
     return seconds
 
 
+def ratios(seconds: dict[str, list[float]], ratio: str = "times_ours", unit: str = "ms") -> list[dict]:
+    """Rows of {way, unit, ratio}: median times, and medians of the ratios to the first way within each turn."""
+    first, scale = next(iter(seconds.values())), dict(s=1, ms=1e3)[unit]
+    return [{"way": name, unit: scale * statistics.median(times),
+             ratio: statistics.median(t / f for t, f in zip(times, first))} for name, times in seconds.items()]
+
+
+def synchronized(function, device: torch.device):
+    """`function`, but returning only when the device has finished."""
+    return function if device.type != "cuda" else lambda: (function(), torch.cuda.synchronize())[0]
+
+
+def in_new_process(function, *args):
+    """function(*args), called in a new process, so that its peak memory counts from zero. Raises ValueError if that
+    process dies."""
+    context = multiprocessing.get_context("forkserver")  # autograd, once used, does not survive a fork
+    results = context.SimpleQueue()
+    process = context.Process(target=send_result, args=(results, function, args))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise ValueError(f"the measured process ended with exit code {process.exitcode}; was there enough memory?")
+    return results.get()
+
+
+def send_result(results, function, args) -> None:
+    results.put(function(*args))
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak memory in GB: of the tensors on a GPU, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == "linux":  # ru_maxrss would include the peak of the parent process
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # bytes on macOS
+
+
+def reset_peak(device: torch.device) -> float:
+    """Makes peak_memory() count from now on, on GPUs and on Linux, and returns it: the GB in use."""
+    if device.type == "cuda":
+        torch.cuda.init()
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # memory that is free but not returned would hide what is allocated next
+        with contextlib.suppress(OSError):  # where /proc is read-only
+            Path("/proc/self/clear_refs").write_text("5")
+    return peak_memory(device)
+
+
+def keep_memory(cfg: train.Config | None = None) -> None:
+    """The allocator's settings of train.py, or without `cfg` those of its data-loading workers."""
+    data.keep_memory(4 if cfg and cfg.activation_checkpointing != "none" else None)
+
+
 def versions(device: torch.device) -> dict[str, str]:
     gpu = dict(gpu=torch.cuda.get_device_name(device)) if device.type == "cuda" else {}
-    model = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-             if line.startswith("model name")] if sys.platform == "linux" else []
+    cpu = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+           if line.startswith("model name")] if sys.platform == "linux" else []
     return dict(torch=torch.__version__, torchvision=torchvision.__version__, python=platform.python_version(),
-                cpu=(model or [platform.machine()])[0], cores=str(support.parallel.usable_cores())) | gpu
+                cpu=(cpu or [platform.machine()])[0], cores=str(support.parallel.usable_cores())) | gpu
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# data
+def show(rows: list[dict]) -> None:
+    """Prints Markdown tables, one for each run of rows with the same columns."""
+    for names, table in itertools.groupby(rows, key=tuple):
+        print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
+        for row in table:
+            cells = [v if isinstance(v, str) else f"{v:,.{0 if abs(v) >= 10 else 2}f}" for v in row.values()]
+            print("| " + " | ".join(cells) + " |")
+        print()
 
 
 def write_photos(folder: Path) -> None:
-    """scikit-learn's two photographs as ImageNet has its own: JPEG, 500 x 375."""
+    """scikit-learn's two photographs as JPEG of 500 x 375 pixels, ImageNet's typical size."""
     from sklearn.datasets import load_sample_images
 
     for i, pixels in enumerate(load_sample_images().images):
         Image.fromarray(pixels).resize((500, 375), Image.Resampling.LANCZOS).save(folder / f"{i}.jpg", quality=90)
 
 
+def one_device_config(preset: str, folder: Path, images: int) -> train.Config:
+    """A preset with a batch for one device, on photographs written to `folder`; small data sets stay as they are."""
+    cfg = train.Config(**train.PRESETS[preset])
+    if preset in SMALL:
+        return cfg
+    write_photos(folder)
+    return replace(cfg, batch_size=images, group_size=images, data=str(folder))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data
+
+
 def official_pipeline() -> list:
-    """The transforms of one image's 2 + 8 crops by torchvision on Pillow images, in the official order, with the
-    official probabilities as they come out."""
+    """torchvision transforms on Pillow images for the 2 + 8 crops of an image, in the official order and with the
+    official code's effective probabilities."""
     def crop(size, scale, blur, solarize=0.0):
         return T.Compose([
             T.RandomResizedCrop(size, scale=scale, interpolation=T.InterpolationMode.BICUBIC), T.RandomHorizontalFlip(),
@@ -133,14 +201,14 @@ def official_pipeline() -> list:
 
 
 def bench_data(args, device: torch.device) -> list[dict]:
-    """Rows of {stage, ms, images_per_s, times_official}. Times are per image."""
+    """Rows of {stage, ms, images_per_s, times_official}, per image."""
     n, cfg = 64, train.Config(batch_size=64, group_size=64)
     with tempfile.TemporaryDirectory() as folder:
         if not args.data:
             write_photos(Path(folder))
         source = support.sources.open_source(args.data or folder)
         if isinstance(source, support.sources.InMemory):
-            raise ValueError(f"--data {args.data}: there are no image files to decode; name a folder")
+            raise ValueError(f"--data {args.data} has no image files to decode; name a folder")
         batches = train.training_batches(cfg, source, 0, 1)
         steps, numbers, rng = itertools.count(), itertools.count(), random.Random(0)
         images = [source.image(source.pick(s, 0)) for s in range(n)]
@@ -182,50 +250,29 @@ def bench_data(args, device: torch.device) -> list[dict]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def show(rows: list[dict]) -> None:
-    """Markdown tables, one for all consecutive rows with the same columns."""
-    for names, table in itertools.groupby(rows, key=tuple):
-        print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
-        for row in table:
-            cells = [v if isinstance(v, str) else f"{v:,.{0 if abs(v) >= 10 else 2}f}" for v in row.values()]
-            print("| " + " | ".join(cells) + " |")
-        print()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # save
 
 
 def bench_save(args, device: torch.device) -> list[dict]:
-    """Rows of {part, ms, percent of the time of 500 steps}: what a run pays, per step and per save, for never being
-    lost. A save costs the wait for its copies, and whatever the steps beside its writing take longer than others."""
-    n = 64 if device.type == "cuda" else 8
+    """Rows of {part, ms, % of 500 steps}: the cost of reliability, per step and per save. A save costs the wait until
+    the state is copied, and the slowdown of the steps during which it is written."""
+    preset = args.preset or "vits16_short"
     with tempfile.TemporaryDirectory() as folder:
-        preset = args.preset or "vits16_short"
-        cfg = train.Config(**train.PRESETS[preset] | dict(out=f"{folder}/out", keep=1))
-        if preset not in ("digits", "fashion"):  # the batch of one device
-            cfg = replace(cfg, batch_size=n, group_size=n, data=folder)
-            write_photos(Path(folder))
-        source = support.sources.open_source(args.data or cfg.data, cfg.in_chans)
-        mesh, lock = support.parallel.start_processes(device), support.run.OutputLock(Path(cfg.out))
-        state, batches = train.TrainState(cfg, mesh, device), train.training_batches(cfg, source, 0, 1)
+        cfg = one_device_config(preset, Path(folder), 64 if device.type == "cuda" else 8)
+        cfg = replace(cfg, out=f"{folder}/out", keep=1)
+        training = TimedTraining(cfg, support.sources.open_source(args.data or cfg.data, cfg.in_chans), device)
+        state, batches, lock = training.state, training.batches, support.run.OutputLock(Path(cfg.out))
         log = support.run.Log(Path(cfg.out) / "metrics.jsonl", 0, 0, {})
         make_checkpoint = partial(train.teacher_checkpoint, state.teacher, cfg, preset)
         saver = support.run.Saver(cfg, state, make_checkpoint, lock, 0, [], lambda text: None)
         guard, flags = support.run.NonFinite(cfg, log, batches, saver), support.parallel.SharedFlags()
-        batch, now = [data.prepare(batches[0], device, cfg.mean, cfg.std)], dict(
-            lr=0.0, last_layer_lr=0.0, weight_decay=0.0, momentum=1.0, teacher_temp=cfg.teacher_temp)
+        batch = [training.prepare(batches[0])]
 
         def step() -> tuple[float, float]:
-            """Seconds of a bare step, and of the guards after it."""
-            begin = time.perf_counter()
-            metrics, finite = train.train_step(state.student, state.teacher, state.optimizers, batch, cfg, now,
-                                               state.centers)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            middle = time.perf_counter()
+            """Seconds of a bare step, and of the checks that follow it."""
+            begin = training.clock.now()
+            metrics, finite = training.step(batch)
+            middle = training.clock.now()
             guard.watch(0, finite, metrics)
             flags.share(False, saver.due(), bool(saver.hopeless()))
             return middle - begin, time.perf_counter() - middle
@@ -237,7 +284,7 @@ def bench_save(args, device: torch.device) -> list[dict]:
             beside = [step()]
             while saver.thread is not None:  # collected by saver.due() in a step
                 beside.append(step())
-            if turn:  # the first is for the caches
+            if turn:  # the first is warm-up
                 bare += [t for t, _ in alone]
                 guards += [t for _, t in alone]
                 stalls.append(saver.stall)
@@ -246,69 +293,65 @@ def bench_save(args, device: torch.device) -> list[dict]:
         size = sum(f.stat().st_size for f in Path(cfg.out).rglob("*") if f.is_file())
         lock.release()
         train.dist.destroy_process_group()
-    step_ms, guard_ms, stall_ms, extra_ms, written_ms = (
+    bare, guards, stalls, extra, written = (
         1e3 * statistics.median(times) for times in (bare, guards, stalls, extra, written))
-    percent = lambda ms: 100 * ms / (500 * step_ms)  # noqa: E731
-    return [dict([("part", name), ("ms", ms), ("% of 500 steps", share)]) for name, ms, share in (
-        (f"a step of {preset}, batch {cfg.batch_size}", step_ms, 0.2),
-        ("guards after a step: signals, non-finite numbers, shared flags", guard_ms, percent(500 * guard_ms)),
-        ("a save: training waits for copies", stall_ms, percent(stall_ms)),
-        ("a save: the steps beside its writing take longer by", extra_ms, percent(max(extra_ms, 0.0))),
-        ("all, at --save-every 500", 500 * guard_ms + stall_ms + max(extra_ms, 0.0),
-         percent(500 * guard_ms + stall_ms + max(extra_ms, 0.0))),
-        (f"for comparison: writing {size / 2**20:,.0f} MB in the background took", written_ms, percent(written_ms)))]
+    total = 500 * guards + stalls + max(extra, 0.0)
+    return [{"part": name, "ms": ms, "% of 500 steps": 100 * cost / (500 * bare)} for name, ms, cost in (
+        (f"a step of {preset}, batch {cfg.batch_size}", bare, bare),
+        ("checks after a step: signals, non-finite numbers, shared flags", guards, 500 * guards),
+        ("a save: wait until the state is copied", stalls, stalls),
+        ("a save: slowdown of the steps while it is written", extra, max(extra, 0.0)),
+        ("total, at --save-every 500", total, total),
+        (f"for comparison: writing {size / 2**20:,.0f} MB in the background took", written, written))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# scale: what training costs on many GPUs, by calculation. All that is assumed of hardware stands in these lines.
+# scale: the cost of training on many GPUs, calculated. These are all assumptions about the hardware.
 
-PEAK, USED = 989e12, 0.4  # bfloat16 FLOP/s of an H100, and the share of them that we aim at
-NVLINK, NETWORK = 450e9, 50e9  # bytes per second and direction of one GPU, within a machine and between machines
-NVLINK_HOP, NETWORK_HOP = 2e-6, 4e-6  # seconds from one GPU to the next one
+PEAK, UTILIZATION = 989e12, 0.4  # bfloat16 FLOP/s of an H100, and the share of it that we aim at
+NVLINK, NETWORK = 450e9, 50e9  # bytes per second and direction of one GPU, within and between machines
+NVLINK_HOP, NETWORK_HOP = 2e-6, 4e-6  # latency in seconds from one GPU to the next
 MACHINE = 8  # GPUs
 
 
 def head_rows(cfg: train.Config, crops: int) -> dict[str, float]:
-    """Rows per image that go through each head: the CLS tokens of `crops` crops, and the masked patches of two."""
+    """Rows per image in the forward pass of each head: CLS tokens of `crops` crops, masked patches of two."""
     patches = 2 * (cfg.global_crops_size // cfg.patch_size) ** 2
     masked = cfg.mask_sample_probability * patches * sum(cfg.mask_ratio_min_max) / 2 * (cfg.ibot_loss_weight > 0)
     return dict(dino_head=crops, ibot_head=masked) if cfg.ibot_separate_head else dict(dino_head=crops + masked)
 
 
+@cache
 def pass_flops(cfg: train.Config) -> tuple[float, float]:
-    """Floating-point operations per image of a forward pass of the teacher and of the student: matrix products and
-    attention, two per multiplication and addition; with nothing taken off for stochastic depth."""
+    """FLOPs per image of a forward pass of the teacher and of the student: matrix products and attention, counting a
+    multiply-add as two, as if there were no stochastic depth."""
     with torch.device("meta"):
-        network = train.build_network(cfg)
-    backbone = network["backbone"]
+        network = train.build_network(cfg).eval()
 
-    def per_row(module) -> int:  # of the matrices in it
-        return 2 * sum(p.numel() for p in module.parameters() if p.ndim > 1 and p[0].numel() > 1)
+    def flops(module: nn.Module, *shape: int) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            module(torch.empty(shape, device="meta"))
+        return counter.get_total_flops()
 
-    def forward(*crops: tuple[int, int]) -> float:
-        rows = head_rows(cfg, sum(number for number, _ in crops))
-        flops = sum(rows[name] * per_row(network[name]) for name in rows.keys() & network.keys())
-        for number, side in crops:
-            patches = (side // cfg.patch_size) ** 2
-            tokens = 1 + cfg.num_register_tokens + patches
-            flops += number * (tokens * per_row(backbone.blocks) + patches * per_row(backbone.patch_embed)
-                               + 4 * backbone.n_blocks * backbone.embed_dim * tokens**2)
-        return flops
-
-    both = 2, cfg.global_crops_size
-    return forward(both), forward(both, (cfg.local_crops_number, cfg.local_crops_size))
+    n, sides = cfg.local_crops_number, (cfg.global_crops_size, cfg.local_crops_size)
+    globals_, locals_ = (flops(network["backbone"], 1, cfg.in_chans, side, side) for side in sides)
+    per_row = {name: flops(head, 1, network["backbone"].embed_dim) for name, head in network.items()
+               if name != "backbone"}
+    teacher, student = (sum(rows[name] * per_row[name] for name in rows.keys() & per_row.keys())
+                        for rows in (head_rows(cfg, 2), head_rows(cfg, 2 + n)))
+    return teacher + 2 * globals_, student + 2 * globals_ + n * locals_
 
 
 def train_flops(cfg: train.Config) -> float:
-    """Nominal floating-point operations of a training step per image: the teacher's forward pass, the student's, and
-    its backward pass as twice that. What is recomputed to save memory is no use, so does not count."""
+    """Nominal FLOPs per image of a training step: the forward passes of teacher and student, and the student's backward
+    pass as twice its forward pass. Recomputation for activation checkpointing does not count."""
     teacher, student = pass_flops(cfg)
     return teacher + 3 * student
 
 
-class Living(TorchDispatchMode):
-    """Keeps account, while on, of the storages of all new tensors. `bytes()`: of those that are still there; what
-    autograd keeps for the backward pass stays, what it does not is gone."""
+class StorageTracker(TorchDispatchMode):
+    """Records the storages that are allocated while it is active. `bytes()` counts those still alive, such as what
+    autograd has saved for the backward pass."""
 
     def __init__(self):
         super().__init__()
@@ -318,7 +361,7 @@ class Living(TorchDispatchMode):
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
         for t in tree_leaves(result):
-            if isinstance(t, torch.Tensor) and (key := t.untyped_storage()._cdata) not in given:  # a view is not new
+            if isinstance(t, torch.Tensor) and (key := t.untyped_storage()._cdata) not in given:  # views are not new
                 self.storages[key] = StorageWeakRef(t.untyped_storage()), t.untyped_storage().nbytes()
         return result
 
@@ -326,49 +369,49 @@ class Living(TorchDispatchMode):
         return sum(size for storage, size in self.storages.values() if not storage.expired())
 
 
-def kept_bytes(call) -> int:
-    """Bytes that are taken for as long as the result of call() is there, by that and for its backward pass."""
-    with Living() as living:
-        result = call()
-        size = living.bytes()
+def saved_bytes(function) -> int:
+    """Bytes that the result of function() keeps alive: its own, and what autograd saved for the backward pass."""
+    with StorageTracker() as tracker:
+        result = function()
+        size = tracker.bytes()
     del result
     return size
 
 
 def attention_on_meta(q, k, v, scale: float):
-    """Attention that keeps what the fused kernels keep; by itself, the meta device would keep a row for each token."""
+    """Saves what the fused kernels save; the meta device would otherwise pick an implementation that saves more."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)[0]
 
 
 @cache
 def block_bytes(cfg: train.Config, images: int, dtype: torch.dtype) -> dict[str, int]:
-    """{way of --activation-checkpointing: bytes that one block of the student keeps for the backward pass}. From a block without data,
-    on the meta device."""
-    kept, sides = {}, [(2, cfg.global_crops_size), (cfg.local_crops_number, cfg.local_crops_size)]
+    """{--activation-checkpointing: bytes that one block of the student saves for the backward pass}, found on the meta
+    device."""
+    saved, sides = {}, [(2, cfg.global_crops_size), (cfg.local_crops_number, cfg.local_crops_size)]
     shapes = [(n * images, 1 + cfg.num_register_tokens + (side // cfg.patch_size) ** 2) for n, side in sides]
-    for way in support.parallel.CHECKPOINTING:
+    for checkpointing in support.parallel.CHECKPOINTING:
         with torch.device("meta"):
             network = train.build_network(cfg, cfg.drop_path_rate).to(dtype).train()
             x = torch.empty(1, sum(b * n for b, n in shapes), network["backbone"].embed_dim, dtype=dtype)
         block = network["backbone"].block_list()[-1]
-        if way != "none":
-            block.forward = support.parallel.checkpointed(block.forward, way)
+        if checkpointing != "none":
+            block.forward = support.parallel.checkpointed(block.forward, checkpointing)
         with mock.patch.object(F, "scaled_dot_product_attention", attention_on_meta):
-            kept[way] = kept_bytes(partial(block, x.requires_grad_(), shapes))
-    return kept
+            saved[checkpointing] = saved_bytes(partial(block, x.requires_grad_(), shapes))
+    return saved
 
 
-def activations(cfg: train.Config, images: int, dtype: torch.dtype, way: str) -> float:
-    """Bytes that all blocks keep, with what the backward pass makes anew of the one block that it has begun with."""
-    kept, depth = block_bytes(cfg, images, dtype), train.ARCHS[cfg.arch]["depth"]
-    return depth * kept[way] + kept["none"] - kept[way]
+def activation_bytes(cfg: train.Config, images: int, dtype: torch.dtype, checkpointing: str) -> float:
+    """Bytes that all blocks save, and what the backward pass recomputes for one block at a time."""
+    saved, depth = block_bytes(cfg, images, dtype), train.ARCHS[cfg.arch]["depth"]
+    return depth * saved[checkpointing] + saved["none"] - saved[checkpointing]
 
 
 @cache
 def other_bytes(cfg: train.Config, images: int) -> float:
-    """Bytes beside blocks and weights while the losses are computed: what the heads keep, five tables of logits
-    (float32, a chunk of the rows) and with Sinkhorn-Knopp one of all masked patches, prototypes and their gradient, the
-    crops of this step and of the next one."""
+    """Bytes other than blocks and weights while the losses are computed: what the heads save, five float32 tables of
+    logits for a chunk of rows, with Sinkhorn-Knopp one more for all masked patches, prototypes and their gradient, and
+    the crops of this step and the next."""
     total, rows = 0.0, head_rows(cfg, 2 + cfg.local_crops_number)
     stored = head_rows(cfg, 0) if cfg.centering == "sinkhorn_knopp" else {}
     with torch.device("meta"):
@@ -376,17 +419,17 @@ def other_bytes(cfg: train.Config, images: int) -> float:
         for name in rows.keys() & network.keys():
             head, n = network[name], max(round(rows[name] * images), 1)
             features = torch.empty(n, network["backbone"].embed_dim)
-            total += kept_bytes(lambda: F.normalize(head.mlp(features), dim=-1))  # noqa: B023 called at once
-            n_prototypes = len(head.last_layer.weight_v)
-            total += 5 * 4 * min(n * n_prototypes, losses.CHUNK_ELEMENTS["cuda"]) + 2 * 4 * head.last_layer.weight_v.numel()
+            total += saved_bytes(lambda: F.normalize(head.mlp(features), dim=-1))  # noqa: B023 called at once
+            n_prototypes, prototypes = len(head.last_layer.weight_v), head.last_layer.weight_v.numel()
+            total += 5 * 4 * min(n * n_prototypes, losses.CHUNK_ELEMENTS["cuda"]) + 2 * 4 * prototypes
             total += 4 * n_prototypes * images * stored.get(name, 0)
     pixels = 2 * cfg.global_crops_size**2 + cfg.local_crops_number * cfg.local_crops_size**2
     return total + 2 * 4 * cfg.in_chans * images * pixels
 
 
 @cache
-def pieces(cfg: train.Config) -> dict[str, list[int]]:
-    """Numbers of parameters that are gathered at once: of each block, of the rest of the backbone, of each head."""
+def parameter_counts(cfg: train.Config) -> dict[str, list[int]]:
+    """Of each module that is gathered as a unit: the blocks, the rest of the backbone, the heads."""
     with torch.device("meta"):
         network = train.build_network(cfg)
     size = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
@@ -396,8 +439,8 @@ def pieces(cfg: train.Config) -> dict[str, list[int]]:
 
 
 def ring(size: float, gpus: int) -> np.ndarray:
-    """(bytes a GPU sends by NVLink, by network, seconds) of an all-gather or a reduce-scatter of `size` bytes. One ring
-    through all machines uses the network links of all GPUs of a machine at once."""
+    """(bytes a GPU sends by NVLink, bytes by network, seconds) of an all-gather or a reduce-scatter of `size` bytes. A
+    ring through all machines uses the network links of all GPUs of a machine at once."""
     machines, sent = -(-gpus // MACHINE), size * (gpus - 1) / gpus
     outside = sent / MACHINE if machines > 1 else 0.0
     hops = (gpus - machines) * NVLINK_HOP + (machines > 1) * machines * NETWORK_HOP
@@ -405,150 +448,116 @@ def ring(size: float, gpus: int) -> np.ndarray:
 
 
 def all_reduce(size: float, machines: int) -> np.ndarray:
-    """Likewise, of `size` bytes that one GPU of each machine has, along a tree."""
+    """Likewise of a tree all-reduce of `size` bytes over one GPU of each machine."""
     sent = 2 * size * (machines - 1) / machines
     return np.array([0.0, sent, sent / NETWORK + 2 * math.ceil(math.log2(machines)) * NETWORK_HOP])
 
 
-def traffic(cfg: train.Config, mode: str, gpus: int) -> np.ndarray:
-    """(3, 3) bytes by NVLink, by network, seconds: of the teacher's forward pass, the student's, the backward pass.
-    The backbone is gathered in bfloat16, heads in float32; gradients are added up in float32."""
-    parts = pieces(cfg)
-    backbone, heads = parts["blocks"] + parts["rest"], parts["heads"]
-    near = min(gpus, MACHINE) if mode in ("hsdp", "ddp") else gpus  # "ddp" adds up within a machine first
-    gather = lambda counts, n_bytes: sum((ring(n_bytes * n, near) for n in counts), np.zeros(3))  # noqa: E731
-    forward = gather(backbone, 2) + gather(heads, 4) if mode != "ddp" else np.zeros(3)
-    backward = gather(backbone + heads, 4) + (mode == "zero3") * gather(backbone, 2)
-    backward += (mode == "ddp") * gather(backbone + heads, 4)  # and hands out the sum
+def traffic(cfg: train.Config, sharding: str, gpus: int) -> np.ndarray:
+    """(3, 3): bytes by NVLink, bytes by network and seconds of the teacher's forward pass, the student's, and the
+    backward pass. The backbone is gathered in bfloat16, heads in float32; gradients are reduced in float32."""
+    counts = parameter_counts(cfg)
+    backbone, heads = counts["blocks"] + counts["rest"], counts["heads"]
+    near = min(gpus, MACHINE) if sharding in ("hsdp", "ddp") else gpus  # DDP reduces within a machine first
+    gather = lambda sizes, n_bytes: sum((ring(n_bytes * n, near) for n in sizes), np.zeros(3))  # noqa: E731
+    forward = gather(backbone, 2) + gather(heads, 4) if sharding != "ddp" else np.zeros(3)
+    backward = gather(backbone + heads, 4) + (sharding == "zero3") * gather(backbone, 2)
+    backward += (sharding == "ddp") * gather(backbone + heads, 4)  # an all-reduce also gathers the sum
     if near < gpus:
         backward += sum(all_reduce(4 * n / near, gpus // near) for n in backbone + heads)
     return np.stack([forward, forward, backward])
 
 
-def memory(cfg: train.Config, mode: str, gpus: int, images: int, way: str, half: bool = True) -> dict[str, float]:
-    """Bytes on one GPU when the backward pass begins, which is when most is held: activations are there and gradients
-    are not (--gradient-accumulation-steps adds 4 bytes per parameter and sharer). `half`: bfloat16, else float32."""
-    parts, n_shards = pieces(cfg), dict(ddp=1, hsdp=min(gpus, MACHINE)).get(mode, gpus)
-    blocks, rest, heads = (sum(counts) for counts in parts.values())
-    gathered = (blocks if mode != "zero3" else (1 + support.parallel.PREFETCHED_BLOCKS) * max(parts["blocks"])) + rest
-    alone = gpus == 1 and not half  # then nothing is gathered
+def memory(cfg: train.Config, sharding: str, gpus: int, images: int, checkpointing: str,
+           half: bool = True) -> dict[str, float]:
+    """Bytes on one GPU at its peak, the start of the backward pass, when all activations are there and no gradients yet
+    (--gradient-accumulation-steps adds 4 bytes per parameter and shard). `half`: in bfloat16, else in float32."""
+    counts, n_shards = parameter_counts(cfg), dict(ddp=1, hsdp=min(gpus, MACHINE)).get(sharding, gpus)
+    blocks, rest, heads = map(sum, counts.values())
+    ahead = support.parallel.PREFETCHED_BLOCKS
+    gathered = (blocks if sharding != "zero3" else (1 + ahead) * max(counts["blocks"])) + rest
+    alone = gpus == 1 and not half  # nothing to gather
     return dict(
         state=16 * (blocks + rest + heads) / n_shards,  # student, two moments, teacher: float32
         gathered=0.0 if alone else (2 if half else 4) * gathered + 4 * heads,
-        gradients=4 * heads / n_shards + (0 if alone else 8 * heads),  # of the heads, the first; and what is sent
-        blocks=activations(cfg, images, torch.bfloat16 if half else torch.float32, way),
+        gradients=4 * heads / n_shards + (0 if alone else 8 * heads),  # of the heads, which come first; and buffers
+        blocks=activation_bytes(cfg, images, torch.bfloat16 if half else torch.float32, checkpointing),
         others=other_bytes(cfg, images))
 
 
 def check_memory(preset: str) -> list[dict]:
-    """Rows of {part, GB estimated, GB measured}: of two steps by a process on the CPU, for each way of --activation-checkpointing."""
-    rows, cfg = [], replace(train.Config(**train.PRESETS[preset]), device="cpu", dtype="fp32")
-    context = multiprocessing.get_context("fork")
+    """Rows of {part, GB estimated, GB measured} for two steps on the CPU, for each --activation-checkpointing."""
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        if preset not in ("digits", "fashion"):
-            cfg = replace(cfg, batch_size=8, group_size=8, data=folder)
-            write_photos(Path(folder))
-        for way in support.parallel.CHECKPOINTING:
-            results = context.SimpleQueue()
-            process = context.Process(target=measure_steps, args=(replace(cfg, activation_checkpointing=way), results))
-            process.start()
-            process.join()
-            if process.exitcode:
-                raise ValueError(f"two steps of {preset} ended with code {process.exitcode}; is the memory enough?")
-            kept = train.ARCHS[cfg.arch]["depth"] * block_bytes(cfg, cfg.batch_size, torch.float32)[way]
-            estimates = kept, sum(memory(cfg, "zero2", 1, cfg.batch_size, way, half=False).values())
-            parts = "kept by the student's backbone", "all, at most"
-            rows += [{"part": f"{part}, --activation-checkpointing {way}", "GB estimated": estimate / 1e9, "GB measured": size / 1e9}
-                     for part, estimate, size in zip(parts, estimates, results.get())]
+        cfg = replace(one_device_config(preset, Path(folder), 8), device="cpu", dtype="fp32")
+        for checkpointing in support.parallel.CHECKPOINTING:
+            measured = in_new_process(measure_steps, replace(cfg, activation_checkpointing=checkpointing))
+            saved = train.ARCHS[cfg.arch]["depth"] * block_bytes(cfg, cfg.batch_size, torch.float32)[checkpointing]
+            peak = sum(memory(cfg, "zero2", 1, cfg.batch_size, checkpointing, half=False).values())
+            rows += [{"part": f"{part}, --activation-checkpointing {checkpointing}", "GB estimated": estimate / 1e9,
+                      "GB measured": size / 1e9} for part, estimate, size in zip(
+                          ("saved by the student's backbone", "peak"), (saved, peak), measured)]
     return rows
 
 
-def measure_steps(cfg: train.Config, results) -> None:
-    """In a process of its own: bytes that the student's forward pass keeps, and bytes that two steps add at most to
-    those of a program that has done nothing."""
-    data.keep_memory(train.spare_memory(cfg))
+def measure_steps(cfg: train.Config) -> tuple[float, float]:
+    """Bytes that the student's forward pass saves, and the peak of two steps beyond what the process had before."""
+    keep_memory(cfg)
     cpu = torch.device("cpu")
-    before, state = peak_memory(cpu), train.TrainState(cfg, support.parallel.start_processes(cpu), cpu)
-    batch = train.training_batches(cfg, support.sources.open_source(cfg.data, cfg.in_chans), 0, 1)[0]
-    batch = data.prepare(batch, cpu, cfg.mean, cfg.std)
+    before = reset_peak(cpu)
+    training = TimedTraining(cfg, support.sources.open_source(cfg.data, cfg.in_chans), cpu)
+    batch, backbone = training.prepare(training.batches[0]), training.state.student["backbone"]
     orders = None if batch.global_orders is None else [batch.global_orders, batch.local_orders]
-    kept = kept_bytes(lambda: state.student["backbone"]([batch.global_crops, batch.local_crops], [batch.masks, None],
-                                                        is_training=True, drop_orders=orders))
-    now = dict(lr=0.0, last_layer_lr=0.0, weight_decay=0.0, momentum=1.0, teacher_temp=cfg.teacher_temp)
+    saved = saved_bytes(lambda: backbone([batch.global_crops, batch.local_crops], [batch.masks, None],
+                                         is_training=True, drop_orders=orders))
     for _ in range(2):
-        train.train_step(state.student, state.teacher, state.optimizers, [batch], cfg, now, state.centers)
-    results.put((kept, 1e9 * (peak_memory(cpu) - before)))
+        training.step([batch])
     train.dist.destroy_process_group()
+    return saved, 1e9 * (peak_memory(cpu) - before)
 
 
 def bench_scale(args, device: torch.device) -> list[dict]:
-    """Rows of networks: their work and activations; then of networks and --sharding: for each number of GPUs the bytes
-    that each sends per step, by NVLink in one machine and by network in more, the time of that, and what of it the
-    three passes cannot hide; and the memory that each needs."""
+    """Rows of networks: work, parameters, activations. Then rows of networks and --sharding: for each number of GPUs
+    the GB that each sends per step (by network, if there are several machines), the ms that takes, the ms that
+    computation cannot hide, and the GB of memory that each needs."""
     if args.check:
         return check_memory(args.preset or "vits16_short")
     presets = [args.preset] if args.preset else ["vits16_short", "vitb16_short", "vitl16_short", "vitl14", "vitg14"]
-    networks, modes = [], []
+    networks, shardings = [], []
     for preset in presets:
         cfg = train.Config(**train.PRESETS[preset])
         images, (teacher, student) = cfg.group_size, pass_flops(cfg)
-        compute = images / PEAK / USED * np.array([teacher, student, 2 * student])
-        parts = pieces(cfg)
-        sizes = dict(backbone=sum(parts["blocks"] + parts["rest"]), heads=sum(parts["heads"]))
+        compute = images / PEAK / UTILIZATION * np.array([teacher, student, 2 * student])
+        counts = parameter_counts(cfg)
+        sizes = dict(backbone=sum(counts["blocks"] + counts["rest"]), heads=sum(counts["heads"]))
         networks.append({"preset": preset, "images per GPU": images, "TFLOP per image": train_flops(cfg) / 1e12,
                          "compute ms": 1e3 * compute.sum()}
                         | {f"{name}, M": size / 1e6 for name, size in sizes.items()}
-                        | {f"GB, checkpointing {way}": activations(cfg, images, torch.bfloat16, way) / 1e9
-                           for way in support.parallel.CHECKPOINTING})
-        for mode in support.parallel.SHARDINGS:
-            row = dict(preset=preset, sharding=mode)
+                        | {f"GB, checkpointing {c}": activation_bytes(cfg, images, torch.bfloat16, c) / 1e9
+                           for c in support.parallel.CHECKPOINTING})
+        for sharding in support.parallel.SHARDINGS:
+            row = dict(preset=preset, sharding=sharding)
             for gpus in (8, 32, 256):
-                passes = traffic(cfg, mode, gpus)
+                passes = traffic(cfg, sharding, gpus)
                 row[f"{gpus}: GB"] = passes[:, int(gpus > MACHINE)].sum() / 1e9
                 row[f"{gpus}: ms"] = 1e3 * passes[:, 2].sum()
                 row[f"{gpus}: not hidden"] = 1e3 * (passes[:, 2] - compute).clip(0).sum()
-            modes.append(row | {f"{gpus}: memory": sum(memory(cfg, mode, gpus, images, "none").values()) / 1e9
-                                for gpus in (8, 256)})
-    return networks + modes
+            shardings.append(row | {f"{gpus}: memory": sum(memory(cfg, sharding, gpus, images, "none").values()) / 1e9
+                                    for gpus in (8, 256)})
+    return networks + shardings
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# knn, logreg, linear: on random numbers
-
-
-def peak_memory(device: torch.device) -> float:
-    """GB that this process, or on a GPU its tensors, have taken at most so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    if sys.platform == "linux":  # where what resource tells of a new process begins with the peak of its parent
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS: bytes
-
-
-def forget_peak(device: torch.device) -> float:
-    """GB taken now. On a GPU and on Linux, peak_memory() counts from here on."""
-    if device.type == "cuda":
-        torch.cuda.init()
-        torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # what is free but not given back would hide what is taken next
-        with contextlib.suppress(OSError):  # where /proc may not be written
-            Path("/proc/self/clear_refs").write_text("5")
-    return peak_memory(device)
-
-
-def finished(function, device: torch.device):
-    """`function`, waiting until the device has done it."""
-    return function if device.type != "cuda" else lambda: (function(), torch.cuda.synchronize())[0]
+# knn, logreg, linear: evaluations, on random numbers
 
 
 def bench_knn(args, device: torch.device) -> list[dict]:
-    """Rows of {way, s, times_product, GB}: the classification of --queries by the 10, 20, 100 and 200 nearest of
-    --images of --dim, in 1000 classes. times_product: against the bare matrix product, in the same chunks."""
+    """Rows of {way, s, times_product, GB}: classifying --queries images by their 10, 20, 100 and 200 nearest neighbors
+    among --images, --dim wide, 1000 classes. times_product: relative to the bare matrix product in the same chunks."""
     n, n_queries, chunk = args.images, args.queries, max(1, min(256, args.queries, 2**26 // args.images))
     generator = torch.Generator().manual_seed(0)
-    bank, queries = (support.evaluation.normalize_rows_(torch.empty(m, args.dim).normal_(generator=generator)).to(device)
-                     for m in (n, n_queries))
+    bank, queries = (torch.empty(m, args.dim).normal_(generator=generator) for m in (n, n_queries))
+    bank, queries = (support.evaluation.normalize_rows_(table).to(device) for table in (bank, queries))
     labels, answers = (torch.randint(1000, (m,), generator=generator).to(device) for m in (n, n_queries))
 
     @support.evaluation.full_float32()
@@ -576,29 +585,23 @@ def bench_knn(args, device: torch.device) -> list[dict]:
             "eval_knn.py": lambda: eval_knn.knn_accuracy(bank, labels, queries, answers)}
     if not args.ours_only:
         ways |= {"topk and one-hot votes, as officially": officially, "scikit-learn, k = 200 only": by_sklearn}
-    seconds, memory = {name: [] for name in ways}, {}
-    for _, (name, way) in tqdm(itertools.product(range(args.repeats), ways.items()), desc="measuring", leave=False,
-                               total=args.repeats * len(ways), disable=None):
-        way = finished(way, device)
-        if not seconds[name]:
-            way()  # for the caches
-        start = time.perf_counter()
-        way()
-        seconds[name].append(time.perf_counter() - start)
-        memory.setdefault(name, peak_memory(device))  # of all up to this one
-    return [dict(way=name, s=statistics.median(times), times_product=statistics.median(
-        t / p for t, p in zip(times, seconds["matrix product alone"])), GB=memory[name])
-        for name, times in seconds.items()]
+    peak = {}
+
+    def call(name: str) -> None:
+        synchronized(ways[name], device)()
+        peak.setdefault(name, peak_memory(device))  # including the ways before this one
+
+    seconds = measure({name: partial(call, name) for name in ways}, args.repeats, least=0)
+    return [row | dict(GB=peak[row["way"]]) for row in ratios(seconds, "times_product", "s")]
 
 
 def bench_logreg(args, device: torch.device) -> list[dict]:
-    """Rows of {way, fits, s, times_ours, excess}: the whole path of C on 20,000 x 384, 100 classes, and every
-    --every-th of its values by scikit-learn, as the official protocol sets its solver and by its default tolerance.
-    `excess` is how far the worst loss is above ours, in percent. scikit-learn's time is that of the fits made, times 45
-    by their number."""
+    """Rows of {way, fits, s, times_ours, excess}: all values of C on 20,000 x 384 features and 100 classes, and every
+    --every-th of them by scikit-learn, with the official protocol's settings and with its default tolerance. excess: by
+    how many percent the loss is above ours, for the worst C. scikit-learn's time is extrapolated to 45 fits."""
     n, dim, n_classes = args.images // 5, args.dim, 100
     generator = torch.Generator().manual_seed(0)
-    scales = torch.arange(1, dim + 1) ** -0.5  # a spectrum such as features have
+    scales = torch.arange(1, dim + 1) ** -0.5  # a spectrum like that of features
     labels = torch.arange(n) % n_classes
     centers, noise = (torch.randn(m, dim, generator=generator) for m in (n_classes, n))
     axes = torch.linalg.qr(torch.randn(dim, dim, generator=generator)).Q
@@ -640,8 +643,8 @@ def bench_logreg(args, device: torch.device) -> list[dict]:
 
 
 def bench_linear(args, device: torch.device) -> list[dict]:
-    """Rows of {way, ms, times_ours}: a step of SGD of the 52 classifiers on embeddings of --dim, 1000 classes, batch
-    256, against one nn.Linear for each, autograd and torch.optim.SGD."""
+    """Rows of {way, ms, times_ours}: an SGD step of the 52 classifiers on embeddings --dim wide, 1000 classes, batch
+    256, against 52 nn.Linear, autograd and torch.optim.SGD."""
     batch, dim = 256, args.dim
     x, labels = torch.randn(batch, 5 * dim, device=device), torch.randint(1000, (batch,), device=device)
     grid = eval_linear.Grid(dim, 4, 1000, eval_linear.RATES, device=device)
@@ -657,14 +660,12 @@ def bench_linear(args, device: torch.device) -> list[dict]:
         optimizer.step()
 
     ways = {"eval_linear.Grid": lambda: grid.step(x, labels, batch, 1e-3), "52 modules and autograd": loop}
-    seconds = measure({name: finished(way, device) for name, way in ways.items()}, args.repeats)
-    return [dict(way=name, ms=1e3 * statistics.median(times), times_ours=statistics.median(
-        t / o for t, o in zip(times, seconds["eval_linear.Grid"]))) for name, times in seconds.items()]
+    return ratios(measure({name: synchronized(way, device) for name, way in ways.items()}, args.repeats))
 
 
 def bench_hub(args, device: torch.device) -> list[dict]:
-    """Rows of {way, s, times_first}: hub.load of a file as large as that of the released --name, of random weights,
-    against reading its bytes; and a Python that imports torch and hub against one that imports torch."""
+    """Rows of {way, s, times_first}: hub.load of random weights in a file as large as that of the released --name,
+    against reading its bytes; and starting Python with torch and hub, against torch alone."""
     with torch.device("meta"):
         shapes = {key: value.shape for key, value in hub.backbone(args.name, pretrained=False).state_dict().items()}
     with tempfile.TemporaryDirectory() as folder:
@@ -676,13 +677,15 @@ def bench_hub(args, device: torch.device) -> list[dict]:
         return lambda: subprocess.run([sys.executable, "-c", f"import {names}"], cwd=Path(__file__).parent, check=True)
 
     starts = measure({"import torch": imports("torch"), "import torch, hub": imports("torch, hub")}, args.repeats)
-    return [dict(way=name, s=statistics.median(times), times_first=statistics.median(
-        t / o for t, o in zip(times, next(iter(ways.values()))))) for ways in (loads, starts)
-        for name, times in ways.items()]
+    return ratios(loads, "times_first", "s") + ratios(starts, "times_first", "s")
 
 
-def enlarged_first(head: heads.LinearDepthHead, features: list) -> torch.Tensor:
-    """LinearDepthHead.forward in the official order: all channels are enlarged, then convolved."""
+# ----------------------------------------------------------------------------------------------------------------------
+# dense, m2f: each in a new process
+
+
+def upsampled_first(head: heads.LinearDepthHead, features: list) -> torch.Tensor:
+    """LinearDepthHead.forward in the official order: all channels are upsampled, then convolved."""
     x = torch.cat([t for patches, cls in features for t in (patches, heads.expand(cls, patches))], 1)
     x = F.relu(head.conv_depth(heads.bilinear(x, [4 * n for n in x.shape[-2:]]))) + 0.1
     depths = torch.linspace(*head.depth_range, x.shape[1], device=x.device)
@@ -690,14 +693,14 @@ def enlarged_first(head: heads.LinearDepthHead, features: list) -> torch.Tensor:
 
 
 def linear_depth(way: str, args, device: torch.device):
-    """What makes depth of the features of a 480x640 photograph, padded to 35x46 patches."""
+    """A function that predicts depth from the features of a 480x640 photograph, padded to 35x46 patches."""
     head, dim = heads.LinearDepthHead(args.dim).to(device).requires_grad_(False), args.dim
     features = [(torch.randn(1, dim, 35, 46, device=device), torch.randn(1, dim, device=device)) for _ in range(4)]
-    return partial(head if way == "heads.LinearDepthHead" else partial(enlarged_first, head), features)
+    return partial(head if way == DENSE_WAYS[0] else partial(upsampled_first, head), features)
 
 
 def whole_mask2former(way: str, args, device: torch.device):
-    """Mask2Former with random weights, which are made without the rules of initialization: those take a minute."""
+    """A function that runs Mask2Former with random weights, drawn here since its own initialization takes a minute."""
     with torch.device("meta"):
         network = mask2former.Mask2Former()
     network.to_empty(device=device)
@@ -709,62 +712,54 @@ def whole_mask2former(way: str, args, device: torch.device):
     return partial(network.eval().requires_grad_(False), torch.randn(1, 3, 896, 896, device=device))
 
 
-def run_alone(make, way: str, args, device: torch.device, results) -> None:
-    """In a process of its own: seconds of a call, and the most memory, in GB, before and with it. Of several calls, the
-    first is for the caches."""
+def measure_alone(make, way: str, args, device: torch.device) -> dict:
+    """{way, s, GB_before, GB_most} of make(way, args, device)(), and its result if that is a number. If it is called
+    several times, the first call is warm-up."""
     data.keep_memory()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as in training
     torch.manual_seed(0)
-    call = finished(make(way, args, device), device)
-    before, seconds = forget_peak(device), []
+    call = synchronized(make(way, args, device), device)
+    before, seconds = reset_peak(device), []
     for _ in range(args.repeats):
         start = time.perf_counter()
         result = call()
         seconds.append(time.perf_counter() - start)
     row = dict(way=way, s=statistics.median(seconds[1:] or seconds), GB_before=before, GB_most=peak_memory(device))
-    results.put(row | (dict(result=result) if isinstance(result, float) else {}))
+    return row | (dict(result=result) if isinstance(result, float) else {})
 
 
 def bench_memory(make, ways: tuple[str, ...], args, device: torch.device) -> list[dict]:
-    """Rows of {way, s, GB_before, GB_most}, each of a new process."""
-    context, rows = multiprocessing.get_context("forkserver"), []  # autograd, once used, does not survive a fork
-    for way in tqdm(ways, disable=None, desc="measuring", leave=False):
-        results = context.SimpleQueue()
-        process = context.Process(target=run_alone, args=(make, way, args, device, results))
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise ValueError(f"{way} ended with code {process.exitcode}; is the memory enough?")
-        rows.append(results.get())
-    return rows
+    """Rows of measure_alone, each from a new process."""
+    return [in_new_process(measure_alone, make, way, args, device)
+            for way in tqdm(ways, disable=None, desc="measuring", leave=False)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# train: real steps of training. What the flags of train.py said is in args.cfg.
+# train: real training steps, of args.cfg, which the flags of train.py gave
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of the product of two square matrices large enough to keep the device busy."""
+    """FLOP/s of the product of two square matrices that are large enough to keep the device busy."""
     n, seconds = 256, 0.0
     while seconds < 0.05 and n < 8192:
         n *= 2
         a, b = torch.randn(2, n, n, device=device).to(dtype)
-        product = finished(partial(torch.mm, a, b, out=torch.empty_like(a)), device)
+        product = synchronized(partial(torch.mm, a, b, out=torch.empty_like(a)), device)
         product()
         start = time.perf_counter()
         product()
         seconds = time.perf_counter() - start
-    again = max(1, min(10, int(0.1 / seconds)))
+    rounds = max(1, min(10, int(0.1 / seconds)))
     start = time.perf_counter()
-    for _ in range(again):
+    for _ in range(rounds):
         product()
-    return 2 * n**3 * again / (time.perf_counter() - start)
+    return 2 * n**3 * rounds / (time.perf_counter() - start)
 
 
 class Clock:
-    """Takes the place of record_function: seconds under each name, without those under the names inside it. It waits
-    for the device at both ends, so that on a GPU too a part is what it computes, not what it orders."""
+    """A replacement for record_function that adds up the seconds under each name, without those under names nested in
+    it. It synchronizes at both ends, so that a GPU's time counts where it is spent, not where it is queued."""
 
     def __init__(self, device: torch.device):
         self.device, self.seconds, self.inside = device, {}, [0.0]
@@ -784,12 +779,13 @@ class Clock:
         self.inside[-1] += took
 
 
-class Training:
-    """Training as in train.py, a step at a time, each with crops, masks and dropped rows of its own."""
+class TimedTraining:
+    """The training of train.py, one step at a time, each on its own batch."""
 
     def __init__(self, cfg: train.Config, source, device: torch.device):
         self.cfg, self.device, self.clock = cfg, device, Clock(device)
-        kernel = support.parallel.load_kernel(model.ARCHS[cfg.arch], train.compute_dtype(cfg, device), device) if cfg.kernels else None
+        arch, dtype = model.ARCHS[cfg.arch], train.compute_dtype(cfg, device)
+        kernel = support.parallel.load_kernel(arch, dtype, device) if cfg.kernels else None
         self.state = train.TrainState(cfg, support.parallel.start_processes(device, cfg.sharding), device, kernel)
         self.batches = train.training_batches(cfg, source, train.dist.get_rank(), train.dist.get_world_size())
         self.schedule = {name: float(values[cfg.steps // 2]) for name, values in train.schedules(cfg).items()}
@@ -798,52 +794,54 @@ class Training:
         self.prepare = partial(data.prepare, device=device, mean=cfg.mean, std=cfg.std, augment=color)
         self.done = 0
 
-    def next_batch(self) -> list[data.Batch]:
-        """The parts of the next step, as the loader gives them."""
+    def next_batches(self) -> list[data.Batch]:
+        """The batches of the next step, one per gradient accumulation step, not yet prepared."""
         first = self.done * self.cfg.gradient_accumulation_steps
         self.done += 1
         return [self.batches[i] for i in range(first, first + self.cfg.gradient_accumulation_steps)]
 
-    def step(self, parts: list[data.Batch]) -> None:
+    def step(self, batches: list[data.Batch]):
+        """train_step on prepared batches."""
         state = self.state
-        train.train_step(state.student, state.teacher, state.optimizers, parts, self.cfg, self.schedule, state.centers)
+        return train.train_step(state.student, state.teacher, state.optimizers, batches, self.cfg, self.schedule,
+                                state.centers)
 
-    def timed(self) -> float:
-        """Seconds of a step whose crops are ready."""
-        parts = list(map(self.prepare, self.next_batch()))
+    def seconds(self) -> float:
+        """Seconds of a step on prepared batches."""
+        batches = list(map(self.prepare, self.next_batches()))
         start = self.clock.now()
-        self.step(parts)
+        self.step(batches)
         return self.clock.now() - start
 
-    def by_parts(self) -> dict[str, float]:
-        """{part: seconds} of a step, by the names that train.py gives them."""
-        clock, parts = Clock(self.device), self.next_batch()
+    def seconds_by_part(self) -> dict[str, float]:
+        """{part: seconds} of a step, by train.py's names for its parts."""
+        clock, batches = Clock(self.device), self.next_batches()
         with clock("color of the crops"):
-            parts = list(map(self.prepare, parts))
+            batches = list(map(self.prepare, batches))
         with mock.patch.object(train, "record_function", clock), clock("the rest"):
-            self.step(parts)
+            self.step(batches)
         return clock.seconds
 
-    def fed(self, n: int) -> tuple[float, float]:
-        """Seconds per step, and of these the wait for data, of n steps fed by the loader like those of train.py."""
+    def seconds_with_loader(self, n: int) -> tuple[float, float]:
+        """Seconds per step, and of these the seconds waiting for data, of n steps fed by data-loading workers."""
         first, self.done = self.done, self.done + n + 1
         loader = data.train_loader(self.batches, first, self.done, train.local_workers(self.cfg),
                                    self.device.type == "cuda")
         loader = data.Prefetcher(loader, self.prepare, self.device)
-        parts = iter(loader)
-        for i in range(n + 1):  # the first is for the workers to start
-            self.step(list(itertools.islice(parts, self.cfg.gradient_accumulation_steps)))
+        batches = iter(loader)
+        for i in range(n + 1):  # the workers start during the first
+            self.step(list(itertools.islice(batches, self.cfg.gradient_accumulation_steps)))
             if i == 0:
                 start, waited = self.clock.now(), loader.waited
         return (self.clock.now() - start) / n, (loader.waited - waited) / n
 
     def profile(self, path: str) -> list[dict]:
-        """Rows of {operator, calls, ms, percent}, the ten costliest of a step, of which a trace is written."""
+        """Writes a trace of one step. Returns rows of {operator, calls, ms, percent}, the ten slowest operators."""
         kinds = torch.profiler.ProfilerActivity
         kinds = [kinds.CPU, kinds.CUDA] if self.device.type == "cuda" else [kinds.CPU]
-        parts = list(map(self.prepare, self.next_batch()))
+        batches = list(map(self.prepare, self.next_batches()))
         with torch.profiler.profile(activities=kinds) as profiler:
-            self.step(parts)
+            self.step(batches)
             self.clock.now()
         profiler.export_chrome_trace(path)
         cost = (lambda e: e.self_device_time_total) if self.device.type == "cuda" else (
@@ -855,25 +853,25 @@ class Training:
 
 
 def bench_train(args, device: torch.device) -> list[dict]:
-    """Rows of {figure, value}, then of {part, ms, percent} of a step, then of operators if a profile is asked for."""
-    cfg, before = args.cfg, forget_peak(device)
+    """Rows of {figure, value}, then of {part, ms, percent} of a step, then with --profile of operators."""
+    cfg, before = args.cfg, reset_peak(device)
     train.check_shared_memory(cfg, train_processes())
     counters = torch._dynamo.utils.counters if cfg.compile else {}
     counters.clear()
     with tempfile.TemporaryDirectory() as folder:
-        if not args.data and cfg.data != "digits":  # photographs, whatever the preset is for
+        if not args.data and cfg.data != "digits":  # photographs, whatever the preset trains on
             write_photos(Path(folder))
             cfg = replace(cfg, data=folder)
-        training = Training(cfg, support.sources.open_source(cfg.data, cfg.in_chans), device)
-        took = [training.timed() for _ in range(3)][-1]  # for the caches and the compiler
+        training = TimedTraining(cfg, support.sources.open_source(cfg.data, cfg.in_chans), device)
+        took = [training.seconds() for _ in range(3)][-1]  # warm-up and compilation
         compiled, dtype = n_graphs(counters), train.compute_dtype(cfg, device)
         calls = max(support.parallel.on_all_ranks(lambda: max(1, min(4, math.ceil(0.5 / took)))))
         seconds, rates, parts = [], [], []
         for _ in tqdm(range(args.repeats), disable=None, desc="measuring", leave=False):
             rates.append(matrix_rate(dtype, device))
-            seconds.append(statistics.mean(training.timed() for _ in range(calls)))
-            parts.append(training.by_parts())
-        fed, waited = training.fed(max(2, calls * args.repeats))
+            seconds.append(statistics.mean(training.seconds() for _ in range(calls)))
+            parts.append(training.seconds_by_part())
+        fed, waited = training.seconds_with_loader(max(2, calls * args.repeats))
         memory = peak_memory(device)
         operators = training.profile(args.profile) if args.profile else []
         train.dist.destroy_process_group()
@@ -883,16 +881,16 @@ def bench_train(args, device: torch.device) -> list[dict]:
     figures = {f"seconds per step of {images} images": s, "images per second": images / s,
                "images per second, fed by the loader": images / fed, "GFLOP per image, nominal": flops / 1e9,
                f"GFLOP/s of a matrix product, {str(dtype)[6:]}": statistics.median(rates) / 1e9}
-    if device.type == "cpu" and dtype != torch.float32:  # without units for bfloat16, a CPU is slower in it
+    if device.type == "cpu" and dtype != torch.float32:  # a CPU without bfloat16 units is slower in it
         figures["GFLOP/s of a matrix product, float32"] = matrix_rate(torch.float32, device) / 1e9
     figures |= {"share of that rate": share, "GB at most": memory, "GB beyond the imports": memory - before}
     if cfg.compile:
         figures |= {"graphs compiled": n_graphs(counters), "of these after step 3": n_graphs(counters) - compiled,
                     "graph breaks": sum(counters["graph_break"].values())}
-    middle = {name: statistics.median(part[name] for part in parts) for name in parts[0]}
-    middle = {"wait for the loader": waited} | middle
+    by_part = {"wait for the loader": waited} | {
+        name: statistics.median(part[name] for part in parts) for name in parts[0]}
     return ([dict(figure=name, value=float(value)) for name, value in figures.items()]
-            + [dict(part=name, ms=1e3 * t, percent=100 * t / sum(middle.values())) for name, t in middle.items()]
+            + [dict(part=name, ms=1e3 * t, percent=100 * t / sum(by_part.values())) for name, t in by_part.items()]
             + operators)
 
 
@@ -940,7 +938,9 @@ def heads_alone(cfg: train.Config) -> nn.ModuleDict:
 
 def masked_batch(cfg: train.Config, device: torch.device) -> data.Batch:
     """A batch with the masks of step 0 and crops without pixels."""
-    batches = train.training_batches(replace(cfg, gradient_accumulation_steps=1), Namespace(channels=cfg.in_chans), 0, 1)
+    cfg = replace(cfg, gradient_accumulation_steps=1)
+    images = Namespace(image=lambda i: torch.empty(cfg.in_chans, 1, 1))  # none is read
+    batches = train.training_batches(cfg, images, 0, 1)
     masks = torch.from_numpy(batches.masks_of(0, range(cfg.batch_size // cfg.group_size)))
     index, weight = data.mask_weights(masks)
     crops = [torch.empty(n * cfg.batch_size, 0) for n in (2, cfg.local_crops_number)]
@@ -1021,7 +1021,7 @@ BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIE
 
 
 def with_copies(attention: model.Attention, x: torch.Tensor, shapes: list[tuple[int, int]]) -> torch.Tensor:
-    """Attention.forward with query, key and value copied out of their joint tensor."""
+    """Attention.forward, but with contiguous copies of query, key and value."""
     outs = []
     for qkv in model.unpack(attention.qkv(x), shapes):
         qkv = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).contiguous()
@@ -1030,16 +1030,16 @@ def with_copies(attention: model.Attention, x: torch.Tensor, shapes: list[tuple[
 
 
 def by_sdpa(qkv: torch.Tensor, batches: list[int], lengths: list[int], scale: float) -> torch.Tensor:
-    """Attention of packed crops, qkv (T, 3, H, d) -> (T, H, d), as model.Attention does it."""
+    """Attention on packed crops, qkv (T, 3, H, d) -> (T, H, d), as in model.Attention."""
     outs = []
-    for part, b, n in zip(qkv.split([b * n for b, n in zip(batches, lengths)]), batches, lengths):
-        q, k, v = part.unflatten(0, (b, n)).permute(2, 0, 3, 1, 4)  # each (b, H, n, d)
+    for crops, b, n in zip(qkv.split([b * n for b, n in zip(batches, lengths)]), batches, lengths):
+        q, k, v = crops.unflatten(0, (b, n)).permute(2, 0, 3, 1, 4)  # each (b, H, n, d)
         outs.append(F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1))
     return torch.cat(outs)
 
 
-def both_ways(function, x: list[torch.Tensor], device: torch.device, backend: str = ""):
-    """What runs `function` of the tensors x forward and backward, by one backend of scaled_dot_product_attention."""
+def forward_and_backward(function, x: list[torch.Tensor], device: torch.device, backend: str = ""):
+    """A function that runs `function` on the tensors x, forward and backward, with a backend of PyTorch's attention."""
     x = [t.detach().requires_grad_() for t in x]
 
     def call() -> None:
@@ -1047,26 +1047,27 @@ def both_ways(function, x: list[torch.Tensor], device: torch.device, backend: st
             outs = function(*x)
             torch.autograd.grad(outs, x, [torch.ones_like(out) for out in outs])
 
-    return finished(call, device)
+    return synchronized(call, device)
 
 
-def available(ways: dict) -> dict:
-    """Those of the ways that run here: not every backend is there for every device and type."""
-    def runs(way) -> bool:
+def supported(calls: dict) -> dict:
+    """Those of the calls that run here: not every backend supports every device and dtype."""
+    def runs(call) -> bool:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # PyTorch tells why not, at length
-                way()
+                warnings.simplefilter("ignore")  # PyTorch explains at length why not
+                call()
         except RuntimeError:
             return False
         return True
 
-    return {name: way for name, way in ways.items() if runs(way)}
+    return {name: call for name, call in calls.items() if runs(call)}
 
 
 def bench_attention(args, device: torch.device) -> list[dict]:
-    """Rows of {way, backend, ms, times_ours}: forward and backward pass of model.Attention on the crops of a batch, and
-    of {tokens, images, attention alone by, ms, times_best}: without its two projections, the best being PyTorch's."""
+    """Rows of {way, backend, ms, times_ours}: forward and backward pass of model.Attention on the crops of a batch.
+    Then rows of {tokens, images, attention alone by, ms, times_best}: without the two projections, relative to the best
+    of PyTorch's backends."""
     cfg, dtype = args.cfg, train.compute_dtype(args.cfg, device)
     arch, sides = model.ARCHS[cfg.arch], (cfg.global_crops_size, cfg.local_crops_size)
     dim, n_heads = arch["embed_dim"], arch["num_heads"]
@@ -1076,12 +1077,12 @@ def bench_attention(args, device: torch.device) -> list[dict]:
     crops = [torch.randn(b, n, dim, device=device, dtype=dtype) for b, n in shapes]
     packed = [model.pack(crops)]
     ways = {"model.Attention: packed, no copies": (lambda x: [attention(x, shapes)], packed),
-            "a pass for each size of crops": (lambda *xs: list(map(attention, xs)), crops),
+            "one call per resolution": (lambda *xs: list(map(attention, xs)), crops),
             "packed, query, key, value copied": (lambda x: [with_copies(attention, x, shapes)], packed)}
-    calls = available({(way, backend): both_ways(function, x, device, backend)
+    calls = supported({(way, backend): forward_and_backward(function, x, device, backend)
                        for backend in BACKENDS for way, (function, x) in ways.items()})
     seconds = measure(calls, args.repeats, least=0.1)
-    first = next(iter(ways))  # which a backend may refuse
+    first = next(iter(ways))  # which a backend may not support
     rows = [dict(way=way, backend=backend, ms=1e3 * statistics.median(times), times_ours=statistics.median(
         t / o for t, o in zip(times, seconds[first, backend])) if (first, backend) in seconds else "")
         for (way, backend), times in seconds.items()]
@@ -1098,15 +1099,15 @@ def attention_alone(args, batches, lengths, n_heads: int, dim: int, dtype, devic
     tokens = sum(b * n for b, n in zip(batches, lengths))
     qkv = [torch.randn(tokens, 3, n_heads, dim, device=device, dtype=dtype)]
     run = lambda function: lambda x: [function(x, batches, lengths, dim**-0.5)]  # noqa: E731
-    calls = available({backend: both_ways(run(by_sdpa), qkv, device, backend) for backend in BACKENDS})
+    calls = supported({backend: forward_and_backward(run(by_sdpa), qkv, device, backend) for backend in BACKENDS})
     refused = ""
     if device.type == "cuda":
         try:
             kernel = support.parallel.load_kernel(model.ARCHS[args.cfg.arch], dtype, device)
-            calls["kernels/attention.py"] = both_ways(run(kernel), qkv, device)
-            calls["kernels/attention.py"]()
+            call = forward_and_backward(run(kernel), qkv, device)
+            call()
+            calls["kernels/attention.py"] = call
         except ValueError as error:
-            calls.pop("kernels/attention.py", None)
             refused = str(error)
     seconds = {name: statistics.median(times) for name, times in measure(calls, args.repeats, least=0.1).items()}
     best, names = min(seconds[name] for name in seconds if name in BACKENDS), ("tokens", "images", "attention alone by")
@@ -1117,10 +1118,10 @@ def attention_alone(args, batches, lengths, n_heads: int, dim: int, dtype, devic
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# gpu: everything that wants a GPU, one command after the other
+# gpu: all benchmarks that need a GPU, one after the other
 
 
-SWITCHES = ("", "--compile", "--compile --kernels", "--compile --activation-checkpointing selective")  # to be compared
+SWITCHES = ("", "--compile", "--compile --kernels", "--compile --activation-checkpointing selective")
 GPU_COMMANDS = (
     "-m pytest -q -p no:cacheprovider test_all.py -k cuda",
     "kernels/attention.py",
@@ -1135,9 +1136,9 @@ GPU_COMMANDS = (
 
 
 def bench_gpu(args, device: torch.device) -> list[dict]:
-    """Rows of {command, result, s}. Writes into --out: log.txt, all that the commands said; results.json, the tables of
-    bench.py; tables.md, the same to read. A command that fails is named, and the next one runs; one that is not done
-    when --minutes are over, is stopped."""
+    """Rows of {command, result, s}. Writes into --out: log.txt with the output of all commands, results.json with the
+    tables of bench.py, tables.md with the same as Markdown. A command that fails does not stop the others; a command
+    still running when --minutes are over is stopped."""
     if args.list:
         return print("\n".join(f"python {command}" for command in GPU_COMMANDS)) or []
     if device.type != "cuda":
@@ -1150,7 +1151,7 @@ def bench_gpu(args, device: torch.device) -> list[dict]:
             result, text, seconds = run_command(command, max(end - time.monotonic(), 0), log)
             rows.append(dict(command=f"python {command}", result=result, s=seconds))
             if result == "done" and "--json" in command:
-                found.append(json.loads(text[text.index("{"):]))  # a library may have had its say before
+                found.append(json.loads(text[text.index("{"):]))  # libraries may print something first
                 with contextlib.redirect_stdout(tables):
                     print(f"python {command}\n")
                     show(found[-1]["rows"])
@@ -1161,15 +1162,15 @@ def bench_gpu(args, device: torch.device) -> list[dict]:
 
 
 def run_command(command: str, seconds: float, log) -> tuple[str, str, float]:
-    """Runs `python command` for at most so many seconds. Returns how it ended, what it printed, the seconds it took."""
+    """Runs `python command` with a timeout. Returns how it ended, what it printed, and the seconds it took."""
     start, here = time.perf_counter(), Path(__file__).parent
     with tempfile.TemporaryDirectory() as folder:
         argv = [sys.executable, *shlex.split(command.replace("TEMPORARY", f"{folder}/out"))]
         try:
             done = subprocess.run(argv, cwd=here, capture_output=True, text=True, timeout=seconds)
         except subprocess.TimeoutExpired as error:
-            said = [(text or b"").decode(errors="replace") for text in (error.stdout, error.stderr)]
-            done = subprocess.CompletedProcess(argv, None, *said)
+            output = [(text or b"").decode(errors="replace") for text in (error.stdout, error.stderr)]
+            done = subprocess.CompletedProcess(argv, None, *output)
     print(f"$ python {command}\n{done.stdout}\n{done.stderr}", file=log, flush=True)
     last = (done.stderr.strip() or done.stdout.strip() or " ").splitlines()[-1]
     result = {None: "stopped: out of time", 0: "done"}.get(done.returncode, f"failed ({done.returncode}): {last[:100]}")
@@ -1179,45 +1180,43 @@ def run_command(command: str, seconds: float, log) -> tuple[str, str, float]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-DENSE_WAYS = ("heads.LinearDepthHead", "enlarged first, as officially")
+SMALL = ("digits", "fashion")  # presets that train on small data sets, in large batches
+DENSE_WAYS = ("heads.LinearDepthHead", "upsampled first, as officially")
 BENCHES = {"data": bench_data, "train": bench_train, "heads": bench_heads, "attention": bench_attention,
            "gpu": bench_gpu, "save": bench_save, "scale": bench_scale, "knn": bench_knn, "logreg": bench_logreg,
            "linear": bench_linear, "hub": bench_hub, "dense": partial(bench_memory, linear_depth, DENSE_WAYS),
-           "m2f": partial(bench_memory, whole_mask2former, ("Mask2Former over ViT-g, 896x896",))}
-TRAINED = ("train", "heads", "attention")  # which take the flags of train.py
-FLAGS = {"data": ("data", "save", "train"), "preset": ("save", "scale", *TRAINED), "check": ("scale",),
-         "profile": ("train",), "out": ("gpu",), "minutes": ("gpu",), "list": ("gpu",), "images": ("knn", "logreg"),
-         "queries": ("knn",), "dim": ("knn", "logreg", "linear", "dense"), "every": ("logreg",), "name": ("hub",),
-         "ours_only": ("knn", "logreg", "heads")}  # and the commands that know them
+           "m2f": partial(bench_memory, whole_mask2former, ("Mask2Former on ViT-g, 896x896",))}
+TRAINING = ("train", "heads", "attention")  # take all flags of train.py
+FLAGS = {  # flag: (commands that take it, default, help)
+    "data": (("data", "save", "train"), "", "images, as for train.py's --data"),
+    "preset": (("save", "scale", *TRAINING), "", "of train.py; default: vits16_short, and five of them for `scale`"),
+    "check": (("scale",), False, "compare the calculated memory with that of real steps"),
+    "profile": (("train",), "", "file for a trace"),
+    "out": (("gpu",), "gpu", "folder for its three files"),
+    "minutes": (("gpu",), 10.0, "time limit"),
+    "list": (("gpu",), False, "only show the commands"),
+    "images": (("knn", "logreg"), 100_000, "training images; `logreg` takes a fifth of them"),
+    "queries": (("knn",), 5_000, "images to classify"),
+    "dim": (("knn", "logreg", "linear", "dense"), 384, "width of the features"),
+    "every": (("logreg",), 1, "scikit-learn fits only every such value of C"),
+    "name": (("hub",), "dinov2_vitg14", "a released model"),
+    "ours-only": (("knn", "logreg", "heads"), False, "skip the alternatives")}
 
 
 def parse(argv: list[str] | None):
     parser = support.cli.Parser(__doc__)
     parser.add_argument("what", choices=tuple(BENCHES), help="what to measure")
-    parser.add_argument("--data", default="", help="images, named as train.py's --data")
-    parser.add_argument("--preset", default="", help="of train.py, for `save`, `train`, `heads`, `attention` "
-                        "(vits16_short) and `scale` (five)")
-    parser.add_argument("--check", action="store_true", help="for `scale`: measure the memory of real steps")
-    parser.add_argument("--profile", default="", help="for `train`: the file for a trace")
-    parser.add_argument("--out", default="gpu", help="for `gpu`: the folder for its three files")
-    parser.add_argument("--minutes", type=float, default=10.0, help="for `gpu`: what is not done by then is stopped")
-    parser.add_argument("--list", action="store_true", help="for `gpu`: show the commands")
-    parser.add_argument("--images", type=int, default=100_000, help="for `knn`; `logreg` takes a fifth of it")
-    parser.add_argument("--queries", type=int, default=5_000, help="images to classify, for `knn`")
-    parser.add_argument("--dim", type=int, default=384, help="width of the features, for `knn`, `logreg`, `linear`, "
-                        "`dense`")
-    parser.add_argument("--every", type=int, default=1, help="for `logreg`: scikit-learn fits every such value of C")
-    parser.add_argument("--name", default="dinov2_vitg14", help="of a released model, for `hub`")
-    parser.add_argument("--ours-only", action="store_true", help="for `knn`, `logreg`, `heads`: compare with nothing")
-    parser.add_argument("--repeats", type=int, default=7, help="how often everything is measured; medians are shown")
+    for flag, (users, default, text) in FLAGS.items():
+        kind = dict(action="store_true") if default is False else dict(type=type(default), default=default)
+        parser.add_argument(f"--{flag}", help=f"{', '.join(users)}: {text}", **kind)
+    parser.add_argument("--repeats", type=int, default=7, help="number of measurements; tables show their medians")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args, flags = parser.parse_known_args(argv)
-    if args.what not in TRAINED:
-        parser.parse_args(argv)  # knows no other flags
-    for flag, users in FLAGS.items():
-        if getattr(args, flag) != parser.get_default(flag) and args.what not in users:
-            raise ValueError(f"--{flag.replace('_', '-')} says nothing to `bench.py {args.what}`; it is for "
-                             f"{', '.join(users)}")
+    if args.what not in TRAINING:
+        parser.parse_args(argv)  # raises for all other flags
+    for flag, (users, default, _) in FLAGS.items():
+        if getattr(args, flag.replace("-", "_")) != default and args.what not in users:
+            raise ValueError(f"--{flag} has no effect on `bench.py {args.what}`; it is for {', '.join(users)}")
     if not 0 < args.minutes < 1e6:
         raise ValueError("--minutes must be more than 0")
     if min(args.repeats, args.images, args.queries, args.dim, args.every) < 1:
@@ -1226,31 +1225,32 @@ def parse(argv: list[str] | None):
         raise ValueError(f"unknown preset {args.preset!r}{support.cli.nearest(args.preset, train.PRESETS)}")
     if args.name not in hub.RELEASED:
         raise ValueError(f"unknown model {args.name!r}{support.cli.nearest(args.name, hub.RELEASED)}")
-    if args.what in TRAINED:
+    if args.what in TRAINING:
         args.cfg = training_config(args, flags)
     return args
 
 
 def training_config(args, flags: list[str]) -> train.Config:
-    """What train.py would make of the flags that are its own, but for the batch: that of one device, unless given."""
+    """The settings that train.py would have with these flags, but with a batch for one device unless it is given."""
     given, n_ranks = {flag.partition("=")[0] for flag in flags}, train_processes()
     args.preset = args.preset or "vits16_short"
     cfg = train.parse(["--preset", args.preset, *flags, *(["--data", args.data] if args.data else [])])[0]
     if cfg.gradient_accumulation_steps < 1:
         raise ValueError(f"--gradient-accumulation-steps must be 1 or more, got {cfg.gradient_accumulation_steps}")
-    if "--batch-size" not in given and args.preset not in ("digits", "fashion"):
+    forward_passes = cfg.gradient_accumulation_steps * n_ranks
+    if "--batch-size" not in given and args.preset not in SMALL:
         images = 64 if support.parallel.pick_device(cfg.device).type == "cuda" else 8
-        cfg = replace(cfg, batch_size=images * cfg.gradient_accumulation_steps * n_ranks)
+        cfg = replace(cfg, batch_size=images * forward_passes)
     if "--group-size" not in given:
-        cfg = replace(cfg, group_size=math.gcd(cfg.group_size, cfg.batch_size // (n_ranks * cfg.gradient_accumulation_steps) or 1))
+        cfg = replace(cfg, group_size=math.gcd(cfg.group_size, cfg.batch_size // forward_passes or 1))
     train.check(cfg, n_ranks)
     return cfg
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    device = support.parallel.pick_device(args.cfg.device if args.what in TRAINED else "auto")
-    data.keep_memory(train.spare_memory(args.cfg) if args.what in TRAINED else None)  # as in workers and in training
+    device = support.parallel.pick_device(args.cfg.device if args.what in TRAINING else "auto")
+    keep_memory(args.cfg if args.what in TRAINING else None)
     rows = BENCHES[args.what](args, device)
     if int(os.environ.get("RANK", 0)) or args.what == "gpu" and args.list:
         return

@@ -1,11 +1,19 @@
-"""Weights in other layouts, arrays of features, programs. Apache License 2.0."""
+"""Takes models and features elsewhere: weights in other layouts, features as arrays, networks as programs.
+
+    python export.py convert IN OUT --to official|hf|timm|safetensors      # with hf, OUT is a new folder
+    python export.py features IMG... --model dinov2_vits14 --out feats.npz # of images and folders; or --out FOLDER
+    python export.py program OUT.pt2 --model dinov2_vits14 --size 518      # torch.export; or OUT.onnx
+
+IN and --model are whatever hub.load takes: a released name, a checkpoint of train.py, a file or folder in any layout.
+`python export.py COMMAND --help` lists the flags. Apache License 2.0.
+"""
 import contextlib
-import functools
 import json
 import os
 import re
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +43,7 @@ def renamed(weights: dict[str, Tensor], *pairs: tuple[str, str]) -> dict[str, Te
 
 
 def as_timm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Official names -> timm's. It has no mask_token, and with registers the position of CLS is added to CLS itself."""
+    """Official names -> timm's, which has no mask_token and, with registers, no position embedding for CLS."""
     weights = renamed(weights, (r"\.mlp\.w12\.", ".mlp.fc1."), (r"\.mlp\.w3\.", ".mlp.fc2."),
                       (r"^register_tokens$", "reg_token"))
     del weights["mask_token"]
@@ -46,12 +54,12 @@ def as_timm(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def as_transformers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Official names -> those in the files of transformers, which all its versions read."""
+    """Official names -> those that the files of transformers have, which all its versions read."""
     split = {}
     for key, value in weights.items():
         for part, third in zip(("query", "key", "value"), value.chunk(3)) if ".attn.qkv." in key else [("", value)]:
             split[key.replace("attn.qkv", f"attention.attention.{part}")] = third.clone() if part else third
-    for i in {key.split(".")[1] for key in weights if key.startswith("blocks.")}:  # its blocks always have LayerScale
+    for i in {key.split(".")[1] for key in weights if key.startswith("blocks.")}:  # LayerScale is not optional there
         for n in "12":
             split.setdefault(f"blocks.{i}.ls{n}.gamma", torch.ones(weights["cls_token"].shape[-1]))
     return renamed(
@@ -68,8 +76,8 @@ def transformers_config(model: DinoVisionTransformer) -> dict:
     weights, registers = model.state_dict(), model.num_register_tokens
     gated = "blocks.0.mlp.w3.weight" in weights
     if not {"blocks.0.attn.proj.bias", f"blocks.0.mlp.{'w3' if gated else 'fc2'}.bias"} <= weights.keys():
-        raise ValueError("transformers has no DINOv2 without feed-forward layers, or without the biases of these and "
-                         "of attn.proj; convert it to another layout")
+        raise ValueError("transformers cannot represent a DINOv2 without feed-forward layers, or without the biases of "
+                         "these or of attn.proj; choose another layout")
     return dict(
         architectures=[f"Dinov2{'WithRegisters' * bool(registers)}Model"],
         model_type=f"dinov2{'_with_registers' * bool(registers)}", hidden_size=model.embed_dim,
@@ -81,7 +89,7 @@ def transformers_config(model: DinoVisionTransformer) -> dict:
 
 
 def image_config(in_chans: int, mean, std, eval_resize: int, eval_crop: int, **others) -> dict:
-    """preprocessor_config.json of transformers, for evaluation: short side resized, central square cut out."""
+    """preprocessor_config.json of transformers, for evaluation: short side resized, center crop."""
     return dict(image_processor_type="BitImageProcessor", do_convert_rgb=in_chans == 3, do_resize=True, resample=3,
                 size=dict(shortest_edge=eval_resize), do_center_crop=True,
                 crop_size=dict(height=eval_crop, width=eval_crop), do_rescale=True, rescale_factor=1 / 255,
@@ -89,9 +97,9 @@ def image_config(in_chans: int, mean, std, eval_resize: int, eval_crop: int, **o
 
 
 def save_weights(weights: dict[str, Tensor], path: Path) -> None:
-    """A .safetensors file, or else one of PyTorch, by the suffix. Raises ValueError if that package is missing."""
+    """Writes a safetensors or a PyTorch file, depending on the suffix. Raises ValueError if a package is missing."""
     if path.suffix != ".safetensors":
-        return write_file(path, functools.partial(torch.save, weights))
+        return write_file(path, partial(torch.save, weights))
     try:
         from safetensors.torch import save
     except ImportError:
@@ -101,17 +109,17 @@ def save_weights(weights: dict[str, Tensor], path: Path) -> None:
 
 
 def convert(argv: list[str]) -> None:
-    """Writes a backbone in another layout: official (a .pth or .safetensors file), timm (likewise), safetensors (the
-    official names), hf (a folder that AutoModel.from_pretrained reads). Weights are float32."""
+    """Writes a backbone in another layout, in float32: official or timm (a .pth or .safetensors file), safetensors (the
+    official names), or hf (a folder for AutoModel.from_pretrained)."""
     parser = Parser(convert.__doc__, usage="python export.py convert ...")
     parser.add_argument("source", metavar="IN", help="whatever hub.load takes")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the file to write; with --to hf a folder")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the file to write, or with --to hf the folder")
     parser.add_argument("--to", required=True, choices=("official", "hf", "timm", "safetensors"))
     args = parser.parse_args(argv)
     path, ckpt = read(args.source)
     model = load(path, ckpt)
     if args.out.exists() and args.out.samefile(path):
-        raise ValueError(f"{args.out} is the file to convert; name another one to write")
+        raise ValueError(f"{args.out} is the file to convert; choose another name")
     if args.to == "hf":
         write_transformers(model, args.out, image_rules(model, ckpt))
     else:
@@ -126,30 +134,29 @@ def convert(argv: list[str]) -> None:
     rules = [(m.interpolate_offset, m.interpolate_antialias) for m in (model, again)]
     if rules[0] != rules[1]:
         side = model.patch_embed.img_size[0]
-        print(f"note: the features are the same at {side}x{side} pixels; at others, those who read this layout "
-              "interpolate positions otherwise", file=sys.stderr)
+        print(f"note: features are the same at {side}x{side} pixels; at other sizes, programs that read this layout "
+              "interpolate positions differently", file=sys.stderr)
     print(f"{args.out}: {sum(v.numel() for v in again.state_dict().values()):,} weights, layout {args.to}")
 
 
 def check_heads(model: DinoVisionTransformer, layout: str) -> None:
     if model.num_heads != max(model.embed_dim // 64, 1):
-        raise ValueError(f"this network has {model.num_heads} heads for a width of {model.embed_dim}, and files of "
-                         f"layout {layout} cannot say so: all who read them take heads to be 64 wide; use --to hf")
+        raise ValueError(f"this network has {model.num_heads} heads for a width of {model.embed_dim}, which the layout "
+                         f"{layout} cannot express: its readers assume heads 64 wide; use --to hf")
 
 
 def write_transformers(model: DinoVisionTransformer, folder: Path, rules: dict) -> None:
-    """config.json, preprocessor_config.json and model.safetensors, in a folder that appears when all are whole."""
+    """Writes config.json, preprocessor_config.json and model.safetensors; the folder appears once all are complete."""
     if folder.exists():
         raise ValueError(f"{folder} exists; name a new folder")
-    configs = {"config.json": transformers_config(model),
-               "preprocessor_config.json": image_config(**rules)}
+    configs = {"config.json": transformers_config(model), "preprocessor_config.json": image_config(**rules)}
     try:
-        with replacing(folder) as partial:
-            save_weights(as_transformers(model.state_dict()), partial / "model.safetensors")
+        with replacing(folder) as temporary:
+            save_weights(as_transformers(model.state_dict()), temporary / "model.safetensors")
             for name, config in configs.items():
-                write_file(partial / name, lambda file, text=json.dumps(config, indent=1): file.write(text.encode()))
+                write_file(temporary / name, lambda file, text=json.dumps(config, indent=1): file.write(text.encode()))
     except OSError as error:
-        raise ValueError(f"{folder} could not be written ({error.strerror})") from None
+        raise ValueError(f"could not write {folder} ({error.strerror})") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -158,53 +165,46 @@ def write_transformers(model: DinoVisionTransformer, folder: Path, rules: dict) 
 
 @torch.inference_mode()
 def features(argv: list[str]) -> None:
-    """Features of images and of folders of them. --out FILE.npz: files (n,), cls (n, D), registers (n, R, D), patches
-    (n, h, w, D), of images that all have h x w patches. --out FOLDER: a file for each, cls (D,), registers (R, D),
-    patches (h, w, D); those that were made before an error stay. All after the final norm, stored in float32. Images in
-    folders that cannot be read are left out."""
+    """Computes features of images, and of all images in folders; those in folders that cannot be read are skipped.
+
+    --out FILE.npz holds files (n,), cls (n, D), registers (n, R, D) and patches (n, h, w, D); all images must have the
+    same h x w patches. --out FOLDER gets one file per image with cls (D,), registers (R, D), patches (h, w, D); the
+    files written before an error stay. All features are after the final norm, in float32.
+    """
     parser = Parser(features.__doc__, usage="python export.py features ...")
-    parser.add_argument("images", nargs="+", help="image files, folders")
+    parser.add_argument("images", nargs="+", help="image files and folders")
     parser.add_argument("--model", required=True, help="whatever hub.load takes")
-    parser.add_argument("--out", required=True, type=Path, help="a file .npz, or a folder")
-    parser.add_argument("--size", type=int, nargs="+", default=None, help="height and width in pixels; or one number, "
-                        "for the short side; 0: as the images are; default: the square that the weights are best at")
-    parser.add_argument("--fit", choices=FITS, default="crop", help="how images come to that size and to multiples of "
-                        "the patch: cut, padded (both in the middle) or stretched")
+    parser.add_argument("--out", required=True, type=Path, help="a file ending in .npz, or a folder")
+    parser.add_argument("--size", type=int, nargs="+", default=None, help="height and width in pixels, or one number "
+                        "for the short side, or 0 to keep the size of each image; default: the size of the weights")
+    parser.add_argument("--fit", choices=FITS, default="crop", help="how images are brought to that size and to "
+                        "multiples of the patch size: center crop, centered padding, or resizing")
     parser.add_machine_flags("device", "dtype", "num-workers")
-    parser.add_argument("--batch-size", type=int, default=32, help="images of one size that are computed at a time")
+    parser.add_argument("--batch-size", type=int, default=32, help="images of the same size per forward pass")
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         raise ValueError("--batch-size must be 1 or more")
     if args.out.suffix != ".npz" and (args.out.suffix and not args.out.is_dir() or args.out.is_file()):
-        raise ValueError(f"--out {args.out} is no file that ends in .npz, and no folder")
-    device, dtype = pick_device(args.device), DTYPES[args.dtype]
+        raise ValueError(f"--out {args.out} must be a file that ends in .npz, or a folder")
+    device = pick_device(args.device)
     path, ckpt = read(args.model)
     model = load(path, ckpt).to(device)
     rules, paths = image_rules(model, ckpt), image_paths(args.images)
     dataset = FittedImages(paths, rules["in_chans"], model.patch_size, args.fit, image_size(args.size, model),
                            rules["mean"])
-    workers = 0 if len(paths) < 64 and args.num_workers < 0 else worker_count(args.num_workers)  # they take seconds
-
-    def results():
-        loader = make_loader(dataset, workers, batch_size=None)
-        for names, images in batches_of_a_size(loader, paths, args.images, args.batch_size):
-            images = normalize(to_float(images.to(device)), rules["mean"], rules["std"])
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                out = model.forward_features(images)
-            grid = [side // model.patch_size for side in images.shape[-2:]]
-            check_finite(out["x_norm_clstoken"], args.model)
-            parts = (out["x_norm_clstoken"], out["x_norm_regtokens"], out["x_norm_patchtokens"].unflatten(1, grid))
-            yield from zip(names, *(part.float().cpu().numpy() for part in parts))
-
+    few = args.num_workers < 0 and len(paths) < 64  # starting workers would take longer than reading
+    loader = make_loader(dataset, 0 if few else worker_count(args.num_workers), batch_size=None)
+    batches = same_size_batches(loader, paths, args.images, args.batch_size)
+    results = image_features(model, batches, rules, device, DTYPES[args.dtype], args.model)
     if args.out.suffix == ".npz":
-        n = write_stacked(args.out, results())
+        n = write_stacked(args.out, results)
     else:
-        n = write_each(args.out, results(), os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in paths]))
+        n = write_each(args.out, results, os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in paths]))
     print(f"{args.out}: {n:,} image{'s' * (n != 1)}")
 
 
 def image_size(given: list[int] | None, model: DinoVisionTransformer) -> tuple[int, ...]:
-    """--size, see above, as data.plan_fit takes it."""
+    """--size as FittedImages takes it."""
     if given is None:
         return tuple(model.patch_embed.img_size)
     if len(given) > 2 or min(given) < 0 or (len(given) == 2 and min(given) == 0):
@@ -212,16 +212,29 @@ def image_size(given: list[int] | None, model: DinoVisionTransformer) -> tuple[i
     return tuple(given) if given != [0] else ()
 
 
-def batches_of_a_size(loader, paths: list[str], named: list[str], batch_size: int):
-    """([paths], images (b, C, H, W)) of consecutive images of one size. What cannot be read is left out and told; it is
-    an error if it was named itself. Raises ValueError."""
+def image_features(model: DinoVisionTransformer, batches, rules: dict, device, dtype: torch.dtype, spec: str):
+    """Yields (path, CLS (D,), registers (R, D), patches (h, w, D)) per image, float32 arrays, for the batches of
+    same_size_batches. Raises ValueError if features are not finite."""
+    for paths, images in batches:
+        images = normalize(to_float(images.to(device)), rules["mean"], rules["std"])  # (b, C, H, W)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            out = model.forward_features(images)
+        check_finite(out["x_norm_clstoken"], spec)
+        grid = [side // model.patch_size for side in images.shape[-2:]]
+        tensors = (out["x_norm_clstoken"], out["x_norm_regtokens"], out["x_norm_patchtokens"].unflatten(1, grid))
+        yield from zip(paths, *(tensor.float().cpu().numpy() for tensor in tensors))
+
+
+def same_size_batches(loader, paths: list[str], named: list[str], batch_size: int):
+    """Yields ([paths], images (b, C, H, W)) of consecutive images of the same size. Unreadable images are reported and
+    skipped. Raises ValueError if the user named one of them, or none is left."""
     names, images, left_out = [], [], 0
-    for path, (image, why) in zip(tqdm(paths, desc="features", unit=" images", disable=None), loader):
+    for path, (image, reason) in zip(tqdm(paths, desc="features", unit=" images", disable=None), loader):
         if image is None and path in named:
-            raise ValueError(why)
+            raise ValueError(reason)
         if image is None:
             left_out += 1
-            print(f"left out: {why}", file=sys.stderr)
+            print(f"left out: {reason}", file=sys.stderr)
             continue
         if images and (len(images) == batch_size or (image.shape, image.dtype) != (images[0].shape, images[0].dtype)):
             yield names, torch.stack(images)
@@ -235,32 +248,33 @@ def batches_of_a_size(loader, paths: list[str], named: list[str], batch_size: in
 
 
 def write_stacked(out: Path, results) -> int:
-    """All in one .npz; the patches, which may not fit the memory, wait in a file beside it. Returns how many images."""
-    waiting, paths, cls, registers, shape = out.with_name(f".{out.name}.{os.getpid()}.patches"), [], [], [], None
+    """Writes all images into one .npz. The patches, which may not fit into memory, go through a temporary file. Returns
+    the number of images."""
+    temporary, paths, cls, registers, shape = out.with_name(f".{out.name}.{os.getpid()}.patches"), [], [], [], None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with open(waiting, "wb") as file:
+        with open(temporary, "wb") as file:
             for path, c, r, patches in results:  # (D,), (R, D), (h, w, D)
                 shape = shape or patches.shape
                 if patches.shape != shape:
                     raise ValueError(f"{path} has {patches.shape[0]}x{patches.shape[1]} patches, {paths[0]} has "
-                                     f"{shape[0]}x{shape[1]}: they make no common array; give --size HEIGHT WIDTH, or "
-                                     "a folder as --out, for a file each")
+                                     f"{shape[0]}x{shape[1]}, so they cannot be stacked; give --size HEIGHT WIDTH, or "
+                                     "a folder as --out for one file per image")
                 file.write(patches.tobytes())
                 paths.append(path), cls.append(c), registers.append(r)
-        stacked = np.memmap(waiting, np.float32, "r", shape=(len(paths), *shape))
+        stacked = np.memmap(temporary, np.float32, "r", shape=(len(paths), *shape))
         write_file(out, lambda file: np.savez(file, files=np.array(paths), cls=np.stack(cls),
                                               registers=np.stack(registers), patches=stacked))
     except OSError as error:
-        raise ValueError(f"--out {out} could not be written ({error.strerror})") from None
+        raise ValueError(f"could not write --out {out} ({error.strerror})") from None
     finally:
         with contextlib.suppress(OSError):
-            waiting.unlink()
+            temporary.unlink()
     return len(paths)
 
 
 def write_each(folder: Path, results, root: str) -> int:
-    """FOLDER/sub/photo.jpg.npz for root/sub/photo.jpg. Returns how many images."""
+    """Writes FOLDER/sub/photo.jpg.npz for root/sub/photo.jpg. Returns the number of images."""
     n = 0
     for path, cls, registers, patches in results:
         file = folder / f"{os.path.relpath(path, root)}.npz"
@@ -274,8 +288,9 @@ def write_each(folder: Path, results, root: str) -> int:
 
 
 class FixedSize(nn.Module):
-    """A backbone for images (B, C, height, width) of one size, its position table made once: what is exported. Returns
-    cls (B, D), registers (B, R, D) if there are any, patches (B, h*w, D), after the final norm."""
+    """The module that is exported: a backbone for images (B, C, height, width) of one fixed size, whose position
+    embedding is interpolated once. Returns cls (B, D), patches (B, h*w, D) and, if there are any, registers (B, R, D),
+    after the final norm."""
 
     def __init__(self, model: DinoVisionTransformer, height: int, width: int):
         super().__init__()
@@ -286,20 +301,21 @@ class FixedSize(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         out = self.model.forward_features(images)
-        parts = dict(cls=out["x_norm_clstoken"], patches=out["x_norm_patchtokens"])
-        return parts | (dict(registers=out["x_norm_regtokens"]) if self.model.num_register_tokens else {})
+        tokens = dict(cls=out["x_norm_clstoken"], patches=out["x_norm_patchtokens"])
+        return tokens | (dict(registers=out["x_norm_regtokens"]) if self.model.num_register_tokens else {})
 
 
 @torch.inference_mode()
-def export(argv: list[str]) -> None:
-    """A backbone as a program of its own, for batches of any number of normalized images (B, C, height, width) of one
-    size: OUT.pt2, for torch.export.load, or OUT.onnx (pip install onnx onnxscript onnxruntime). Outputs: cls (B, D),
-    patches (B, h*w, D) row by row, registers (B, R, D) if there are any. It is run and compared before it is kept."""
-    parser = Parser(export.__doc__, usage="python export.py program ...")
+def program(argv: list[str]) -> None:
+    """Exports a backbone as a program that runs without this code: OUT.pt2 for torch.export.load, or OUT.onnx (pip
+    install onnx onnxscript onnxruntime). It takes batches of any number of normalized images (B, C, height, width) of
+    one fixed size and returns cls (B, D), patches (B, h*w, D) in row-major order and, if there are any, registers
+    (B, R, D). The program is run and compared with the network before it is kept."""
+    parser = Parser(program.__doc__, usage="python export.py program ...")
     parser.add_argument("out", metavar="OUT", type=Path, help="a file that ends in .onnx or .pt2")
     parser.add_argument("--model", required=True, help="whatever hub.load takes")
     parser.add_argument("--size", type=int, nargs="+", default=None, help="side, or height and width, in pixels; "
-                        "default: what the weights are best at")
+                        "default: the size of the weights")
     args = parser.parse_args(argv)
     if args.out.suffix not in (".onnx", ".pt2") or args.out.is_dir():
         raise ValueError(f"{args.out} must be a file that ends in .onnx or .pt2")
@@ -308,23 +324,28 @@ def export(argv: list[str]) -> None:
     if len(size) > 2 or any(side < 1 or side % model.patch_size for side in size):
         raise ValueError(f"--size takes one or two multiples of this model's patch size, {model.patch_size}")
     module = FixedSize(model, size[0], size[-1]).eval()
-    images = [torch.randn(b, model.patch_embed.in_chans, size[0], size[-1]) for b in (2, 1, 3)]
+    batches = [torch.randn(b, model.patch_embed.in_chans, size[0], size[-1]) for b in (2, 1, 3)]
+    check_finite(module(batches[0])["cls"], args.model)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".") as folder:
-        make = export_onnx if args.out.suffix == ".onnx" else export_torch
-        run, worst = make(module, images[0], Path(folder, args.out.name)), 0.0
-        for batch in images:
-            expected, found = module(batch), run(batch)
-            check_finite(expected["cls"], args.model)
-            for name, value in expected.items():
-                difference = float((found[name] - value).abs().max() / value.abs().max())
-                if not difference < 1e-3:  # or it is not finite
-                    raise ValueError(f"{name} of the exported program differs by {difference:.1e} of the largest "
-                                     "value: nothing was kept")
-                worst = max(worst, difference)
-        for file in sorted(Path(folder).iterdir(), reverse=True):  # beside large .onnx files lie .onnx.data ones
+        export = export_onnx if args.out.suffix == ".onnx" else export_torch
+        exported = export(module, batches[0], Path(folder, args.out.name))
+        worst = max(largest_difference(module(images), exported(images)) for images in batches)
+        for file in sorted(Path(folder).iterdir(), reverse=True):  # a large .onnx comes with an .onnx.data
             os.replace(file, args.out.with_name(file.name))
     print(f"{args.out}: within {worst:.1e} of the largest value, on batches of 1, 2 and 3 images {size[0]}x{size[-1]}")
+
+
+def largest_difference(expected: dict[str, Tensor], found: dict[str, Tensor]) -> float:
+    """Over all outputs, relative to the largest value of each. Raises ValueError above 1e-3."""
+    worst = 0.0
+    for name, value in expected.items():
+        difference = float((found[name] - value).abs().max() / value.abs().max())
+        if not difference < 1e-3:  # or not finite
+            raise ValueError(f"{name} of the exported program differs by {difference:.1e} of the largest value: "
+                             "nothing was written")
+        worst = max(worst, difference)
+    return worst
 
 
 def export_torch(module: FixedSize, images: Tensor, path: Path):
@@ -336,18 +357,18 @@ def export_torch(module: FixedSize, images: Tensor, path: Path):
 def export_onnx(module: FixedSize, images: Tensor, path: Path):
     try:
         import onnxruntime
-        import onnxscript  # noqa: F401, torch.onnx needs it
+        import onnxscript  # noqa: F401, needed by torch.onnx
     except ImportError:
         raise ValueError(f"{path.name} needs more packages: pip install onnx onnxscript onnxruntime") from None
     names = list(module(images))
-    large = sum(p.numel() * p.element_size() for p in module.parameters()) > 2**30  # a protobuf holds two gigabytes
+    large = sum(p.numel() * p.element_size() for p in module.parameters()) > 2**30  # a protobuf is limited to 2 GB
     torch.onnx.export(module, (images,), path, dynamo=True, external_data=large, verbose=False, input_names=["images"],
                       output_names=names, dynamic_shapes=dict(images={0: torch.export.Dim("batch", min=1)}))
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda batch: dict(zip(names, map(torch.from_numpy, session.run(names, {"images": batch.numpy()}))))
 
 
-COMMANDS = dict(convert=convert, features=features, program=export)
+COMMANDS = dict(convert=convert, features=features, program=program)
 
 
 def main(argv: list[str] | None = None) -> None:

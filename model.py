@@ -1,4 +1,4 @@
-"""DINOv2 vision transformer and projection head, in plain PyTorch.
+"""The DINOv2 vision transformer and its projection head, in plain PyTorch.
 
     model = build("vit_small", patch_size=14, img_size=518)   # random weights, ready to train
     cls = model(images)                                       # (B, D), images (B, 3, h*14, w*14)
@@ -6,14 +6,15 @@
     outs = model.forward_features([globals_, locals_], [masks, None])  # two resolutions in one pass
     model = load_backbone("out/ckpt.pth")                     # a checkpoint of train.py, or a released DINOv2 backbone
 
-This file needs torch alone and may be copied on its own. Attribute and parameter names equal those of the released
-DINOv2 weights, so loading is strict and needs no renaming. Papers: DINOv2 (Oquab et al. 2023, arXiv 2304.07193), ViT
-(Dosovitskiy et al. 2020, arXiv 2010.11929), registers (Darcet et al. 2023, arXiv 2309.16588). Apache License 2.0.
-
 Letters in shape comments
-    B  images          N  tokens of an image         D  width         H  attention heads     K  prototypes
-    R  registers       h, w  patch grid              p  patch side    T  tokens of several crop batches, packed
-Token order is [CLS, R registers, h*w patches row by row].
+    B  images       N     tokens per image    D  width         H  attention heads
+    R  registers    h, w  patch grid          p  patch size    T  tokens of all crop batches, packed
+    C  channels     M     crop batches        K  prototypes
+Tokens are ordered [CLS, R registers, h*w patches in row-major order].
+
+This file needs only torch and can be copied on its own. Attributes and parameters have the names of the released DINOv2
+weights, so loading is strict and renames nothing. Papers: DINOv2 (Oquab et al. 2023, arXiv 2304.07193), ViT
+(Dosovitskiy et al. 2020, arXiv 2010.11929), registers (Darcet et al. 2023, arXiv 2309.16588). Apache License 2.0.
 """
 import warnings
 from functools import partial
@@ -29,30 +30,32 @@ ARCHS = {
     "vit_small": dict(embed_dim=384, depth=12, num_heads=6),     # 22 M, released
     "vit_base": dict(embed_dim=768, depth=12, num_heads=12),     # 86 M, released
     "vit_large": dict(embed_dim=1024, depth=24, num_heads=16),   # 304 M, released
-    "vit_giant2": dict(embed_dim=1536, depth=40, num_heads=24),  # 1.1 G, released, with ffn_layer="swiglufused"
+    "vit_giant2": dict(embed_dim=1536, depth=40, num_heads=24),  # 1.1 B, released, with ffn_layer="swiglufused"
 }
 
 
 def build(arch: str, **kwargs) -> "DinoVisionTransformer":
-    """The named architecture; `kwargs` are those of DinoVisionTransformer. Raises ValueError for an unknown name."""
+    """A network with random weights. `kwargs` go to DinoVisionTransformer. Raises ValueError for an unknown name."""
     if arch not in ARCHS:
         raise ValueError(f"unknown architecture {arch!r}; choose one of {', '.join(ARCHS)}")
     return DinoVisionTransformer(**{**ARCHS[arch], **kwargs})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Packing. Crop batches of different resolution travel through the token-wise layers as one (1, T, C) tensor; `shapes`
-# lists the (B, N) of each. A single batch keeps its natural (B, N, C), which is also what forward hooks expect.
+# Packing. Crop batches of different resolutions go through the token-wise layers as one (1, T, D) tensor; `shapes`
+# lists the (B, N) of each batch. A single batch stays (B, N, D), which is also what forward hooks expect.
 
 
-def pack(xs: list[Tensor]) -> Tensor:
-    return xs[0] if len(xs) == 1 else torch.cat([x.flatten(0, 1) for x in xs])[None]  # (1, T, C)
+def pack(batches: list[Tensor]) -> Tensor:
+    """M tensors (B, N, D) -> (1, T, D); a single one is returned as it is."""
+    return batches[0] if len(batches) == 1 else torch.cat([x.flatten(0, 1) for x in batches])[None]
 
 
 def unpack(x: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
+    """The inverse of pack: (1, T, D) -> M tensors (B, N, D)."""
     if len(shapes) == 1:
         return [x]
-    return [part.view(b, n, -1) for part, (b, n) in zip(x.split([b * n for b, n in shapes], dim=1), shapes)]
+    return [rows.view(b, n, -1) for rows, (b, n) in zip(x.split([b * n for b, n in shapes], dim=1), shapes)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -60,7 +63,7 @@ def unpack(x: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
 
 
 class PatchEmbed(nn.Module):
-    """Images (B, C, h*p, w*p) -> patch tokens (B, h*w, D). Raises ValueError for sides that are no multiple of p."""
+    """Images (B, C, h*p, w*p) -> patch tokens (B, h*w, D). Raises ValueError if a side is not a multiple of p."""
 
     def __init__(self, img_size=224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768):
         super().__init__()
@@ -77,18 +80,17 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width, p = *x.shape[-2:], self.patch_size[0]
         if height % p or width % p:
-            fits = f"{max(height // p, 1) * p}x{max(width // p, 1) * p}"
-            raise ValueError(
-                f"image {height}x{width} is not a multiple of the patch size {p}; resize or crop to {fits}")
+            better = f"{max(height // p, 1) * p}x{max(width // p, 1) * p}"
+            raise ValueError(f"{height}x{width} is not a multiple of the patch size {p}; resize or crop to {better}")
         return self.norm(self.proj(x).flatten(2).transpose(1, 2))  # (B, h*w, D)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; each crop batch attends within its own images.
+    """Multi-head self-attention within each image.
 
-    `kernel`, if set on a module, computes all crop batches at once in the place of PyTorch's attention, one after the
-    other: a function of qkv (T, 3, H, D/H), the B and the N of the batches, and the scale, to (T, H, D/H), such as that
-    of kernels/attention.py.
+    PyTorch's attention runs once per crop batch. If `kernel` is set on a module, it replaces that and handles all crop
+    batches in one call: kernel(qkv (T, 3, H, D/H), [B of each batch], [N of each batch], scale) -> (T, H, D/H). See
+    kernels/attention.py for one.
     """
 
     kernel = None
@@ -102,15 +104,16 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
     def forward(self, x: Tensor, shapes: list[tuple[int, int]] | None = None) -> Tensor:
-        shapes, qkv, heads = shapes or [x.shape[:2]], self.qkv(x), (3, self.num_heads, -1)
+        shapes, qkv, heads = shapes or [x.shape[:2]], self.qkv(x), (3, self.num_heads, -1)  # qkv (..., 3*D)
         if self.kernel is not None:
             batches, lengths = map(list, zip(*shapes))
             out = self.kernel(qkv.flatten(0, 1).unflatten(-1, heads), batches, lengths, self.scale)  # (T, H, D/H)
             return self.proj(out.view(x.shape))
         outs = []
-        for part in unpack(qkv, shapes):
-            q, k, v = part.unflatten(-1, heads).unbind(2)  # each (B, N, H, D/H), of which the backward
-            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # pass stacks the gradients as qkv is
+        for batch in unpack(qkv, shapes):
+            q, k, v = batch.unflatten(-1, heads).unbind(2)  # each (B, N, H, D/H)
+            # Views, no copies: unbinding before transposing makes the backward pass write one gradient laid out as qkv.
+            q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # each (B, H, N, D/H)
             out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # (B, H, N, D/H)
             outs.append(out.transpose(1, 2).flatten(2))  # (B, N, D)
         return self.proj(pack(outs))
@@ -128,8 +131,9 @@ class Mlp(nn.Module):
 
 
 class SwiGLUFFN(nn.Module):
-    """Gated feed-forward (Shazeer 2020). Its hidden width is 2/3 of the MLP's, rounded up to a multiple of 8, so that
-    the two have about as many parameters. The gate is SiLU whatever `act_layer` says, as in the released models."""
+    """Gated feed-forward layer (Shazeer 2020). Its hidden width is 2/3 of the MLP's, rounded up to a multiple of 8, so
+    that both have about the same number of parameters. The gate is always SiLU, whatever `act_layer` says, as in the
+    released models."""
 
     def __init__(self, dim: int, hidden: int, act_layer=None, bias: bool = True):
         super().__init__()
@@ -162,8 +166,9 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block with LayerScale and stochastic depth.
 
-    `x` is (B, N, D), or (1, T, D) with `shapes` = the (B, N) of the crop batches packed in it; the same shape returns.
-    Stochastic depth computes each branch on a random subset of the images only and scales it up (DINOv2, section 5).
+    `x` is (B, N, D), or (1, T, D) with `shapes` listing the (B, N) of the crop batches packed in it; the output has the
+    same shape. Stochastic depth skips dropped images (DINOv2, section 5), see add_to_subset; `orders` holds a pair per
+    crop batch, for the attention and the feed-forward branch.
     """
 
     def __init__(self, dim, num_heads, mlp_ratio=4.0, qkv_bias=True, proj_bias=True, ffn_bias=True, drop_path=0.0,
@@ -194,25 +199,27 @@ class Block(nn.Module):
 
 
 def add_to_subset(x: Tensor, shapes: list[tuple[int, int]], branch, rate: float, orders: list | None = None) -> Tensor:
-    """Stochastic depth: `branch` sees floor(B * (1 - rate)) images (at least one) of each crop batch, drawn anew at
-    each call; its output, times B over that number, is added to theirs. The other images are not computed at all.
-    `orders`, one per crop batch, decide instead of chance: (groups, B / groups) a random order of the rows of each
-    group, of which the first are taken."""
-    tokens, kept, start = [], [], 0
+    """Stochastic depth: adds `branch` to a random subset of floor(B * (1 - rate)) images (at least one) of each crop
+    batch, scaled up by B over their number. The other images pass unchanged and cost nothing.
+
+    `orders` fixes the subset: for each crop batch an int64 tensor (groups, B / groups), whose rows list the images of a
+    group in random order; the first ones of each group are computed. Without it, the subset is drawn at each call.
+    """
+    indices, subset_shapes, start = [], [], 0  # per crop batch: the tokens to compute, as indices into T
     for i, (b, n) in enumerate(shapes):
-        order = orders[i] if orders else torch.randperm(b, device=x.device)[None]  # (groups, rows of a group)
-        rows = order[:, : max(int(order.shape[1] * (1 - rate)), 1)].flatten()
-        tokens.append((start + rows[:, None] * n + torch.arange(n, device=x.device)).flatten())  # indices into T
-        kept.append((len(rows), n))
+        order = orders[i] if orders else torch.randperm(b, device=x.device)[None]  # (groups, B / groups)
+        images = order[:, : max(int(order.shape[1] * (1 - rate)), 1)].flatten()
+        indices.append((start + images[:, None] * n + torch.arange(n, device=x.device)).flatten())
+        subset_shapes.append((len(images), n))
         start += b * n
     flat = x.flatten(0, 1)  # (T, D)
-    subset = flat[torch.cat(tokens)]
-    subset = subset.view(*kept[0], -1) if len(kept) == 1 else subset[None]
-    parts = branch(subset, kept).flatten(0, 1).to(x.dtype).split([len(t) for t in tokens])
-    scales = [b / m for (b, _), (m, _) in zip(shapes, kept)]
-    flat = flat.index_add(0, tokens[0], parts[0], alpha=scales[0])  # the one copy of x; further batches add in place
-    for index, part, scale in zip(tokens[1:], parts[1:], scales[1:]):
-        flat.index_add_(0, index, part, alpha=scale)
+    subset = flat[torch.cat(indices)]
+    subset = subset.view(*subset_shapes[0], -1) if len(shapes) == 1 else subset[None]
+    updates = branch(subset, subset_shapes).flatten(0, 1).to(x.dtype).split([len(index) for index in indices])
+    scales = [b / m for (b, _), (m, _) in zip(shapes, subset_shapes)]
+    flat = flat.index_add(0, indices[0], updates[0], alpha=scales[0])  # copies x once; further batches add in place
+    for index, update, scale in zip(indices[1:], updates[1:], scales[1:]):
+        flat.index_add_(0, index, update, alpha=scale)
     return flat.view_as(x)
 
 
@@ -221,16 +228,16 @@ def add_to_subset(x: Tensor, shapes: list[tuple[int, int]], branch, rate: float,
 
 
 class DinoVisionTransformer(nn.Module):
-    """Vision transformer of DINOv2; arguments, attributes and parameter names as in the official release.
+    """The DINOv2 vision transformer; arguments, attributes and parameters have the names of the official release.
 
-    Args beyond the usual ViT ones:
-        init_values: LayerScale start; None or 0 for none. Training uses 1e-5, released weights bring their own.
-        ffn_layer: "mlp", "swiglu" (= "swiglufused", one packed matrix) or "identity".
-        block_chunks: n > 0 stores the blocks as n nested lists, keys `blocks.{chunk}.{block}.…`; 0 as one flat list.
-        drop_path_rate, drop_path_uniform: stochastic depth rate, the same in all blocks or rising linearly from 0.
-        num_register_tokens: extra learned tokens without position, placed after CLS.
-        interpolate_offset, interpolate_antialias: how the position table meets other sizes. (0.1, False) for the
-            released models without registers and all training recipes, (0.0, True) for those with registers.
+    Arguments beyond those of a plain ViT:
+        init_values: initial LayerScale; None or 0 for no LayerScale. Training uses 1e-5.
+        ffn_layer: "mlp", "swiglu" (= "swiglufused": gate and value in one matrix) or "identity".
+        block_chunks: n > 0 stores the blocks as n nested lists with keys `blocks.{chunk}.{block}.…`; 0, as a flat list.
+        drop_path_rate, drop_path_uniform: rate of stochastic depth, the same in all blocks or rising linearly from 0.
+        num_register_tokens: extra learned tokens after CLS, without position embedding.
+        interpolate_offset, interpolate_antialias: how the position embedding is resized for other image sizes:
+            (0.1, False) for training and for the released models without registers, (0.0, True) for those with.
     """
 
     def __init__(self, img_size=224, patch_size: int = 16, in_chans: int = 3, embed_dim: int = 768, depth: int = 12,
@@ -243,7 +250,7 @@ class DinoVisionTransformer(nn.Module):
         if ffn_layer not in FFNS:
             raise ValueError(f"unknown ffn_layer {ffn_layer!r}; choose one of {', '.join(FFNS)}")
         self.num_features = self.embed_dim = embed_dim
-        self.num_tokens = 1  # CLS alone, also with registers
+        self.num_tokens = 1  # CLS only, also with registers, as officially
         self.n_blocks, self.num_heads, self.patch_size = depth, num_heads, patch_size
         self.num_register_tokens = num_register_tokens
         self.interpolate_antialias, self.interpolate_offset = interpolate_antialias, interpolate_offset
@@ -263,7 +270,7 @@ class DinoVisionTransformer(nn.Module):
                      init_values=init_values, act_layer=act_layer, ffn_layer=FFNS[ffn_layer])
             for i in range(depth)]
         self.chunked_blocks = block_chunks > 0
-        if self.chunked_blocks:  # Identity padding keeps the global block number in the inner key
+        if self.chunked_blocks:  # padding with Identity keeps the block number in the inner key
             size = max(depth // block_chunks, 1)
             blocks = [nn.ModuleList([nn.Identity()] * i + blocks[i : i + size]) for i in range(0, depth, size)]
         self.blocks = nn.ModuleList(blocks)
@@ -272,9 +279,9 @@ class DinoVisionTransformer(nn.Module):
         self.init_weights()
 
     def init_weights(self, std: float = 0.02, pos_std: float = 0.02) -> None:
-        """cls, registers: normal 1e-6 · pos_embed: truncated normal `pos_std` · Linear weights: truncated normal `std`
-        · Linear biases, mask_token: 0 · patch_embed.proj: PyTorch's Conv2d default · LayerNorm: 1, 0 · LayerScale: its
-        init_values."""
+        """The official initialization. Standard deviations: `pos_std` for the position embedding and `std` for the
+        weights of linear layers, both truncated at 2; 1e-6 for CLS and registers. mask_token and biases of linear
+        layers are 0. patch_embed.proj, LayerNorm and LayerScale stay as their constructors made them."""
         nn.init.trunc_normal_(self.pos_embed, std=pos_std)
         nn.init.normal_(self.cls_token, std=1e-6)
         if self.register_tokens is not None:
@@ -282,35 +289,36 @@ class DinoVisionTransformer(nn.Module):
         self.apply(partial(init_linear, std=std))
 
     def block_list(self) -> list[nn.Module]:
-        """The transformer blocks in order, whether stored flat or in chunks."""
+        """The transformer blocks in order, whether they are stored flat or in chunks."""
         if not self.chunked_blocks:
             return list(self.blocks)
         return [block for chunk in self.blocks for block in chunk if not isinstance(block, nn.Identity)]
 
     def interpolate_pos_encoding(self, x: Tensor, height: int, width: int) -> Tensor:
-        """Position table for images of height x width pixels, (1, 1 + h*w, D) in x's dtype; `x` is (B, 1 + h*w, D)."""
+        """The position embedding (1, 1+h*w, D) for images of height x width pixels, in the dtype of x (B, 1+h*w, D)."""
         n = self.pos_embed.shape[1] - 1
         if x.shape[1] - 1 == n and height == width:
             return self.pos_embed
-        size = round(n**0.5)
-        assert size * size == n, f"position table of {n} entries is not square"
+        side = round(n**0.5)
+        assert side * side == n, f"the position embedding has {n} entries, not a square number"
         grid = (height // self.patch_size, width // self.patch_size)
         table = self.pos_embed.float()
-        patches = table[:, 1:].unflatten(1, (size, size)).permute(0, 3, 1, 2)  # (1, D, size, size)
-        # With an offset the released models were trained to sample at (grid + offset) / size, not at grid / size.
+        patches = table[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
+        # Released models without registers were trained with scale factors of (grid + 0.1) / side, not grid / side.
         offset = self.interpolate_offset
-        target = dict(scale_factor=tuple((g + offset) / size for g in grid)) if offset else dict(size=grid)
-        resize = partial(F.interpolate, mode="bicubic", antialias=self.interpolate_antialias, **target)
-        if torch.are_deterministic_algorithms_enabled():  # in which bicubic has no backward pass on GPUs; a product has
-            basis = resize(torch.eye(n, device=table.device).unflatten(1, (1, size, size)))  # (n, 1, h, w)
+        target = dict(scale_factor=tuple((g + offset) / side for g in grid)) if offset else dict(size=grid)
+        interpolate = partial(F.interpolate, mode="bicubic", antialias=self.interpolate_antialias, **target)
+        if torch.are_deterministic_algorithms_enabled():  # interpolation is not, on GPUs; so as a matrix product
+            basis = interpolate(torch.eye(n, device=table.device).unflatten(1, (1, side, side)))  # (n, 1, h, w)
             patches = (patches.flatten(2).double() @ basis.flatten(1).double()).unflatten(2, basis.shape[2:]).float()
         else:
-            patches = resize(patches)
+            patches = interpolate(patches)  # (1, D, h, w)
         assert patches.shape[-2:] == grid, f"interpolated to {tuple(patches.shape[-2:])}, wanted {grid}"
         return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1).to(x.dtype)  # (1, 1+h*w, D)
 
     def prepare_tokens_with_masks(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
-        """Images (B, C, h*p, w*p) -> tokens (B, 1+R+h*w, D). `masks` (B, h*w) bool: True puts mask_token there."""
+        """Images (B, C, h*p, w*p) -> tokens (B, 1+R+h*w, D). Where `masks` (B, h*w) is True, mask_token replaces the
+        patch."""
         height, width = x.shape[-2:]
         x = self.patch_embed(x)
         if masks is not None:
@@ -325,37 +333,38 @@ class DinoVisionTransformer(nn.Module):
         """Features of a batch of images, or of a list of batches of different sizes in one pass.
 
         Args:
-            x: (B, C, h*p, w*p), or a list of such tensors; then `masks` is a list too, of tensors or None.
-            masks: (B, h*w) bool or None; True replaces the patch by mask_token.
-            drop_orders: (2 * depth, groups, B / groups) int64 or None: which images stochastic depth drops in each
-                branch of each block, see add_to_subset; a list of these for a list. None: by chance.
-        Returns: a dict (or a list of them) of x_norm_clstoken (B, D), x_norm_regtokens (B, R, D),
-            x_norm_patchtokens (B, h*w, D), x_prenorm (B, 1+R+h*w, D) before the last norm, masks as given.
+            x: (B, C, h*p, w*p), or a list of such tensors; then `masks` and `drop_orders` are lists too.
+            masks: (B, h*w) bool or None; where True, mask_token replaces the patch.
+            drop_orders: (2 * depth, groups, B / groups) int64 or None: which images each branch of each block computes
+                under stochastic depth, see add_to_subset. None: random ones.
+        Returns: a dict (or a list of dicts) of x_norm_clstoken (B, D), x_norm_regtokens (B, R, D),
+            x_norm_patchtokens (B, h*w, D), x_prenorm (B, 1+R+h*w, D) before the final norm, and masks as given.
         """
         if not isinstance(x, list):
             return self.forward_features([x], [masks], None if drop_orders is None else [drop_orders])[0]
         masks = masks or [None] * len(x)
         tokens = [self.prepare_tokens_with_masks(images, m) for images, m in zip(x, masks, strict=True)]
         shapes = [t.shape[:2] for t in tokens]
-        t = pack(tokens)
+        packed = pack(tokens)  # (1, T, D)
         for i, block in enumerate(self.block_list()):
-            t = block(t, shapes, drop_orders and [orders[2 * i : 2 * i + 2] for orders in drop_orders])
-        r = 1 + self.num_register_tokens
+            packed = block(packed, shapes, drop_orders and [orders[2 * i : 2 * i + 2] for orders in drop_orders])
+        first = 1 + self.num_register_tokens  # patch
         return [
-            dict(x_norm_clstoken=normed[:, 0], x_norm_regtokens=normed[:, 1:r], x_norm_patchtokens=normed[:, r:],
-                 x_prenorm=raw, masks=m)
-            for normed, raw, m in zip(unpack(self.norm(t), shapes), unpack(t, shapes), masks)]
+            dict(x_norm_clstoken=normed[:, 0], x_norm_regtokens=normed[:, 1:first],
+                 x_norm_patchtokens=normed[:, first:], x_prenorm=raw, masks=m)
+            for normed, raw, m in zip(unpack(self.norm(packed), shapes), unpack(packed, shapes), masks)]
 
     def get_intermediate_layers(self, x: Tensor, n=1, reshape: bool = False, return_class_token: bool = False,
                                 norm: bool = True) -> tuple:
-        """Patch tokens of the last `n` blocks, or of the blocks numbered in the sequence `n`, in ascending order.
+        """Patch tokens of the last `n` blocks, or of the blocks whose numbers `n` lists, in ascending order.
 
-        Returns: a tuple of (B, h*w, D), or (B, D, h, w) with `reshape`; of pairs (patches, CLS (B, D)) with
-        `return_class_token`. `norm` applies the final LayerNorm to each. Raises ValueError for blocks that don't exist.
+        Returns: a tuple of (B, h*w, D), or with `reshape` of (B, D, h, w), one per block; with `return_class_token` of
+        pairs (patches, CLS (B, D)). `norm` applies the final LayerNorm to each. Raises ValueError if a block does not
+        exist.
         """
         wanted = range(self.n_blocks - n, self.n_blocks) if isinstance(n, int) else n
         if not all(0 <= i < self.n_blocks for i in wanted):
-            raise ValueError(f"blocks {list(wanted)} asked for, the model has blocks 0 to {self.n_blocks - 1}")
+            raise ValueError(f"no such blocks: {list(wanted)}; the model has blocks 0 to {self.n_blocks - 1}")
         tokens, outs = self.prepare_tokens_with_masks(x), []
         for i, block in enumerate(self.block_list()):
             tokens = block(tokens)
@@ -386,27 +395,27 @@ def init_linear(module: nn.Module, std: float = 0.02) -> None:
 
 class WeightNormLinear(nn.Module):
     """Linear layer without bias whose row k is weight_g[k] * weight_v[k] / |weight_v[k]| (Salimans & Kingma 2016).
-    Two plain parameters under the names of the released heads: it can be deep-copied and sharded."""
+    Both are plain parameters, named as in the released heads, so that the layer can be deep-copied and sharded."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
         self.weight_g = nn.Parameter(torch.ones(out_features, 1))
         self.weight_v = nn.Parameter(torch.empty(out_features, in_features))
-        nn.init.kaiming_uniform_(self.weight_v, a=5**0.5)  # nn.Linear's default, which this layer keeps
+        nn.init.kaiming_uniform_(self.weight_v, a=5**0.5)  # the default of nn.Linear, as officially
 
     def weight(self) -> Tensor:
-        """The rows (K, d): a pass over all of them, wanted once per step."""
-        return torch._weight_norm(self.weight_v, self.weight_g)  # what nn.utils.weight_norm calls: forward and backward
+        """The rows, (out_features, in_features). Costs a pass over all of them, so call it once per step."""
+        return torch._weight_norm(self.weight_v, self.weight_g)  # the fused operator behind nn.utils.weight_norm
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight())
 
 
 class DINOHead(nn.Module):
-    """MLP, L2 normalization, prototypes: (..., in_dim) -> logits (..., out_dim) (DINO, section 3.1 and appendix C).
+    """MLP, L2 normalization, K = out_dim prototypes: (..., in_dim) -> logits (..., K) (DINO, section 3.1, appendix C).
 
-    With weight_g = 1 a logit is the cosine between the projected token and the prototype. With `factored`, the result
-    are the factors of the logits: projected tokens (..., bottleneck_dim) and prototypes (out_dim, bottleneck_dim).
+    With weight_g = 1, a logit is the cosine of the projected token and the prototype. With `factored`, forward returns
+    the factors of the logits instead: projected tokens (..., bottleneck_dim) and prototypes (K, bottleneck_dim).
     """
 
     def __init__(self, in_dim: int, out_dim: int, use_bn: bool = False, nlayers: int = 3, hidden_dim: int = 2048,
@@ -430,12 +439,12 @@ class DINOHead(nn.Module):
 # Loading
 
 
-FORMAT = 1  # of the checkpoints of train.py, their entry "format"
+FORMAT = 1  # version of the checkpoints that train.py writes, stored in them as "format"
 
 
 def read_checkpoint(path: str) -> dict:
-    """A .pth file as a dict on the CPU. Nothing in it is executed. Raises ValueError, naming the cause, for a file that
-    is missing, truncated, no checkpoint, or holds anything but tensors and plain values."""
+    """Reads a .pth file onto the CPU, without executing anything in it. Raises ValueError, naming the cause, if it is
+    missing, truncated, not a checkpoint, or holds anything but tensors and plain values."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -443,11 +452,11 @@ def read_checkpoint(path: str) -> dict:
     except FileNotFoundError:
         raise ValueError(f"no such checkpoint: {path}") from None
     except IsADirectoryError:
-        raise ValueError(f"{path} is a folder; name the checkpoint in it, as {path.rstrip('/')}/ckpt.pth") from None
+        raise ValueError(f"{path} is a folder; name a file in it, such as {path.rstrip('/')}/ckpt.pth") from None
     except PermissionError:
-        raise ValueError(f"{path} may not be read by this user") from None
+        raise ValueError(f"no permission to read {path}") from None
     except Exception as error:  # a damaged file can fail in any way
-        if "GLOBAL" in str(error):  # the reader's word for a class or a function
+        if "GLOBAL" in str(error):  # torch.load's word for a class or a function
             raise ValueError(f"{path} holds pickled code, not just weights: refused, nothing in it was run") from None
         raise ValueError(f"{path} is truncated or is not a PyTorch checkpoint; copy or download it again") from None
     if not isinstance(ckpt, dict):
@@ -456,15 +465,15 @@ def read_checkpoint(path: str) -> dict:
 
 
 def load_backbone(path: str, ckpt: dict | None = None, arguments: dict | None = None) -> DinoVisionTransformer:
-    """The backbone in a checkpoint of train.py (its teacher) or in a released DINOv2 backbone file, in eval mode.
+    """The backbone of a checkpoint of train.py (the teacher) or of a released DINOv2 file, in eval mode.
 
-    `ckpt` saves reading the file again; `arguments` of the constructor go before those that the file tells. Loading is
-    strict. Raises ValueError if the file holds no such backbone.
+    `ckpt` is the content of the file, if it has been read already; `arguments` override the constructor arguments found
+    in it. Raises ValueError if anything is missing or left over.
     """
     ckpt = read_checkpoint(path) if ckpt is None else ckpt
     weights, heads = ckpt.get("teacher", ckpt), ("dino_head.", "ibot_head.")
     if not isinstance(weights, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in weights.items()):
-        raise ValueError(f"{path} holds no DINOv2 backbone (its entries: {', '.join(map(str, list(ckpt)[:3]))})")
+        raise ValueError(f"{path} holds no DINOv2 backbone (it starts with: {', '.join(map(str, list(ckpt)[:3]))})")
     weights = {k.removeprefix("backbone."): v for k, v in weights.items() if not k.startswith(heads)}
     kwargs = ckpt["model"] if ckpt.get("format") == FORMAT else infer_arguments(path, weights)
     with torch.device("meta"):
@@ -474,7 +483,7 @@ def load_backbone(path: str, ckpt: dict | None = None, arguments: dict | None = 
 
 
 def load_strictly(model: nn.Module, weights: dict[str, Tensor], path: str, assign: bool = True) -> None:
-    """load_state_dict that explains in one line what does not fit. Raises ValueError."""
+    """load_state_dict(strict=True) that says in one line what does not fit. Raises ValueError."""
     expected = model.state_dict()
     missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
     shapes = [k for k in expected.keys() & weights.keys() if expected[k].shape != weights[k].shape]
@@ -486,12 +495,13 @@ def load_strictly(model: nn.Module, weights: dict[str, Tensor], path: str, assig
 
 
 def infer_arguments(path: str, weights: dict[str, Tensor]) -> dict:
-    """Constructor arguments of a DINOv2 backbone, read off the names and shapes of its weights. All released models
-    have heads of width 64, and those with registers another position rule. Raises ValueError for foreign weights."""
+    """The constructor arguments of a DINOv2 backbone, from the names and shapes of its weights. What these do not tell
+    is as in the released models: heads 64 wide, and the interpolation of positions that goes with or without registers.
+    Raises ValueError if the weights are not those of a DINOv2 backbone."""
     blocks = [k.removesuffix(".norm1.weight").split(".")[1:] for k in weights if k.endswith(".norm1.weight")]
     needed = {"cls_token", "pos_embed", "mask_token", "patch_embed.proj.weight", "norm.weight"}
     if not blocks or not needed <= weights.keys() or weights["patch_embed.proj.weight"].ndim != 4:
-        raise ValueError(f"{path} holds no DINOv2 backbone (its entries: {', '.join(list(weights)[:3])})")
+        raise ValueError(f"{path} holds no DINOv2 backbone (it starts with: {', '.join(list(weights)[:3])})")
     dim, in_chans, patch = weights["patch_embed.proj.weight"].shape[:3]
     chunks = len({b[0] for b in blocks}) if len(blocks[0]) == 2 else 0
     first = f"blocks.{'0.0' if chunks else '0'}."

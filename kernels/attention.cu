@@ -1,13 +1,13 @@
 // Self-attention of packed crops, forward and backward, in memory linear in the number of tokens. attention.py builds
 // and calls it; any GPU of compute capability 8.0 or more. Apache License 2.0.
 //
-// The input is what the qkv layer of a vision transformer puts out, (T, 3, H, D): T tokens of all images one after the
-// other, H heads of width D. Images come in runs of equal length N, such as 128 global crops of 197 tokens followed by
-// 512 local crops of 37. Each (image, head) is a problem of its own, for which FlashAttention (Dao et al. 2022, arXiv
+// The input is the output of the qkv layer of a vision transformer, (T, 3, H, D): T tokens of all images in sequence,
+// H heads of width D. Images come in runs of equal length N, such as 128 global crops of 197 tokens followed by 512
+// local crops of 37. Each (image, head) is a problem of its own, for which FlashAttention (Dao et al. 2022, arXiv
 // 2205.14135) and FlashAttention-2 (Dao 2023, arXiv 2307.08691) showed how never to store the (N, N) matrices:
 //
 //     S = scale Q K^T    P = softmax(S)    O = P V           forward; kept for later: O and L = log(sum(exp(S))), (N)
-//     P = exp(S - L)     dV = P^T dO       dP = dO V^T       backward, S computed anew
+//     P = exp(S - L)     dV = P^T dO       dP = dO V^T       backward, S recomputed
 //     delta = rowsum(dO * O)               dS = P * (dP - delta)
 //     dQ = scale dS K    dK = scale dS^T Q
 //

@@ -335,6 +335,6 @@ def load_kernel(arch: dict, dtype: torch.dtype, device: torch.device):
         sys.modules[name] = module = importlib.util.module_from_spec(spec)  # where torch.compile looks for it
         spec.loader.exec_module(module)
     try:
-        return module.load(arch["embed_dim"] // arch["num_heads"])
+        return module.build_kernels(arch["embed_dim"] // arch["num_heads"])
     except ValueError as error:
         raise ValueError(f"--kernels: {error}; leave it out") from None

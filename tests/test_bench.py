@@ -1,6 +1,5 @@
 import inspect
 import json
-import multiprocessing
 import re
 import shlex
 from functools import partial
@@ -23,7 +22,7 @@ def test_bench_save(capsys):
     assert len(rows) == 6 and all(row["ms"] == row["ms"] for row in rows) and rows[0]["ms"] > 0 and rows[2]["ms"] > 0
     with pytest.raises(ValueError, match="unknown preset 'digit', did you mean digits"):
         bench.main(["save", "--preset", "digit"])
-    with pytest.raises(ValueError, match="--every says nothing to `bench.py knn`; it is for logreg"):
+    with pytest.raises(ValueError, match="--every has no effect on `bench.py knn`; it is for logreg"):
         bench.main(["knn", "--every", "2"])
 
 
@@ -60,10 +59,9 @@ def test_bench_estimates_activations(way):
     embeddings and its last norm."""
     cfg = train.Config(**train.PRESETS["digits"] | dict(
         device="cpu", dtype="fp32", activation_checkpointing=way, drop_path_rate=0.3))
-    results = multiprocessing.SimpleQueue()
-    bench.measure_steps(cfg, results)
+    saved, _ = bench.measure_steps(cfg)
     estimate, tokens = 3 * bench.block_bytes(cfg, 128, torch.float32)[way], 128 * (2 * 10 + 2 * 5) * 64 * 4
-    assert 0.95 * estimate < results.get()[0] < estimate + 3 * tokens  # here, the rows to drop are rounded by groups
+    assert 0.95 * estimate < saved < estimate + 3 * tokens  # here, the rows to drop are rounded by groups
 
 
 def bench_rows(capsys, *argv) -> list[dict]:
@@ -106,10 +104,10 @@ def test_bench_train_counts_flops():
 
     cfg = train.Config(**train.PRESETS["digits"] | dict(batch_size=32, group_size=32, mask_ratio_min_max=(0.3, 0.3),
                                                         device="cpu", num_workers=0))
-    training = bench.Training(cfg, support.sources.open_source("digits"), CPU)
-    parts = list(map(training.prepare, training.next_batch()))
+    training = bench.TimedTraining(cfg, support.sources.open_source("digits"), CPU)
+    batches = list(map(training.prepare, training.next_batches()))
     with FlopCounterMode(display=False) as counter:
-        training.step(parts)
+        training.step(batches)
     dist.destroy_process_group()
     assert counter.get_total_flops() == pytest.approx(32 * bench.train_flops(cfg), rel=0.1)
 

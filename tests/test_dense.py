@@ -838,7 +838,7 @@ def test_eval_dense_heads_that_do_not_fit(dense_pairs, dense_vit, desk):
     torch.save(broken, desk / "nan.pth")
     for argv, text in (
             ((desk / "other.pth", "--task", "seg"), "trained on the features of another backbone, of the same width"),
-            ((desk / "wide.pth", "--task", "seg"), "is the head of another backbone: it takes 64 channels, this one"),
+            ((desk / "wide.pth", "--task", "seg"), "is the head of another backbone: it takes 64 channels; this one"),
             ((dense_vit, "--task", "depth"), "vit.seg_linear_head.pth is for --task seg"),
             ((dense_vit, "--task", "seg", "--data", desk / "ade"), "knows the classes of other data, not those of"),
             ((dense_vit, "--task", "seg", "--data", desk / "four"), ".*four.* has other classes than"),

@@ -330,7 +330,7 @@ def test_dense_released_depth_files(kind, small_released):
     assert (literal / expected).min() > 7.9 if kind != "dpt" else torch.equal(literal, expected)
     other = small_released / "mine.pth"
     shutil.copy(file, other)
-    with pytest.raises(ValueError, match="does not say for which depths it is; give their range"):
+    with pytest.raises(ValueError, match="does not say which depths it was trained for; give their range"):
         hub.load_dense("dinov2_vits14", other)
     assert torch.equal(hub.load_dense("dinov2_vits14", other, (0.001, 10))[0](images), expected)
 
@@ -360,8 +360,8 @@ def test_dense_files_that_do_not_fit(small_released, tmp_path):
     more = heads.DPTHead(64)
     more.extra = torch.nn.Linear(1, 1)
     for path, text in (
-            (wide, "is the head of another backbone: it takes 768 channels, this one, 64 wide, gives 128 or 512"),
-            (save(heads.DPTHead(96), "a_nyu_dpt_head.pth"), "takes 96 channels, this one, 64 wide, gives 64$"),
+            (wide, "is the head of another backbone: it takes 768 channels; this one, 64 wide, gives 128 or 512"),
+            (save(heads.DPTHead(96), "a_nyu_dpt_head.pth"), "takes 96 channels; this one, 64 wide, gives 64$"),
             (save(heads.SegmentationHead(96, 21), "voc2012_linear_head.pth"), "gives 64 or 256"),
             (save(short, "short.pth"), "5 missing, such as bn.bias"), (save(more, "b_nyu_dpt_head.pth"), "2 unexp"),
             (small_released / "dinov2_vits14_pretrain.pth", "holds no depth or segmentation head"),
@@ -407,9 +407,9 @@ def test_dense_heads_of_wider_backbones_are_told_by_their_names(tmp_path):
     for head, name in ((heads.SegmentationHead(64, 150, 4), "ade20k_ms"),
                        (heads.LinearDepthHead(64, 4), "nyu_linear4")):
         with pytest.raises(ValueError, match="is the head of another backbone"):
-            hub.put_dense_head(vit, as_released(head, tmp_path / f"dinov2_vits14_{name}_head.pth"))
+            hub.attach_dense_head(vit, as_released(head, tmp_path / f"dinov2_vits14_{name}_head.pth"))
     odd = as_released(heads.SegmentationHead(256, 151), tmp_path / "dinov2_vits14_ade20k_linear_head.pth")
-    about = hub.put_dense_head(vit, odd)[1]
+    about = hub.attach_dense_head(vit, odd)[1]
     assert about.dataset == "" and len(about.classes) == len(set(about.colors)) == 151
 
 

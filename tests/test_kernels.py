@@ -31,7 +31,7 @@ def check_kernel(kernels, heads: int, runs, head_dim: int = 64, device: str = "c
     for dtype in (torch.bfloat16, torch.float16):
         ours = kernels.compare(runs, heads, head_dim, dtype, device)[0]
         for what, pair in zip(("out", "dq", "dk", "dv"), ours):
-            assert all(a <= b for a, b in zip(pair, kernels.limits(dtype, runs))), (what, pair, dtype)
+            assert all(a <= b for a, b in zip(pair, kernels.tolerances(dtype, runs))), (what, pair, dtype)
 
 
 def test_kernels_are_sources_only(kernels):
@@ -49,21 +49,21 @@ def test_kernels_are_sources_only(kernels):
     pytest.param(1, ([1], [1370]), 2, marks=pytest.mark.slow)])
 def test_kernels_emulated_equal_float64(kernels, heads, runs, order):
     """Forward and all gradients; the emulator reports races, wrong addresses and barriers besides, see emulate.h."""
-    kernels.load_emulator()(order, 0)
+    kernels.build_emulator()(order, 0)
     check_kernel(kernels, heads, runs)
 
 
 @NEEDS_GXX
 @pytest.mark.parametrize("head_dim", [32, pytest.param(128, marks=pytest.mark.slow)])
 def test_kernels_emulated_other_head_widths(kernels, head_dim):
-    kernels.load_emulator(head_dim)(2, 1)
+    kernels.build_emulator(head_dim)(2, 1)
     check_kernel(kernels, 2, ([1, 1, 1], [145, 37, 5]), head_dim)
 
 
 @NEEDS_GXX
 def test_kernels_emulated_lse_is_exact(kernels):
     """float32, so that not one key too many or too few hides behind the rounding of the output."""
-    kernels.load_emulator()(0, 0)
+    kernels.build_emulator()(0, 0)
     runs = ([1, 1, 1], [131, 37, 3])
     qkv = 3 * qkv_and_grad(171, 2)[0]
     lse = torch.ops.dinov2.attention(qkv, *runs, 0.125)[1]
@@ -75,19 +75,19 @@ def test_kernels_emulated_lse_is_exact(kernels):
 @NEEDS_GXX
 @pytest.mark.parametrize("runs", [([1, 2], [70, 21]), pytest.param(([1], [330]), marks=pytest.mark.slow)])
 def test_kernels_emulated_same_bits_in_any_order_of_threads(kernels, runs):
-    set_order, outs = kernels.load_emulator(), []
+    set_order, outs = kernels.build_emulator(), []
     for order, seed in ((0, 0), (1, 0), (2, 0), (2, 1)):
         set_order(order, seed)
-        outs.append(kernels.results(kernels.attend, *qkv_and_grad(sum(b * n for b, n in zip(*runs)), 2), runs))
+        outs.append(kernels.output_and_gradients(kernels.attend, *qkv_and_grad(sum(b * n for b, n in zip(*runs)), 2), runs))
     assert all(torch.equal(a, b) for other in outs[1:] for a, b in zip(outs[0], other))
 
 
 @NEEDS_GXX
 def test_kernels_extreme_values(kernels):
     """A softmax of scores in the hundreds, and NaN stays within its image."""
-    kernels.load_emulator()(0, 0)
+    kernels.build_emulator()(0, 0)
     qkv = torch.cat([40 * qkv_and_grad(33)[0], qkv_and_grad(33)[0]])
-    exact = kernels.stock(qkv.double(), [2], [33], 0.125)
+    exact = kernels.pytorch_attention(qkv.double(), [2], [33], 0.125)
     assert_close(kernels.attend(qkv, [2], [33], 0.125), exact, 0.01 * exact.abs().max().item())
     qkv[40] = math.nan
     out = kernels.attend(qkv, [2], [33], 0.125)
@@ -120,7 +120,7 @@ def test_kernels_tests_see_mistakes(kernels, before, after, symptom, tmp_path, m
     monkeypatch.setattr(kernels, "HERE", tmp_path)
     monkeypatch.setattr(kernels, "libraries", {})
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    kernels.load_emulator()(1, 0)
+    kernels.build_emulator()(1, 0)
     found = ""
     for runs in (([1, 1], [37, 19]), ([1], [131]), ([1], [289])):
         try:
@@ -135,7 +135,7 @@ def test_kernels_tests_see_mistakes(kernels, before, after, symptom, tmp_path, m
 @NEEDS_GXX
 def test_kernels_operators_are_known_to_pytorch(kernels):
     """opcheck: schema, fake, autograd; torch.compile without a break, with the same gradient."""
-    kernels.load_emulator()(0, 0)
+    kernels.build_emulator()(0, 0)
     qkv, grad = qkv_and_grad(7 + 2 * 3)
     runs = ([1, 2], [7, 3], 0.125)
     library.opcheck(torch.ops.dinov2.attention.default, (qkv.clone().requires_grad_(), *runs))
@@ -163,7 +163,7 @@ def test_kernels_operators_on_meta(kernels):
     (dict(qkv=torch.zeros(4, 3, 1, 64)), "takes bfloat16 or float16, not float32"),
     (dict(qkv=torch.zeros(4, 192).half()), r"qkv of shape \(T, 3, H, D\), not \(4, 192\)"),
     (dict(qkv=torch.zeros(4, 3, 1, 48).half()), "heads of width 32, 64, 128, not 48"),
-    (dict(batches=[2, 1]), "runs, each of a number of images and a length, not"),
+    (dict(batches=[2, 1]), "takes 1 to 16 runs of images, not"),
     (dict(batches=[1] * 17, lengths=[1] * 17), "takes 1 to 16 runs"),
     (dict(batches=[], lengths=[]), "takes 1 to 16 runs"),
     (dict(batches=[4], lengths=[0]), "not batches .4. and lengths .0."),
@@ -175,39 +175,39 @@ def test_kernels_refuse(kernels, change, message):
         kernels.attend(*arguments.values())
 
 
-def test_kernels_load_says_why_not(kernels, monkeypatch, capsys, tmp_path):
+def test_kernels_build_says_what_lacks(kernels, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(kernels, "libraries", {})
-    with pytest.raises(ValueError, match=r"width 64 on cpu is not loaded: call load_emulator\(64\) first"):
+    with pytest.raises(ValueError, match=r"no attention kernel yet for heads of width 64 on cpu: call build_emulator\(64\)"):
         kernels.attend(torch.zeros(4, 3, 1, 64).half(), [2], [2], 0.125)
     with pytest.raises(ValueError, match="heads of width 32, 64, 128, not 80"):
-        kernels.load(80)
+        kernels.build_kernels(80)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="needs an NVIDIA GPU, and PyTorch sees none"):
-        kernels.load()
+        kernels.build_kernels()
     assert kernels.main([]) == 2 and capsys.readouterr().err.count("\n") == 1
     gpu = types.SimpleNamespace(name="Tesla V100", major=7, minor=0, shared_memory_per_block_optin=98304)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     with pytest.raises(ValueError, match=r"needs compute capability 8.0 \(A100\) or more, Tesla V100 has 7.0"):
-        kernels.load()
+        kernels.build_kernels()
     gpu.name, gpu.major, gpu.minor = "RTX", 8, 9
     with pytest.raises(ValueError, match="need 160 KB of shared memory per block, RTX has less"):
-        kernels.load(128)
+        kernels.build_kernels(128)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(ValueError, match="needs nvcc"):
-        kernels.load()
+        kernels.build_kernels()
     with pytest.raises(ValueError, match="needs g\\+\\+"):
-        kernels.load_emulator()
+        kernels.build_emulator()
     (tmp_path / "nvcc").write_text("#!/bin/sh\necho In file included from x; echo 'a.cu(1): error: no' >&2; exit 1\n")
     (tmp_path / "nvcc").chmod(0o755)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(ValueError, match=r"does not compile for sm_89: a.cu\(1\): error: no$"):
-        kernels.load()
+        kernels.build_kernels()
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "nvcc"))
     with pytest.raises(ValueError, match="cannot be built in .*nvcc/dinov2_kernels: .*Not a directory"):
-        kernels.load()
+        kernels.build_kernels()
 
 
 @pytest.mark.skipif(not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()), reason="needs nvcc")
@@ -222,7 +222,7 @@ def test_kernels_compile_without_spills(kernels):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_kernels_on_a_gpu_equal_float64(kernels):
-    kernels.load()
+    kernels.build_kernels()
     for count, *runs in kernels.CASES + kernels.LARGE_CASES:
         check_kernel(kernels, count, runs, device="cuda")
     qkv = qkv_and_grad(3 * 37, 2)[0].cuda().requires_grad_()

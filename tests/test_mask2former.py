@@ -277,7 +277,7 @@ def test_m2f_by_the_hub(tmp_path, monkeypatch):
     assert chances.shape == (150, 64, 32)
     torch.save(model.build("vit_nano", patch_size=8, img_size=16).state_dict(), tmp_path / "vit.pth")
     for call in (lambda: hub.load_dense(tmp_path / "vit.pth"), lambda: make(weights=str(tmp_path / "vit.pth"))):
-        with pytest.raises(ValueError, match="vit.pth has no dense head in it; name one beside it"):
+        with pytest.raises(ValueError, match="vit.pth holds no dense head; name one too"):
             call()
     with pytest.raises(ValueError, match="holds no DINOv2 backbone"):
         hub.load(file)

@@ -623,7 +623,7 @@ def test_visual_segment_command(trained, dense_files, desk, monkeypatch):
     (["segment", "a.png", "--model", "{ckpt}"], "is a backbone; give its head by --head.*ade20k_ms or voc2012_ms"),
     (["depth", "a.png", *MODEL, "--head", "{dense}/x_voc2012_linear_head.pth"], "segmentation head; use: .* segment"),
     (["segment", "a.png", *MODEL, "--head", "{dense}/x_kitti_dpt_head.pth"], "depth head; use: .* depth"),
-    (["depth", "a.png", *MODEL, "--head", "{dense}/unknown.pth"], "does not say for which depths it is; give"),
+    (["depth", "a.png", *MODEL, "--head", "{dense}/unknown.pth"], "does not say which depths it was trained for; give"),
     (["depth", "a.png", *MODEL, "--head", "nyu_dpt"], "nyu_dpt is a head of the released"),
     (["depth", "a.png", *MODEL, "--head", "{dense}/nan_nyu_linear_head.pth"], "are not finite: the checkpoint"),
     (["segment", "a.png", *MODEL, "--head", "{dense}/nan_voc2012_linear_head.pth", "--size", "16"], "are not finite"),
