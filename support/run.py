@@ -81,11 +81,13 @@ def write_json(path: Path, content: dict) -> None:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def sha256(path: Path) -> str:
+def sha256(path: Path, show_progress: bool = False) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open(path, "rb") as file, tqdm(total=path.stat().st_size, desc=f"verifying {path.name}", unit="B", delay=1,
+                                        unit_scale=True, leave=False, disable=None if show_progress else True) as bar:
         while piece := file.read(1 << 22):
             digest.update(piece)
+            bar.update(len(piece))
     return digest.hexdigest()
 
 
@@ -272,7 +274,8 @@ def verify(save: Path) -> dict | str:
     def check_share() -> str:
         share = sorted(complete["files"])[dist.get_rank() :: dist.get_world_size()]
         wait_for_files(save, share)
-        return next((f"{n}: its SHA-256 differs" for n in share if sha256(save / n) != complete["files"][n]), "")
+        wrong = (n for n in share if sha256(save / n, show_progress=True) != complete["files"][n])
+        return next((f"{name}: its SHA-256 differs" for name in wrong), "")
 
     complete = on_all_ranks(lambda: read_complete(save) if dist.get_rank() == 0 else None)[0]
     return complete if isinstance(complete, str) else next(filter(None, on_all_ranks(check_share)), complete)
