@@ -1599,8 +1599,8 @@ ACCUMULATE = ["--gradient-accumulation-steps", 2]
     pytest.param("centering", ((1, []), (2, []), (1, []), (2, ACCUMULATE)), marks=pytest.mark.slow)])
 def test_resume_on_other_numbers_of_processes(centering, chain, tmp_path):
     """On 1, 2 and 1 processes, and with 2 gradient accumulation steps: the losses and the weights of one process but
-    for rounding, also with stochastic depth (test_data_… show that samples, crops, masks and dropped rows are the same
-    to the bit)."""
+    for rounding, also with stochastic depth (test_data_… show that samples, crops, masks and dropped rows are the
+    same to the bit)."""
     steps = 3 * len(chain)
     log, flags = tmp_path / "log", [*TINY, "--steps", steps, "--drop-path-rate", 0.3, "--batch-size", 16,
                                     "--save-every", 5, "--centering", centering]
@@ -1800,7 +1800,7 @@ def must_be_exact() -> None:
     (["--clip-grad", "-1"], "--clip-grad must be 0 or more"),
     (["--lr", "nan"], "--lr must be 0 or more"),
     (["--mask-ratio-min-max", "0.5", "0.1"], "wants the smaller value first"),
-    (["--mask-sample-probability", "2"], "must lie between 0.0 and 1.0, got 2.0"),
+    (["--mask-sample-probability", "2"], "must lie between 0 and 1, got 2.0"),
     (["--device", "gpu"], "'gpu' is no device"),
     (["--kernels", "--dtype", "bf16"], "--kernels needs an NVIDIA GPU, and this runs on cpu"),
     (["--device", "mps"], "no Apple GPU"),
@@ -1975,7 +1975,8 @@ def test_eval_knn_golden():
         for k in votes:
             assert_close(votes[k], golden[f"knn/few{attempt}/votes/{k}"], 1e-6)
     scores = golden["knn/votes/10"]
-    place, better = support.evaluation.place_of_answer(scores, answers), (scores > scores.gather(1, answers[:, None])).sum(1)
+    place = support.evaluation.place_of_answer(scores, answers)
+    better = (scores > scores.gather(1, answers[:, None])).sum(1)
     assert_close((place < 1).float().mean(), golden["knn/metrics/MEAN_ACCURACY/top-1"], 1e-6)
     assert_close((better < 5).float().mean(), golden["knn/metrics/MEAN_ACCURACY/top-5"], 1e-6)
     assert (place != better).nonzero().flatten().tolist() == [8]  # where two classes have no vote; topk took the other
@@ -2169,7 +2170,8 @@ def test_eval_knn_classes_are_matched_by_name(tmp_path, monkeypatch):
     assert eval_knn.evaluate_knn(FirstPixel(), *sources, 8, 8, CPU, ks=(3,))["top1_k3"] == 100
     (tmp_path / "d/val/c").rename(tmp_path / "d/val/z")
     with pytest.raises(ValueError, match="class 'z' that .* does not have"):
-        eval_knn.evaluate_knn(FirstPixel(), sources[0], support.sources.open_source(f"{tmp_path}/d:split=VAL"), 8, 8, CPU)
+        val = support.sources.open_source(f"{tmp_path}/d:split=VAL")
+        eval_knn.evaluate_knn(FirstPixel(), sources[0], val, 8, 8, CPU)
 
 
 def test_eval_linear_golden():

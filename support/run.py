@@ -30,11 +30,6 @@ from tqdm import tqdm
 
 from support.parallel import TIMEOUT, Failed, local_shards, on_all_ranks, root_cause
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
@@ -157,7 +152,7 @@ class OutputLock:
         except OSError as error:
             self.release()
             raise ValueError(f"--out {out} cannot be written ({root_cause(error)}); choose another folder") from None
-        if fcntl:  # data-loading workers would share the lock, and keep it if they outlived this process
+        if os.name == "posix":  # data-loading workers would share the lock, and keep it if they outlived this process
             os.register_at_fork(after_in_child=self.close)
 
     def __enter__(self):
@@ -227,16 +222,16 @@ def lock_file(path: Path) -> int | None:
     for mode in (os.O_RDONLY, os.O_RDWR):  # NFS needs the latter, which keeps other disks from being remounted
         descriptor = os.open(path, mode | os.O_CREAT, 0o666)
         try:
-            if fcntl is None:
-                raise OSError(errno.ENOSYS, "Windows")
+            import fcntl  # Windows has none
+
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):  # the latter on CIFS
             return os.close(descriptor)
-        except OSError as error:
-            if error.errno == errno.EBADF and mode == os.O_RDONLY:
+        except (OSError, ImportError) as error:
+            if isinstance(error, OSError) and error.errno == errno.EBADF and mode == os.O_RDONLY:
                 os.close(descriptor)
                 continue
-            print(f"note: --out cannot be locked here ({error.strerror}); make sure that no other run uses it",
+            print(f"note: --out cannot be locked here ({root_cause(error)}); make sure that no other run uses it",
                   file=sys.stderr, flush=True)
         return descriptor
 

@@ -78,7 +78,8 @@ def test_kernels_emulated_same_bits_in_any_order_of_threads(kernels, runs):
     set_order, outs = kernels.build_emulator(), []
     for order, seed in ((0, 0), (1, 0), (2, 0), (2, 1)):
         set_order(order, seed)
-        outs.append(kernels.output_and_gradients(kernels.attend, *qkv_and_grad(sum(b * n for b, n in zip(*runs)), 2), runs))
+        tokens = sum(b * n for b, n in zip(*runs))
+        outs.append(kernels.output_and_gradients(kernels.attend, *qkv_and_grad(tokens, 2), runs))
     assert all(torch.equal(a, b) for other in outs[1:] for a, b in zip(outs[0], other))
 
 
@@ -177,7 +178,8 @@ def test_kernels_refuse(kernels, change, message):
 
 def test_kernels_build_says_what_lacks(kernels, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(kernels, "libraries", {})
-    with pytest.raises(ValueError, match=r"no attention kernel yet for heads of width 64 on cpu: call build_emulator\(64\)"):
+    wanted = r"no attention kernel yet for heads of width 64 on cpu: call build_emulator\(64\)"
+    with pytest.raises(ValueError, match=wanted):
         kernels.attend(torch.zeros(4, 3, 1, 64).half(), [2], [2], 0.125)
     with pytest.raises(ValueError, match="heads of width 32, 64, 128, not 80"):
         kernels.build_kernels(80)

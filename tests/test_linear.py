@@ -173,7 +173,8 @@ def test_eval_linear_real_labels_go_by_file_name(tmp_path):
     source.describe = names.__getitem__
     (tmp_path / "real.json").write_text("[[5], [6, 7], [], []]")
     assert eval_linear.read_real(str(tmp_path / "real.json"), source) == [[6, 7], [5], []]
-    for content, text in (("[[5]]", "no list of 4 or more"), ("no", "cannot be read"), ("[[], [], [], []]", "no answer")):
+    for content, text in (("[[5]]", "no list of 4 or more"), ("no", "cannot be read"),
+                          ("[[], [], [], []]", "no answer")):
         (tmp_path / "real.json").write_text(content)
         with pytest.raises(ValueError, match=text):
             eval_linear.read_real(str(tmp_path / "real.json"), source)

@@ -569,7 +569,8 @@ def test_slurm_script_of_the_docs(torchrun, tmp_path):
     (tmp_path / "job.sh").write_text(script.replace(":29500", f":{port}"))
     assert n == 1
     (tmp_path / "stand_in.py").write_text(STAND_IN)
-    for name, text in (SHIMS if real else SHIMS | dict(torchrun='exec "$PYTHON" -S "$FOLDER/stand_in.py" "$@"')).items():
+    stand_in = {} if real else dict(torchrun='exec "$PYTHON" -S "$FOLDER/stand_in.py" "$@"')
+    for name, text in (SHIMS | stand_in).items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
     env = os.environ | dict(PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHON=sys.executable, FOLDER=str(tmp_path),
