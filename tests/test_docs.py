@@ -102,13 +102,13 @@ def program(script: str):
 @functools.cache
 def flags_of(script: str, subcommand: str = "") -> frozenset[str]:
     """The flags that --help shows."""
-    if script == "bench.py" and subcommand not in ("", *bench.TRAINED):
+    if script == "bench.py" and subcommand not in ("", *bench.TRAINING):
         subcommand = ""
     with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
         program(script).main([*([subcommand] if script in SUBCOMMANDS else []), "--help"])
     lines = re.findall(r"^ {2,}(-.*)$", text.getvalue(), re.MULTILINE)
     flags = {flag for line in lines for flag in re.findall(r"--[a-z][\w-]*", line)}
-    return frozenset(flags | (flags_of("train.py") if subcommand in bench.TRAINED else set()))
+    return frozenset(flags | (flags_of("train.py") if subcommand in bench.TRAINING else set()))
 
 
 SUBCOMMANDS = {"hub.py": ("info",), "export.py": tuple(export.COMMANDS),

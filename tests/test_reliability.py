@@ -45,7 +45,7 @@ def test_train_says_when_shared_memory_is_short(monkeypatch, tmp_path):
     monkeypatch.setattr(train.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**26, 0, 2**26))
     cfg = train.Config(batch_size=256, num_workers=8)
     if Path("/dev/shm").is_dir():
-        with pytest.raises(ValueError, match="64 MB free, batches in the making need \\d+ MB; start the container"):
+        with pytest.raises(ValueError, match="64 MB free, prefetched batches need \\d+ MB; start the container"):
             train.check_shared_memory(cfg, 1)
     train.check_shared_memory(dataclasses.replace(cfg, num_workers=0), 1)
 
@@ -172,7 +172,7 @@ def test_saves_that_fail_are_retried(tmp_path, monkeypatch, capsys):
     os.rename(out / "resume/step_000000012", out / "away")
     (out / "resume").rename(out / "gone")
     (out / "resume").write_text("in the way")
-    monkeypatch.setattr(train.TrainState, "load_newest", lambda *a: (dict(step=12), []))
+    monkeypatch.setattr(train, "load_newest", lambda *a: (dict(step=12), []))
     with pytest.raises(support.parallel.Failed, match="saving has failed for 0.001 minutes .* last good .* step 12;"):
         train_main(*flags, "--steps", 500, "--save-patience", 0.001, "--export-every", 4, "--out", out)
     assert not (out / "lock").exists()
