@@ -20,7 +20,7 @@ import heads
 import hub
 import mask2former
 import model
-from tests.common import (HERE, M2F_TINY, Launched, assert_close, exit_code, fill_by_names, golden_dense, photographs,
+from tests.common import (M2F_TINY, Launched, assert_close, exit_code, fill_by_names, golden_dense, photographs,
                           pixels_of, results, same, size_of)
 
 
