@@ -152,7 +152,7 @@ class Config:
     compile: bool = False  # torch.compile each block; a minute to start, faster steps
     kernels: bool = False  # attention by kernels/attention.cu: bf16 on an NVIDIA GPU; nvcc compiles it once
     gradient_accumulation_steps: Count = 1  # forward and backward passes per optimizer step; same result, less memory
-    activation_checkpointing: Literal[CHECKPOINTING] = "none"  # recompute in backward: all but matmuls, or all
+    activation_checkpointing: Literal[CHECKPOINTING] = "none"  # selective: recompute all but matmuls; full: all
     sharding: Literal[SHARDINGS] = "zero2"  # DDP, ZeRO-2, ZeRO-3, or HSDP: ZeRO-2 within each machine, see docs
     deterministic: bool = False  # the same bits from run to run; slower on a GPU
     # output
