@@ -51,7 +51,7 @@ import support.parallel
 import support.run
 import support.sources
 from tests.common import (CPU, HERE, RELEASED, TINY, Launched, Numbers, Payload, assert_close, everything, exit_code,
-                          fill, golden, golden_grid, metrics, photographs, randn, results, same, saved_tensors, saving,
+                          fill, golden, golden_grid, metrics, photographs, randn, same, saved_tensors, saving,
                           set_grid, set_up_and_release, stop_at, train_main, wait_for, write_images)
 
 MODULES = ("bench", "data", "eval_dense", "eval_knn", "eval_linear", "eval_logreg", "heads", "hub", "hubconf", "losses",
