@@ -1651,8 +1651,8 @@ def test_accumulation_gives_what_one_part_gives(centering, separate):
         return results, centers, student.state_dict() | teacher.state_dict()
 
     (losses_1, centers_1, weights_1), others = steps(1), [steps(2), steps(4)]
-    for results, centers, weights in others:
-        for a, b in zip(losses_1, results):
+    for losses_n, centers, weights in others:
+        for a, b in zip(losses_1, losses_n):
             assert a.keys() == b.keys() and all(b[k].item() == pytest.approx(a[k].item(), rel=1e-4) for k in a)
         for name in centers:
             assert_close(centers[name], centers_1[name], 1e-5, name)

@@ -152,7 +152,7 @@ class Config:
     compile: bool = False  # torch.compile each block; a minute to start, faster steps
     kernels: bool = False  # attention by kernels/attention.cu: bf16 on an NVIDIA GPU; nvcc compiles it once
     gradient_accumulation_steps: Count = 1  # forward and backward passes per optimizer step; same result, less memory
-    activation_checkpointing: Literal[CHECKPOINTING] = "none"  # recompute in backward: all but matmuls, or all
+    activation_checkpointing: Literal[CHECKPOINTING] = "none"  # selective: recompute all but matmuls; full: all
     sharding: Literal[SHARDINGS] = "zero2"  # DDP, ZeRO-2, ZeRO-3, or HSDP: ZeRO-2 within each machine, see docs
     deterministic: bool = False  # the same bits from run to run; slower on a GPU
     # output
@@ -433,22 +433,24 @@ def step_losses(student: nn.ModuleDict, batch: Batch, targets: tuple[losses.Lazy
     (cls_tokens, prototypes), (patch_tokens, patch_prototypes) = head_outputs(
         student, torch.cat([out_local["x_norm_clstoken"], cls]), masked_patches(out, batch, cfg))
     local, both = cls_tokens.unflatten(0, (-1, n_images)).split([n_local, 2])  # (L, B, d), (2, B, d)
-    cls_targets, patch_targets = targets[0][:].unflatten(0, (2, n_images)), targets[1]  # (2, B, K), (M, K)
+    cls_targets, patch_targets = targets  # (2B, K), (M, K)
     dino_loss, ibot_loss = (compiled(f) if cfg.compile else f for f in (losses.dino_loss, losses.ibot_loss))
 
-    # The logits exist for a few images or masked patches at a time, which contribute to the means over all of them.
-    def dino(targets: Tensor, logits: Tensor, images: slice) -> Tensor:  # targets (T, B, K), logits (L, b, K)
-        share = logits.shape[1] / n_images
-        return cfg.dino_loss_weight * share * dino_loss(logits, targets[:, images]) / n_pairs
+    # Logits and targets exist for a few images or masked patches at a time: what these add to the means over all.
+    def dino(teacher_crops: tuple[int, ...], logits: Tensor, images: slice) -> Tensor:  # logits (L, b, K)
+        rows = [slice(images.start + i * n_images, images.stop + i * n_images) for i in teacher_crops]
+        targets = torch.stack([cls_targets[crop] for crop in rows])  # (T, b, K)
+        return cfg.dino_loss_weight / n_pairs * dino_loss(logits, targets) * (logits.shape[1] / n_images)
 
     def ibot(logits: Tensor, rows: slice) -> Tensor:  # (m, K)
-        return cfg.ibot_loss_weight * ibot_loss(logits, patch_targets[rows], batch.mask_weight[rows], n_crops)
+        weight = batch.mask_weight[rows].clone()  # torch.compile would compile again for a slice with an offset
+        return cfg.ibot_loss_weight * ibot_loss(logits, patch_targets[rows], weight, n_crops)
 
     # Every local crop against both teacher crops; every global crop against the other one, never against itself.
     loss, (dino_local, dino_first, dino_second, patch) = losses.chunked_losses([
-        (local, prototypes, partial(dino, cls_targets)),
-        (both[:1], prototypes, partial(dino, cls_targets[1:])),
-        (both[1:], prototypes, partial(dino, cls_targets[:1])),
+        (local, prototypes, partial(dino, (0, 1))),
+        (both[:1], prototypes, partial(dino, (1,))),
+        (both[1:], prototypes, partial(dino, (0,))),
         (patch_tokens, patch_prototypes, ibot)])
     terms = dict(dino_local=dino_local, dino_global=dino_first + dino_second)
     if cfg.ibot_loss_weight > 0:
@@ -462,15 +464,7 @@ def step_losses(student: nn.ModuleDict, batch: Batch, targets: tuple[losses.Lazy
 
 @functools.cache
 def compiled(loss):
-    """The loss, compiled for any number of rows: that of masked patches varies from step to step. Slices are copied,
-    because torch.compile would compile again for those that begin elsewhere in their tensor."""
-    graph = torch.compile(loss, fullgraph=True, dynamic=True)
-
-    def alone(x):
-        is_slice = torch.is_tensor(x) and x.nbytes < x.untyped_storage().nbytes()
-        return x.clone(memory_format=torch.contiguous_format) if is_slice else x
-
-    return lambda *arguments: graph(*map(alone, arguments))
+    return torch.compile(loss, fullgraph=True, dynamic=True)  # the number of masked patches varies from step to step
 
 
 # ----------------------------------------------------------------------------------------------------------------------
