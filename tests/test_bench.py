@@ -16,6 +16,7 @@ import support.sources
 from tests.common import CPU, assert_close, randn
 
 
+@pytest.mark.slow
 def test_bench_save(capsys):
     bench.main(["save", "--preset", "digits", "--repeats", "1", "--json"])
     rows = json.loads(capsys.readouterr().out)["rows"]
@@ -69,8 +70,9 @@ def bench_rows(capsys, *argv) -> list[dict]:
     return json.loads(capsys.readouterr().out)["rows"]
 
 
-@pytest.mark.parametrize("flags", [[], ["--compile", "--gradient-accumulation-steps", 2, "--drop-path-rate", 0.3,
-                                        "--centering", "centering"]])
+@pytest.mark.parametrize("flags", [[], pytest.param([
+    "--compile", "--gradient-accumulation-steps", 2, "--drop-path-rate", 0.3, "--centering", "centering"],
+    marks=pytest.mark.slow)])
 def test_bench_train(flags, capsys, tmp_path, monkeypatch):
     """The parts are all that train.py names, and no figure is out of its range."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # captured, but not translated
@@ -112,7 +114,8 @@ def test_bench_train_counts_flops():
     assert counter.get_total_flops() == pytest.approx(32 * bench.train_flops(cfg), rel=0.1)
 
 
-@pytest.mark.parametrize("centering", ["sinkhorn_knopp", pytest.param("centering", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("centering", ["sinkhorn_knopp", "centering"])
 def test_bench_heads(centering, capsys):
     rows = bench_rows(capsys, "heads", "--arch", "vit_nano", "--batch-size", 4, "--head-n-prototypes", 65536,
                       "--head-hidden-dim", 8, "--head-bottleneck-dim", 8, "--device", "cpu", "--centering", centering,

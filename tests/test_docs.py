@@ -281,11 +281,11 @@ def execute(command: Command) -> None:
             torch.distributed.destroy_process_group()
 
 
-def execute_pages(skip: tuple[str, ...]) -> None:
-    """Runs all blocks that need nothing else, page after page, so that each file exists before it is used. With `skip`,
-    neither these programs nor torchrun."""
+def execute_pages(skip: tuple[str, ...], pages: tuple[str, ...] = ()) -> None:
+    """Runs all blocks of these pages, or of all, that need nothing else, page after page, so that each file exists
+    before it is used. With `skip`, neither these programs nor torchrun."""
     write_images(Path("my_photos"), ["a.png", "b/c.png"])
-    for block in (b for b in ALL_BLOCKS if not b.needs):
+    for block in (b for b in ALL_BLOCKS if not b.needs and (not pages or b.page in pages)):
         if block.language == "python":
             first = re.match(r"# (\w+\.py)\n", block.text)  # the reader saves this block as a file
             Path(first[1]).write_text(block.text) if first else exec(block.text, {"__name__": "block"})
@@ -296,6 +296,12 @@ def execute_pages(skip: tuple[str, ...]) -> None:
                 execute(command)
 
 
+def test_docs_commands_of_the_readme_run(desk, capsys):
+    execute_pages(skip=LONG, pages=("README.md",))
+    assert Path("out/ckpt.pth").stat().st_size > 100
+
+
+@pytest.mark.slow
 def test_docs_short_commands_run(desk, capsys):
     """All but the long ones, whose results are written beforehand."""
     folder = Path("out_photos")
