@@ -34,7 +34,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which al
 
 
 @runtime_checkable
-class Source(Protocol):
+class ImageSource(Protocol):
     """What training reads images from. An object that only has len() and image(i) becomes one by Shuffled."""
     channels: int
     def __len__(self) -> int: ...
@@ -45,7 +45,7 @@ class Source(Protocol):
 
 
 class Shuffled:
-    """Any object with len() and image(i) as a Source: each pass visits every image once, in a new order."""
+    """Any object with len() and image(i) as an ImageSource: each pass visits every image once, in a new order."""
 
     def __init__(self, images):
         self.images, self.channels, self.epoch, self.order = images, len(images.image(0)), None, None
@@ -70,17 +70,17 @@ class Shuffled:
 
 
 def random_orders(key: str, *shape: int) -> np.ndarray:
-    """Random permutations, int64, along the last dimension. Sorts the raw stream of a bit generator, which is fixed for
-    good; NumPy's own permutations may change from version to version."""
+    """Random permutations, int64, along the last dimension. Sorts the raw stream of a bit generator, which never
+    changes; NumPy's own permutations may change from version to version."""
     generator = np.random.Philox(key=random.Random(key).getrandbits(128))
     return np.argsort(generator.random_raw(shape), axis=-1, kind="stable")
 
 
 class Unreadable(ValueError):
-    """Image after image cannot be read: the images are gone."""
+    """50 images in a row could not be read; the data is probably gone."""
 
 
-def read_sample(source: Source, s: int, seed: int, bad: list, labels=None) -> tuple[int, Tensor]:
+def read_sample(source: ImageSource, s: int, seed: int, bad: list, labels=None) -> tuple[int, Tensor]:
     """The index and the pixels of the image of sample s. If its file cannot be read, or its label is -1, another image
     is drawn, determined by s. Appends (file, reason) to `bad` if it could not be read; raises Unreadable after 50."""
     i, failures = source.pick(s, seed), 0
@@ -131,7 +131,7 @@ def cut_crop(rng: random.Random, image: Tensor, size: int, scale) -> Tensor:
 
 def block_mask(rng: random.Random, grid: tuple[int, int], target: int, max_patches: float, min_patches: int = 4,
                min_aspect: float = 0.3) -> np.ndarray:
-    """Bool (h, w) with `target` patches masked in rectangles of `min_patches` to `max_patches`; sometimes a few less,
+    """Bool (h, w) with `target` patches masked in rectangles of `min_patches` to `max_patches`; sometimes a few fewer,
     when no further rectangle fits."""
     mask, count = np.zeros(grid, bool), 0
     while count < target and (added := add_block(rng, mask, min(target - count, max_patches), min_patches, min_aspect)):
@@ -212,7 +212,7 @@ class TrainBatches(torch.utils.data.Dataset):
                  local_size: int = 96, local_scale=(0.05, 0.32), patch_size: int = 16, mask_prob: float = 0.5,
                  mask_ratio=(0.1, 0.5), n_drops: int = 0, ops: dict | None = None):
         check_groups(batch_size, group_size, world, accumulation_steps)
-        self.source = source if isinstance(source, Source) else Shuffled(source)
+        self.source = source if isinstance(source, ImageSource) else Shuffled(source)
         self.batch_size, self.group_size, self.seed, self.rank = batch_size, group_size, seed, rank
         self.accumulation_steps, self.n_drops, self.ops = accumulation_steps, n_drops, ops or {}
         self.count = batch_size // (world * accumulation_steps)  # images of a micro-batch
@@ -428,8 +428,8 @@ def augment(crops: Tensor, ops: Tensor, mean=MEAN, std=STD) -> Tensor:
 
 
 def augment_by_groups(crops: Tensor, ops: Tensor, mean=MEAN, std=STD) -> Tensor:
-    """augment() for a CPU: crops that take the same steps are processed together. Nothing is computed in vain, and the
-    few crops of a group stay in the cache."""
+    """augment() for a CPU: crops that take the same steps are processed together. No work is wasted, and the crops of a
+    group stay in cache."""
     out = torch.empty(len(crops), crops.shape[3], *crops.shape[1:3])
     steps, values = steps_of(crops.shape[3]), dict(zip((*OPERATIONS, *PLACES), ops.unbind(1)))  # each (n,)
     recipes, group = torch.stack([is_applied(step, values) for step in steps], 1).unique(dim=0, return_inverse=True)
@@ -492,8 +492,9 @@ def kill_workers() -> None:
 
 
 def start_worker(worker: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # Ctrl-C reaches every process of a terminal, and a
-        signal.signal(number, signal.SIG_IGN)  # scheduler's signals every process of a job; the main process responds
+    # Ctrl-C reaches every process of a terminal, and a scheduler's signals every process of a job: the main one responds.
+    for number in [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGUSR1")]:  # Windows has no SIGUSR1
+        signal.signal(number, signal.SIG_IGN)
     keep_memory()
 
 
@@ -513,7 +514,9 @@ def keep_memory(largest: int | None = None) -> None:
 
 def prepare(batch: Batch, device: torch.device, mean=MEAN, std=STD, augment=augment) -> Batch:
     """The batch on the device, its crops augmented and normalized. `augment` may be a compiled augment_at_once."""
-    on_device = lambda t: t.to(device, non_blocking=True)  # noqa: E731
+    def on_device(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
     return batch._replace(
         global_crops=augment(on_device(batch.global_crops), batch.global_ops, mean, std),
         local_crops=augment(on_device(batch.local_crops), batch.local_ops, mean, std), masks=on_device(batch.masks),

@@ -7,8 +7,8 @@ These are the functions that training runs: change one here, and training change
 patches over 131,072 prototypes would take gigabytes, several times over, so training never holds them all:
 chunked_losses() calls the loss on a few hundred rows of logits at a time, and LazyRows stands in for the teacher's.
 
-Everything is computed in float32 whatever the input's dtype. In a process group, all processes together get what one
-process would get on the joined batch; without one, nothing here needs torch.distributed. The file imports only torch:
+Everything is computed in float32 whatever the input's dtype. In a process group, the result equals that of one process
+on the global batch; without one, nothing here needs torch.distributed. The file imports only torch:
 copy it freely.
 
 Shapes: B images, L student crops, T teacher crops, K prototypes, M masked patches, D embedding width, d width of the
@@ -89,7 +89,7 @@ CHUNK_ELEMENTS = dict(cpu=2**22, cuda=2**25)
 
 
 def row_chunks(n_rows: int, n_columns: int, device: torch.device) -> list[slice]:
-    """Slices that cover n_rows, nearly equal in length, each of one row or of at most CHUNK_ELEMENTS elements."""
+    """Slices that cover n_rows, nearly equal in length, each of at most CHUNK_ELEMENTS elements, but at least one row."""
     limit = CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "cuda"]
     n = math.ceil(n_rows / max(limit // n_columns, 1))
     return [slice(n_rows * i // n, n_rows * (i + 1) // n) for i in range(n)]

@@ -9,7 +9,7 @@
 Letters in shape comments
     B  images       N     tokens per image    D  width         H  attention heads
     R  registers    h, w  patch grid          p  patch size    T  tokens of all crop batches, packed
-    C  channels     M     crop batches        K  prototypes
+    C  channels     K     prototypes
 Tokens are ordered [CLS, R registers, h*w patches in row-major order].
 
 This file needs only torch and can be copied on its own. Attributes and parameters have the names of the released DINOv2
@@ -47,12 +47,12 @@ def build(arch: str, **kwargs) -> "DinoVisionTransformer":
 
 
 def pack(batches: list[Tensor]) -> Tensor:
-    """M tensors (B, N, D) -> (1, T, D); a single one is returned as it is."""
+    """Tensors (B, N, D) -> (1, T, D); a single one is returned as it is."""
     return batches[0] if len(batches) == 1 else torch.cat([x.flatten(0, 1) for x in batches])[None]
 
 
 def unpack(x: Tensor, shapes: list[tuple[int, int]]) -> list[Tensor]:
-    """The inverse of pack: (1, T, D) -> M tensors (B, N, D)."""
+    """The inverse of pack: (1, T, D) -> tensors (B, N, D)."""
     if len(shapes) == 1:
         return [x]
     return [rows.view(b, n, -1) for rows, (b, n) in zip(x.split([b * n for b, n in shapes], dim=1), shapes)]

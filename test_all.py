@@ -1141,7 +1141,7 @@ def test_train_steps_golden(case, switches, tiny_arch, monkeypatch):
     if switches:
         monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
         monkeypatch.setattr(losses, "CHUNK_ELEMENTS", dict(cpu=80))
-        train.compiled.cache_clear()
+        train.compile_loss.cache_clear()
         alone = types.SimpleNamespace(size=lambda: 1)
         support.parallel.shard(student, alone, torch.float32, cfg.activation_checkpointing, cfg.compile)
         support.parallel.shard(teacher, alone, torch.float32, compile_blocks=True, with_backward=False)
@@ -1428,7 +1428,7 @@ def test_train_runs_the_documented_losses(compiled, monkeypatch):
         for term in terms:
             assert after[term] == pytest.approx(before[term] * (2 if term in changed else 1), rel=1e-5), name
         assert after["grad_norm/backbone"] != pytest.approx(before["grad_norm/backbone"], rel=1e-3), name
-    train.compiled.cache_clear()
+    train.compile_loss.cache_clear()
 
 
 def test_train_step_does_not_wait_for_its_numbers(monkeypatch):
@@ -1620,7 +1620,7 @@ def test_resume_on_other_numbers_of_processes(centering, chain, tmp_path):
         before = partial(stop_at, 3) if i < len(chain) else None
         text = Launched(log, train.main, *flags, *argv, world=world, before=before).wait()
     starts = [(str(3 * i), str(world)) for i, (world, _) in enumerate(chain)]
-    assert re.findall(rf"step (\d+) of {steps}, batch 16 = \d+ on (\d)", text) == starts
+    assert re.findall(rf"step (\d+) of {steps}, global batch 16 \((\d)", text) == starts
     alone.wait()
     for one, many in zip(metrics(tmp_path / "one"), metrics(tmp_path / "many"), strict=True):
         assert one == pytest.approx(many, rel=1e-3, abs=1e-6)

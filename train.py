@@ -59,42 +59,42 @@ from support.sources import InMemory, check_readable, eval_specs, open_on_all_ra
 # ----------------------------------------------------------------------------------------------------------------------
 # Recipe. The defaults are the official defaults (ssl_default_config, which is vitl16_short); presets are differences.
 
-Share, Shares = Annotated[float, (0, 1)], Annotated[tuple, (0, 1)]  # a type and the smallest and largest value allowed
-PositiveShares = Annotated[tuple, (1e-6, 1)]
+Fraction, Fractions = Annotated[float, (0, 1)], Annotated[tuple, (0, 1)]  # a type and its smallest and largest value
+PositiveFractions = Annotated[tuple, (1e-6, 1)]
 Count = Annotated[int, (1, math.inf)]
-Whole = Annotated[int, (0, math.inf)]
-Positive = Annotated[float, (0, math.inf)]
+NonNegativeInt = Annotated[int, (0, math.inf)]
+NonNegative = Annotated[float, (0, math.inf)]
 Temperature = Annotated[float, (1e-3, 10)]
 
 
 @dataclass(frozen=True)
 class Config:
     # data
-    data: str = "ImageNet:split=TRAIN"  # a folder, a list, tars, a data set, A*0.7,B*0.3: see support/sources.py
+    data: str = "ImageNet:split=TRAIN"  # a folder, list, tars, FILE.py:FUNCTION, A*0.7,B*0.3: support/sources.py
     in_chans: Count = 3  # image channels; if not 3, hue, saturation and grayscale augmentation are off
-    mean: Shares = MEAN  # per channel, in [0, 1]; measure your own with: python -m support.sources stats DATA
-    std: PositiveShares = STD  # likewise
-    max_bad_share: Share = 0.1  # stop if more than this share of the images cannot be read
+    mean: Fractions = MEAN  # per channel, in [0, 1]; measure your own with: python -m support.sources stats DATA
+    std: PositiveFractions = STD  # standard deviation per channel
+    max_bad_share: Fraction = 0.1  # stop if more than this share of the images cannot be read
     eval_train: str = ""  # labeled images for k-NN; empty: the TRAIN split of --data
     eval_val: str = ""  # labeled images to classify; empty: the VAL split of --data, or leave-one-out
-    eval_resize: Count = 256  # evaluation: resize the short side to this many pixels, then ...
-    eval_crop: Count = 224  # ... crop the central square of this side
+    eval_resize: Count = 256  # evaluation: first resize the short side to this many pixels
+    eval_crop: Count = 224  # evaluation: then crop the center square of this side in pixels
     batch_size: Count = 2048  # images per optimizer step over all GPUs; official: 64 per GPU x 32
     group_size: Count = 64  # images that share a mask quota and a KoLeo search; official: the batch per GPU
     num_workers: Annotated[int, (-1, math.inf)] = -1  # data-loading workers per GPU; -1: one per CPU core; 0: none
-    seed: Annotated[int, (0, 2**63 - 1)] = 0  # of weights, order, crops, colors, masks and stochastic depth
+    seed: Annotated[int, (0, 2**63 - 1)] = 0  # seed of weights, order, crops, colors, masks and stochastic depth
     # crops
     global_crops_size: Count = 224  # side in pixels of the 2 global crops, seen by teacher and student
-    global_crops_scale: PositiveShares = (0.32, 1.0)  # share of the image area; tiny images need 0.5 1 or so
+    global_crops_scale: PositiveFractions = (0.32, 1.0)  # share of the image area; tiny images need 0.5 1 or so
     local_crops_number: Count = 8  # local crops per image, seen by the student only
     local_crops_size: Count = 96  # side in pixels of the local crops
-    local_crops_scale: PositiveShares = (0.05, 0.32)  # share of the image area
-    flip_prob: Share = 0.5  # horizontal flip; 0 where left and right matter, as for digits
-    jitter_prob: Share = 0.8  # color jitter
-    jitter: Annotated[tuple, (0, 1)] = (0.4, 0.4, 0.2, 0.1)  # largest change of brightness, contrast, saturation, hue
-    gray_prob: Share = 0.2  # grayscale
-    blur_probs: Shares = (0.0, 0.9, 0.5)  # of global crop 1, 2, local crops; the paper's 1.0 0.1 0.5 got inverted
-    solarize_prob: Share = 0.2  # of global crop 2
+    local_crops_scale: PositiveFractions = (0.05, 0.32)  # share of the image area
+    flip_prob: Fraction = 0.5  # probability of a horizontal flip; 0 where left and right matter, as for digits
+    jitter_prob: Fraction = 0.8  # probability of color jitter
+    jitter: Fractions = (0.4, 0.4, 0.2, 0.1)  # largest change of brightness, contrast, saturation, hue
+    gray_prob: Fraction = 0.2  # probability of grayscale
+    blur_probs: Fractions = (0.0, 0.9, 0.5)  # blur of global crop 1, 2, local crops; inverts the paper's 1.0 0.1 0.5
+    solarize_prob: Fraction = 0.2  # probability of solarizing global crop 2
     # backbone
     arch: Literal[tuple(ARCHS)] = "vit_large"  # see model.ARCHS
     patch_size: Count = 16  # side of a patch in pixels; must divide all crop sizes
@@ -102,50 +102,50 @@ class Config:
     qkv_bias: bool = True  # bias in the query, key and value projection
     proj_bias: bool = True  # bias in the output projection of attention
     ffn_bias: bool = True  # bias in the feed-forward layers
-    layerscale: Positive = 1e-5  # initial LayerScale, 0 for none; small networks learn faster with 1
+    layerscale: NonNegative = 1e-5  # initial LayerScale, 0 for none; small networks learn faster with 1
     drop_path_rate: Annotated[float, (0, 0.99)] = 0.3  # stochastic depth of the student; 0 for ViT-S and smaller
     drop_path_uniform: bool = True  # the same rate in all blocks, or rising linearly from 0
-    num_register_tokens: Whole = 0  # 4 for cleaner attention maps (Darcet et al. 2023)
+    num_register_tokens: NonNegativeInt = 0  # 4 for cleaner attention maps (Darcet et al. 2023)
     interpolate_antialias: bool = False  # antialias when the position embedding is resized to the local crops
     interpolate_offset: float = 0.1  # added to the grid size when it is resized; 0.1 in the official recipes
-    init_std: Positive = 0.02  # std of new Linear weights; narrow networks want about 1 / sqrt(width)
-    pos_embed_std: Positive = 0.02  # std of new position embeddings; short runs want that of the patch embeddings, 0.5
+    init_std: NonNegative = 0.02  # std of new Linear weights; narrow networks want about 1 / sqrt(width)
+    pos_embed_std: NonNegative = 0.02  # std of new position embeddings; short runs want 0.5, as patch embeddings have
     init: str = ""  # start student and teacher from the backbone in this checkpoint, of the same architecture
     # heads
     head_n_prototypes: Count = 65536  # K; small data wants few, about 10 times the number of classes
     head_bottleneck_dim: Count = 256  # width before the prototypes
     head_nlayers: Count = 3  # layers of the projection MLP
-    head_hidden_dim: Count = 2048  # its hidden width
+    head_hidden_dim: Count = 2048  # hidden width of the projection MLP
     ibot_separate_head: bool = False  # give patches a head of their own, set by the next four fields
     ibot_head_n_prototypes: Count = 65536  # K of the iBOT head
-    ibot_head_bottleneck_dim: Count = 256  # its width before the prototypes
-    ibot_head_nlayers: Count = 3  # its layers
-    ibot_head_hidden_dim: Count = 2048  # its hidden width
+    ibot_head_bottleneck_dim: Count = 256  # width before the prototypes of the iBOT head
+    ibot_head_nlayers: Count = 3  # layers of the iBOT head
+    ibot_head_hidden_dim: Count = 2048  # hidden width of the iBOT head
     # losses
-    dino_loss_weight: Positive = 1.0  # CLS tokens of one crop against those of another
-    ibot_loss_weight: Positive = 1.0  # masked patches against the teacher's view of them; 0 for none
-    koleo_loss_weight: Positive = 0.1  # spreads the features within a group; no effect if --group-size is 1
-    mask_sample_probability: Share = 0.5  # share of the global crops that are masked
-    mask_ratio_min_max: Shares = (0.1, 0.5)  # share of their patches that is masked
+    dino_loss_weight: NonNegative = 1.0  # CLS tokens of one crop against those of another
+    ibot_loss_weight: NonNegative = 1.0  # masked patches against the teacher's view of them; 0 for none
+    koleo_loss_weight: NonNegative = 0.1  # spreads the features within a group; no effect if --group-size is 1
+    mask_sample_probability: Fraction = 0.5  # share of the global crops that are masked
+    mask_ratio_min_max: Fractions = (0.1, 0.5)  # smallest and largest share of patches masked in a masked crop
     centering: Literal["centering", "sinkhorn_knopp"] = "centering"  # what keeps the targets from collapsing
     # teacher
-    momentum_teacher: Share = 0.992  # EMA momentum of the teacher; short runs want less
-    final_momentum_teacher: Share = 1.0  # reached along a cosine
-    warmup_teacher_temp: Temperature = 0.04  # temperature of the targets at first; lower it if they stay uniform
-    teacher_temp: Temperature = 0.07  # and after ...
-    warmup_teacher_temp_steps: Whole = 37500  # ... this many steps
+    momentum_teacher: Fraction = 0.992  # EMA momentum of the teacher; short runs want less
+    final_momentum_teacher: Fraction = 1.0  # EMA momentum at the end, reached along a cosine
+    warmup_teacher_temp: Temperature = 0.04  # temperature of the targets at the start; lower it if they stay uniform
+    teacher_temp: Temperature = 0.07  # temperature of the targets after the warmup
+    warmup_teacher_temp_steps: NonNegativeInt = 37500  # steps of the temperature warmup
     # optimizer
     steps: Count = 125_000  # optimizer steps of the whole run; all schedules count steps
-    warmup_steps: Whole = 12_500  # linear warmup of the learning rate, followed by a cosine
-    lr: Positive = 4e-3  # for a batch of 1024; scaled by sqrt(batch_size / 1024)
-    min_lr: Positive = 1e-6  # at the end, not scaled
-    weight_decay: Positive = 0.04  # at the start
-    weight_decay_end: Positive = 0.4  # at the end
-    layerwise_decay: Positive = 0.9  # learning rate of each block over that of the block above
-    patch_embed_lr_mult: Positive = 0.2  # additional factor for the patch embedding
-    clip_grad: Positive = 3.0  # largest gradient norm, separately for the backbone and each head; 0 for no limit
-    freeze_last_layer_steps: Whole = 1250  # steps during which the prototypes are frozen
-    betas: Annotated[tuple, (0, 0.999999)] = (0.9, 0.999)  # of AdamW
+    warmup_steps: NonNegativeInt = 12_500  # linear warmup of the learning rate, which then falls along a cosine
+    lr: NonNegative = 4e-3  # peak learning rate for a batch of 1024; scaled by sqrt(batch_size / 1024)
+    min_lr: NonNegative = 1e-6  # final learning rate, not scaled by the batch size
+    weight_decay: NonNegative = 0.04  # weight decay at the start, which rises along a cosine
+    weight_decay_end: NonNegative = 0.4  # weight decay at the end
+    layerwise_decay: NonNegative = 0.9  # factor between the learning rates of a block and the one above
+    patch_embed_lr_mult: NonNegative = 0.2  # additional learning-rate factor for the patch embedding
+    clip_grad: NonNegative = 3.0  # largest gradient norm of the backbone and of each head; 0 for no limit
+    freeze_last_layer_steps: NonNegativeInt = 1250  # steps during which the prototypes are frozen
+    betas: Annotated[tuple, (0, 0.999999)] = (0.9, 0.999)  # AdamW's beta1 and beta2
     # machine
     device: str = "auto"  # auto, cpu or cuda
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # of the backbone's compute; auto: bf16 on a GPU
@@ -153,16 +153,16 @@ class Config:
     kernels: bool = False  # attention by kernels/attention.cu: bf16 on an NVIDIA GPU; nvcc compiles it once
     gradient_accumulation_steps: Count = 1  # forward and backward passes per optimizer step; same result, less memory
     activation_checkpointing: Literal[CHECKPOINTING] = "none"  # selective: recompute all but matmuls; full: all
-    sharding: Literal[SHARDINGS] = "zero2"  # DDP, ZeRO-2, ZeRO-3, or HSDP: ZeRO-2 within each machine, see docs
+    sharding: Literal[SHARDINGS] = "zero2"  # DDP, ZeRO-2, ZeRO-3, or HSDP (ZeRO-2 within each machine); docs/scaling.md
     deterministic: bool = False  # the same bits from run to run; slower on a GPU
     # output
     out: str = "out"  # folder for everything this run writes
     log_every: Count = 10  # steps between lines of metrics.jsonl
-    eval_every: Whole = 0  # steps between k-NN evaluations, also at step 0 and at the end; 0 for none
-    export_every: Whole = 12_500  # steps between eval/training_N/teacher_checkpoint.pth; 0 for none
+    eval_every: NonNegativeInt = 0  # steps between k-NN evaluations, also at step 0 and at the end; 0 for none
+    export_every: NonNegativeInt = 12_500  # steps between eval/training_N/teacher_checkpoint.pth; 0 for none
     save_every: Count = 3750  # steps between saves of ckpt.pth and resume/, also at the end
-    save_minutes: Positive = 30.0  # also save when the last save is this old; 0: by steps alone
-    save_patience: Positive = 60.0  # minutes to retry failing saves (full disk, ...) before the run stops
+    save_minutes: NonNegative = 30.0  # also save when the last save is this old; 0: by steps alone
+    save_patience: NonNegative = 60.0  # minutes to retry failing saves (full disk, ...) before the run stops
     keep: Count = 3  # saves kept in resume/
     max_nonfinite: Count = 10  # stop after so many skipped steps (non-finite loss or gradient) in a row
 
@@ -217,7 +217,8 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; presets: {', '.join(PRESETS)}")
     defaults = Config(**PRESETS[preset])
-    comments = dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(Config), re.MULTILINE))  # are the help
+    # the comments are the help texts
+    comments = dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(Config), re.MULTILINE))
     for field in dataclasses.fields(Config):
         default, kind = getattr(defaults, field.name), plain_type(field)
         if kind is bool:
@@ -227,7 +228,7 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
         else:
             options = dict(type=kind, metavar="X")
         choices = f"one of {', '.join(get_args(field.type))}; " if get_origin(field.type) is Literal else ""
-        text = f"{choices}{comments[field.name]} (default {default})".replace("%", "%%")
+        text = f"{choices}{comments[field.name]} (default {'empty' if default == '' else default})".replace("%", "%%")
         parser.add_argument("--" + field.name.replace("_", "-"), default=default, help=text, **options)
     args = parser.parse_args(argv)
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)}
@@ -250,8 +251,8 @@ def check(cfg: Config, n_ranks: int) -> None:
     for field in ("mean", "std"):
         if len(getattr(cfg, field)) != cfg.in_chans:
             raise ValueError(f"--{field} has {len(getattr(cfg, field))} values, --in-chans is {cfg.in_chans}; give one "
-                             f"per channel; python -m support.sources stats {cfg.data} --in-chans {cfg.in_chans} "
-                             "measures them")
+                             "per channel (measure them with: python -m support.sources stats "
+                             f"{cfg.data} --in-chans {cfg.in_chans})")
     for field in ("global_crops_size", "local_crops_size", "eval_crop"):
         size, p = getattr(cfg, field), cfg.patch_size
         if size < p or size % p:
@@ -262,7 +263,7 @@ def check(cfg: Config, n_ranks: int) -> None:
         raise ValueError(f"--warmup-steps {cfg.warmup_steps} is more than --steps {cfg.steps}; lower it too")
     for field in ("global_crops_scale", "local_crops_scale", "mask_ratio_min_max"):
         if getattr(cfg, field)[0] > getattr(cfg, field)[1]:
-            raise ValueError(f"--{field.replace('_', '-')} wants the smaller value first, got {getattr(cfg, field)}")
+            raise ValueError(f"--{field.replace('_', '-')} takes the smaller value first, got {getattr(cfg, field)}")
     if cfg.eval_resize < cfg.eval_crop:
         raise ValueError(f"--eval-resize {cfg.eval_resize} is less than --eval-crop {cfg.eval_crop}")
 
@@ -273,7 +274,7 @@ def check_field(flag: str, value, kind) -> None:
         raise ValueError(f"{flag} {value!r}{nearest(value, choices)}; one of {', '.join(choices)}")
     if get_origin(kind) is Annotated:
         least, most = kind.__metadata__[0]
-        if not all(least <= v <= most for v in (value if isinstance(value, tuple) else [value])):
+        if not all(least <= v <= most and math.isfinite(v) for v in (value if isinstance(value, tuple) else [value])):
             fits = f"lie between {least:g} and {most:g}" if most < math.inf else f"be {least:g} or more"
             raise ValueError(f"{flag} must {fits}, got {value}")
     if flag in ("--data", "--out") and not value:
@@ -392,8 +393,8 @@ def teacher_targets(
     """What the student should predict: for each batch, probabilities over the prototypes for the CLS tokens of both
     global crops (2B, K) and for the masked patches (M, K). The teacher sees the global crops without masks.
 
-    `batches` are the gradient accumulation steps of one process. Sinkhorn-Knopp balances the rows of all batches of all
-    processes. Centering treats each row by itself; the totals for update_center() are returned, too.
+    `batches` are the micro-batches of one process, one per gradient accumulation step. Sinkhorn-Knopp balances the rows
+    of all of them, over all processes. Centering treats each row by itself; the totals for update_center() come, too.
     """
     tokens, prototypes = dict(cls=[], patch=[]), {}
     for batch in batches:
@@ -418,8 +419,8 @@ def step_losses(student: nn.ModuleDict, batch: Batch, targets: tuple[losses.Lazy
 
     With L local crops there are 2L + 2 pairs (student crop, teacher crop) of different crops of the same image; the
     DINO terms are the mean over these pairs. Rows of a batch are crop-major: L*B rows unflatten to (L, B). All terms
-    are means over images or groups of images, so the loss of a step is the mean over its gradient accumulation steps
-    and over processes. `targets` are those of teacher_targets().
+    are means over images or groups of images, so the loss of a step is the mean over its micro-batches and over
+    processes. `targets` are those of teacher_targets().
     """
     n_images, n_local = len(batch.samples), len(batch.local_crops) // len(batch.samples)
     n_pairs, n_crops = 2 * n_local + 2, 2 * n_images
@@ -434,7 +435,7 @@ def step_losses(student: nn.ModuleDict, batch: Batch, targets: tuple[losses.Lazy
         student, torch.cat([out_local["x_norm_clstoken"], cls]), masked_patches(out, batch, cfg))
     local, both = cls_tokens.unflatten(0, (-1, n_images)).split([n_local, 2])  # (L, B, d), (2, B, d)
     cls_targets, patch_targets = targets  # (2B, K), (M, K)
-    dino_loss, ibot_loss = (compiled(f) if cfg.compile else f for f in (losses.dino_loss, losses.ibot_loss))
+    dino_loss, ibot_loss = (compile_loss(f) if cfg.compile else f for f in (losses.dino_loss, losses.ibot_loss))
 
     # Logits and targets exist for a few images or masked patches at a time: what these add to the means over all.
     def dino(teacher_crops: tuple[int, ...], logits: Tensor, images: slice) -> Tensor:  # logits (L, b, K)
@@ -456,14 +457,15 @@ def step_losses(student: nn.ModuleDict, batch: Batch, targets: tuple[losses.Lazy
     if cfg.ibot_loss_weight > 0:
         terms["ibot"] = patch
     if cfg.koleo_loss_weight > 0:
-        koleo = sum(losses.koleo_loss(crop, cfg.group_size) for crop in cls.chunk(2))  # an image's crops may be close
+        # separately for the two crops, since those of the same image may be close
+        koleo = sum(losses.koleo_loss(crop, cfg.group_size) for crop in cls.chunk(2))
         loss = loss + cfg.koleo_loss_weight * koleo
         terms["koleo"] = cfg.koleo_loss_weight * koleo.detach()
     return loss, terms
 
 
 @functools.cache
-def compiled(loss):
+def compile_loss(loss):
     return torch.compile(loss, fullgraph=True, dynamic=True)  # the number of masked patches varies from step to step
 
 
@@ -527,8 +529,8 @@ def train_step(student: nn.ModuleDict, teacher: nn.ModuleDict, optimizers: list[
                batches: list[Batch], cfg: Config, now: dict[str, float],
                centers: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     """One optimizer step on this process's share of the global batch, then the EMA update of the teacher. `batches` are
-    the gradient accumulation steps. Returns the loss terms and gradient norms, and whether all of it was finite on all
-    processes, ().
+    its micro-batches, one per gradient accumulation step. Returns the loss terms and gradient norms, and whether all of
+    it was finite on all processes, ().
 
     If it was not, the step is skipped: student, optimizers and centers stay as they are. The names in record_function()
     are those in profiler traces and in `bench.py train`.
@@ -691,7 +693,7 @@ def set_up(argv: list[str] | None) -> Run:
     device = pick_device(cfg.device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {cfg.device}: training runs on cpu and cuda, evaluation also on mps")
-    # Freed activations leave holes in memory that is kept; who saves memory by checkpointing wants them returned.
+    # With activation checkpointing memory is tight, so large freed blocks go back to the system.
     keep_memory(largest=4 if cfg.activation_checkpointing != "none" else None)
     check_output(cfg, args.resume, args.overwrite, CHANGEABLE)
     check_shared_memory(cfg, n_ranks)
@@ -723,7 +725,7 @@ def set_up(argv: list[str] | None) -> Run:
 
 def train(run: Run) -> None:
     """The loop: from run.start to the last step, or to the step at which a signal requests a stop; saves in both cases.
-    Raises Failed and TooManyBad on all ranks, Unreadable on the rank concerned."""
+    Raises Failed, TooManyBad, and ValueError for features that are not finite, on all ranks; Unreadable on one."""
     cfg, state, knn, out = run.cfg, run.state, run.knn, Path(run.cfg.out)
     rank, n_ranks = dist.get_rank(), dist.get_world_size()
     log = Log(out / "metrics.jsonl", run.start, cfg.steps, run.counters)
@@ -736,15 +738,16 @@ def train(run: Run) -> None:
     done, stop, too_bad, hopeless = run.start, False, False, ""
     with run.lock or contextlib.nullcontext(), StopSignals(run.lock) as signals, saver:
         if knn and evaluated_at(cfg, done) and on_all_ranks(lambda: not log.knn(done))[0]:
-            log.evaluation(knn, state.teacher, done)  # at the start; or one that a killed run left out
+            log.evaluation(knn, state.teacher, done)  # at the start; or one that a killed run never reached
         log.start_clock(done, loader.waited)
         for step in range(run.start, cfg.steps):
-            batch = list(itertools.islice(prepared, cfg.gradient_accumulation_steps))
+            micro_batches = list(itertools.islice(prepared, cfg.gradient_accumulation_steps))
             if step == 0 and rank == 0:
-                inspect_first_batch(batch[0], cfg, log)
-            log.new_bad += itertools.chain.from_iterable(part.bad for part in batch)
+                inspect_first_batch(micro_batches[0], cfg, log)
+            log.new_bad += itertools.chain.from_iterable(batch.bad for batch in micro_batches)
             now = {name: float(values[step]) for name, values in schedule.items()}
-            metrics, finite = train_step(state.student, state.teacher, state.optimizers, batch, cfg, now, state.centers)
+            metrics, finite = train_step(
+                state.student, state.teacher, state.optimizers, micro_batches, cfg, now, state.centers)
 
             done = step + 1
             log.bar.update()
@@ -779,21 +782,22 @@ def train(run: Run) -> None:
                          "The run is saved: repair or remove them and run the same command again, or allow more with "
                          "--max-bad-share")
     if rank == 0:
-        print(last_words(run, log, done, signals.name), flush=True)
+        print(closing_message(run, log, done, signals.name), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
 
 def first_line(run: Run, n_ranks: int) -> str:
     cfg, n_passes = run.cfg, run.cfg.gradient_accumulation_steps
-    batch = f"batch {cfg.batch_size} = {cfg.batch_size // (n_ranks * n_passes)} on {n_ranks} x {run.device.type}"
+    per_gpu = f"{n_ranks} x {run.device.type}, {cfg.batch_size // n_ranks} each"
     return (f"preset {run.preset} on {run.source.name}: {len(run.source):,} images, {cfg.arch}, step {run.start} of "
-            f"{cfg.steps}, {batch}{f' x {n_passes} accumulation steps' if n_passes > 1 else ''}, "
+            f"{cfg.steps}, global batch {cfg.batch_size} ({per_gpu}"
+            f"{f' in {n_passes} micro-batches' if n_passes > 1 else ''}), "
             f"lr {cfg.lr * math.sqrt(cfg.batch_size / 1024):.2e}"
             + (f"\ncontinued from {cfg.out}/resume/step_{run.start:09d}" if run.start else ""))
 
 
-def last_words(run: Run, log: Log, done: int, signal_name: str) -> str:
+def closing_message(run: Run, log: Log, done: int, signal_name: str) -> str:
     if done < run.cfg.steps:
         return (f"{signal_name or 'a signal'} after step {done} of {run.cfg.steps}: everything is saved. To continue:\n"
                 f"    {same_command()}")
@@ -825,8 +829,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(print("\nstopped before the first step", file=sys.stderr) or 130)
     try:
         train(run)
-    except (Unreadable, TooManyBad, Failed) as error:
-        if isinstance(error, Unreadable) or dist.get_rank() == 0:  # the first is this rank's own
+    except (ValueError, TooManyBad, Failed) as error:
+        if isinstance(error, Unreadable) or dist.get_rank() == 0:  # an unreadable image is this rank's alone
             print(f"error: {last_line(error)}", file=sys.stderr)
         sys.exit(1 if isinstance(error, Failed) else 2)
 

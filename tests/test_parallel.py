@@ -34,13 +34,13 @@ def test_train_compiles_once(tmp_path, monkeypatch):
     for name, flags in dict(plain=[], whole=["--compile"],
                             selective=["--compile", "--activation-checkpointing", "selective"],
                             blocks=["--compile", "--activation-checkpointing", "full"]).items():
-        train.compiled.cache_clear()
+        train.compile_loss.cache_clear()
         train_main(*TINY, "--steps", 4, "--log-every", 1, "--out", tmp_path / name, "--drop-path-rate", 0.3,
                    "--dtype", "bf16", *flags)
         assert graphs.get(name, []) == [0] * dict(plain=0, whole=5).get(name, 1)  # the teacher's and the losses' remain
         losses_of = [[r["loss"] for r in metrics(tmp_path / n)] for n in ("plain", name)]
         assert losses_of[0] == pytest.approx(losses_of[1], rel=1e-3)  # bfloat16; in float32, see the golden steps
-    train.compiled.cache_clear()
+    train.compile_loss.cache_clear()
 
 
 def on_machines_of(n: int) -> None:
@@ -63,7 +63,7 @@ def test_shard_modes_equal_one_process_and_continue_each_other(chain, tmp_path):
         text = Launched(tmp_path / "log", train.main, *flags, "--sharding", mode, world=world, before=before).wait()
     starts = itertools.accumulate((stop for _, _, stop in chain[:-1]), initial=0)
     expected = [(str(start), str(world)) for start, (_, world, _) in zip(starts, chain)]
-    assert re.findall(r"step (\d+) of 8, batch 16 = \d+ on (\d)", text) == expected
+    assert re.findall(r"step (\d+) of 8, global batch 16 \((\d)", text) == expected
     alone.wait()
     for one, many in zip(metrics(tmp_path / "one"), metrics(tmp_path / "many"), strict=True):
         assert one["grad_norm/backbone"] > 0.3 and one == pytest.approx(many, rel=1e-3, abs=1e-6)

@@ -603,7 +603,7 @@ def test_slurm_script_of_the_docs(torchrun, tmp_path):
         assert (tmp_path / "requeued").read_text() == "requeue 7\n", texts[-1]
     if real:
         assert "everything is saved" in texts[0] and "done; the teacher is in" in texts[1], texts[0]
-        assert "of 60, batch 8 = 8 on 1 x cpu" in texts[1] and "step 0 of 60" not in texts[1]
+        assert "of 60, global batch 8 (1 x cpu, 8 each)" in texts[1] and "step 0 of 60" not in texts[1]
         assert [r["step"] for r in metrics(out)] == list(range(60))
     else:
         commands = (tmp_path / "commands").read_text().splitlines()
