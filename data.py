@@ -492,7 +492,7 @@ def kill_workers() -> None:
 
 
 def start_worker(worker: int) -> None:
-    # Ctrl-C reaches every process of a terminal, and a scheduler's signals every process of a job: the main one responds.
+    # Ctrl-C reaches every process of a terminal, a scheduler's signals every process of a job; the main one responds.
     for number in [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGUSR1")]:  # Windows has no SIGUSR1
         signal.signal(number, signal.SIG_IGN)
     keep_memory()

@@ -1809,7 +1809,7 @@ def must_be_exact() -> None:
     (["--resume", "--overwrite"], "give one of the two"),
     (["--clip-grad", "-1"], "--clip-grad must be 0 or more"),
     (["--lr", "nan"], "--lr must be 0 or more"),
-    (["--mask-ratio-min-max", "0.5", "0.1"], "wants the smaller value first"),
+    (["--mask-ratio-min-max", "0.5", "0.1"], "takes the smaller value first"),
     (["--mask-sample-probability", "2"], "must lie between 0 and 1, got 2.0"),
     (["--device", "gpu"], "'gpu' is no device"),
     (["--kernels", "--dtype", "bf16"], "--kernels needs an NVIDIA GPU, and this runs on cpu"),
