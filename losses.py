@@ -8,8 +8,7 @@ patches over 131,072 prototypes would take gigabytes, several times over, so tra
 chunked_losses() calls the loss on a few hundred rows of logits at a time, and LazyRows stands in for the teacher's.
 
 Everything is computed in float32 whatever the input's dtype. In a process group, the result equals that of one process
-on the global batch; without one, nothing here needs torch.distributed. The file imports only torch:
-copy it freely.
+on the global batch; without one, nothing here needs torch.distributed. The file imports only torch: copy it freely.
 
 Shapes: B images, L student crops, T teacher crops, K prototypes, M masked patches, D embedding width, d width of the
 head's bottleneck. Apache License 2.0.
