@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import itertools
 import json
 import math
@@ -361,7 +362,7 @@ def test_lock_of_another_machine_and_without_locks(tmp_path, monkeypatch, capsys
     second.release()
     assert not (tmp_path / "out/lock").exists()
 
-    flock, access = support.run.fcntl.flock, support.run.fcntl.fcntl
+    flock, access = fcntl.flock, fcntl.fcntl
 
     def of_nfs(descriptor, how):
         if access(descriptor, 3) & os.O_ACCMODE == os.O_RDONLY:  # F_GETFL
@@ -369,7 +370,7 @@ def test_lock_of_another_machine_and_without_locks(tmp_path, monkeypatch, capsys
         flock(descriptor, how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(support.run.fcntl, "flock", of_nfs)
+        patch.setattr(fcntl, "flock", of_nfs)
         owner = support.run.OutputLock(tmp_path / "out")
         with pytest.raises(ValueError, match=f"in use by process {os.getpid()} on "):
             support.run.OutputLock(tmp_path / "out")
@@ -380,7 +381,7 @@ def test_lock_of_another_machine_and_without_locks(tmp_path, monkeypatch, capsys
         raise OSError(errno.ENOLCK, "No locks available")
 
     for module in (types.SimpleNamespace(LOCK_EX=2, LOCK_NB=4, flock=no_flock), None):
-        monkeypatch.setattr(support.run, "fcntl", module)
+        monkeypatch.setitem(sys.modules, "fcntl", module)
         support.run.OutputLock(tmp_path / "out").release()
         assert capsys.readouterr().err.count("note: --out cannot be locked here (") == 1
     (tmp_path / "file").write_text("")
