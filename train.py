@@ -726,7 +726,7 @@ def train(run: Run) -> None:
     Raises Failed and TooManyBad on all ranks, Unreadable on the rank concerned."""
     cfg, state, knn, out = run.cfg, run.state, run.knn, Path(run.cfg.out)
     rank, n_ranks = dist.get_rank(), dist.get_world_size()
-    log = Log(out / "metrics.jsonl", run.start, cfg.steps, run.counters)
+    log = Log(out / "metrics.jsonl", run.start, cfg.steps, run.counters, lock=run.lock)
     log.say(first_line(run, n_ranks))
     batches, schedule = training_batches(cfg, run.source, rank, n_ranks), schedules(cfg)
     loader = prepared_batches(run, batches)

@@ -199,6 +199,16 @@ def test_shard_and_recompute_of_a_run_that_knew_neither(trained, tmp_path):
     assert set_up_and_release(*TINY, *flags).start == 4
 
 
+def test_failure_on_one_rank_keeps_its_cause():
+    support.parallel.start_processes(CPU)
+    try:
+        with pytest.raises(support.parallel.Failed, match="division by zero") as raised:
+            support.parallel.on_all_ranks(lambda: 1 / 0)
+        assert isinstance(raised.value.__cause__, ZeroDivisionError)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_shard_hsdp_needs_equal_machines(tmp_path):
     """One line on each process, and nothing is written."""
     flags = [*TINY, "--batch-size", 12, "--steps", 1, "--sharding", "hsdp", "--out", tmp_path / "out"]
