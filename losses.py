@@ -88,7 +88,7 @@ CHUNK_ELEMENTS = dict(cpu=2**22, cuda=2**25)
 
 
 def row_chunks(n_rows: int, n_columns: int, device: torch.device) -> list[slice]:
-    """Slices of nearly equal length that cover n_rows: of at most CHUNK_ELEMENTS elements each, but at least one row."""
+    """Slices of nearly equal length that cover n_rows, of at most CHUNK_ELEMENTS elements or one row each."""
     limit = CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "cuda"]
     n = math.ceil(n_rows / max(limit // n_columns, 1))
     return [slice(n_rows * i // n, n_rows * (i + 1) // n) for i in range(n)]

@@ -1688,7 +1688,7 @@ def test_resume_from_what_is_whole(trained, tmp_path, capsys):
         assert f"step_000000004 is damaged ({name}" in capsys.readouterr().err
     for save in (out / "resume").iterdir():  # the last is not enough
         (save / "complete").unlink()
-    with pytest.raises(ValueError, match="no save in .* is intact; keep .*, and start over with --overwrite"):
+    with pytest.raises(ValueError, match="no save in .* is intact; copy .*/ckpt.pth, .* then start over with --overwrite"):
         set_up_and_release(*flags, "--out", out)
     shutil.rmtree(out)
     shutil.copytree(whole, out)
@@ -1811,7 +1811,7 @@ def must_be_exact() -> None:
     (["--lr", "nan"], "--lr must be 0 or more"),
     (["--mask-ratio-min-max", "0.5", "0.1"], "takes the smaller value first"),
     (["--mask-sample-probability", "2"], "must lie between 0 and 1, got 2.0"),
-    (["--device", "gpu"], "'gpu' is no device"),
+    (["--device", "gpu"], "'gpu' is not a device"),
     (["--kernels", "--dtype", "bf16"], "--kernels needs an NVIDIA GPU, and this runs on cpu"),
     (["--device", "mps"], "no Apple GPU"),
     (["--device", "cuda"], "finds no CUDA GPU"),

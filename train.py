@@ -728,7 +728,7 @@ def train(run: Run) -> None:
     Raises Failed, TooManyBad, and ValueError for features that are not finite, on all ranks; Unreadable on one."""
     cfg, state, knn, out = run.cfg, run.state, run.knn, Path(run.cfg.out)
     rank, n_ranks = dist.get_rank(), dist.get_world_size()
-    log = Log(out / "metrics.jsonl", run.start, cfg.steps, run.counters)
+    log = Log(out / "metrics.jsonl", run.start, cfg.steps, run.counters, lock=run.lock)
     log.say(first_line(run, n_ranks))
     batches, schedule = training_batches(cfg, run.source, rank, n_ranks), schedules(cfg)
     loader = prepared_batches(run, batches)

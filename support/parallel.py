@@ -28,7 +28,7 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device {name!r} is no device; use auto, cpu, cuda or mps")
+        raise ValueError(f"--device {name!r} is not a device; use auto, cpu, cuda or mps")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"--device {name}: PyTorch finds no CUDA GPU here; use --device cpu")
@@ -79,7 +79,7 @@ TIMEOUT = timedelta(hours=2)  # of every collective: rank 0 may list a large fol
 
 
 def start_processes(device: torch.device, sharding: str = "zero2") -> DeviceMesh:
-    """Joins torchrun's process group, or makes a group of one: the same code from here on. Returns make_mesh()'s mesh.
+    """Joins torchrun's process group, or makes a group of one: no other code needs to know. Returns make_mesh()'s mesh.
     """
     # The backbone returns views of one tensor; nothing here changes them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -100,10 +100,10 @@ def join_processes(device: torch.device) -> None:
         dist.init_process_group(device_id=device if device.type == "cuda" else None, timeout=TIMEOUT)
 
 
-def leave_processes(in_peace: bool) -> None:
-    """Leaves the process group; `in_peace`, after waiting for the others."""
+def leave_processes(wait_for_others: bool) -> None:
+    """Leaves the process group, if there is one; with `wait_for_others`, after a barrier."""
     if dist.is_initialized():
-        if in_peace:
+        if wait_for_others:
             dist.barrier()
         dist.destroy_process_group()
 
@@ -114,7 +114,7 @@ def world() -> tuple[int, int]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What processes tell each other
+# Communication
 
 
 class Failed(RuntimeError):
@@ -123,14 +123,15 @@ class Failed(RuntimeError):
 
 def on_all_ranks(work, group=None) -> list:
     """Calls work() on every rank and returns all results, by rank. If it raises on any, raises Failed on all."""
+    cause = None
     try:
         mine = work(), ""
     except Exception as error:
-        mine = None, root_cause(error)
+        mine, cause = (None, root_cause(error)), error
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine, group=group)
     if failures := [text for _, text in gathered if text]:
-        raise Failed(failures[0])
+        raise Failed(failures[0]) from cause
     return [result for result, _ in gathered]
 
 
@@ -164,7 +165,7 @@ class SharedFlags:
         return before
 
     def wait(self) -> list[bool]:
-        """The flags of the last call, as soon as all processes have made it."""
+        """The flags of the last call, once all processes have made it."""
         if self.work is not None:
             self.work.wait()
         return self.flags.bool().tolist()
@@ -182,6 +183,8 @@ def mean_over_processes(metrics: dict[str, Tensor], n_ranks: int) -> dict[str, f
 
 SHARDINGS = ("ddp", "zero2", "zero3", "hsdp")
 
+PREFETCHED_BLOCKS = 2  # gathered while one block computes; one is enough unless the network stalls
+
 
 def make_mesh(device_type: str, sharding: str) -> DeviceMesh:
     """The mesh (shards,), or (replicas, shards) if the processes hold several replicas of the weights: one per machine
@@ -191,16 +194,13 @@ def make_mesh(device_type: str, sharding: str) -> DeviceMesh:
     if sharding == "hsdp":
         machines = on_all_ranks(lambda: (here, rank - int(os.environ.get("LOCAL_RANK", 0))))  # (size, first rank)
         if any(size != here or first % here for size, first in machines):
-            raise ValueError("--sharding hsdp wants as many processes on each machine, numbered machine by machine; "
-                             f"there are {' '.join(str(size) for size, _ in machines)} beside the {n} processes; give "
-                             "torchrun one --nproc-per-node, or take --sharding zero2")
+            found = ", ".join(f"{size} from rank {first}" for size, first in sorted({*machines}, key=lambda m: m[1]))
+            raise ValueError("--sharding hsdp needs the same number of processes on every machine, with consecutive "
+                             f"ranks; found {found}. Use the same --nproc-per-node everywhere, or --sharding zero2")
     n_shards = dict(ddp=1, hsdp=here).get(sharding, n)
     if n_shards == n:
         return init_device_mesh(device_type, (n,))
     return init_device_mesh(device_type, (n // n_shards, n_shards), mesh_dim_names=("replicate", "shard"))
-
-
-PREFETCHED_BLOCKS = 2  # gathered while one block computes; one would do, but for hitches in the network
 
 
 def shard(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype, checkpointing: str = "none",
@@ -242,7 +242,7 @@ def apply_fsdp(modules: list[nn.Module], mesh: DeviceMesh, dtype: torch.dtype, r
 
 def prefetch(backbone: nn.Module, blocks: list[nn.Module], heads: list[nn.Module]) -> None:
     """Gathers the weights of the next blocks while one block computes, in both directions, and those of the heads, the
-    largest, while the backbone does: FSDP2 takes each head for a root of its own and would wait for the backbone."""
+    largest, while the backbone does: FSDP2 treats each head as a separate root and would wait for the backbone."""
     def gather_heads(*_):
         for head in heads:
             head.unshard(async_op=True)  # each head waits for this when it is called, after the backbone
@@ -285,7 +285,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def all_reduce_in_backward(student: nn.ModuleDict, wanted: bool) -> None:
     """Whether the next backward pass sums the gradients over the replicas of the weights. With gradient accumulation
-    only the last one of a step does, for all."""
+    only the last one of a step does, for all of them."""
     from torch.distributed.fsdp import FSDPModule  # slow to import
 
     for module in student.values():

@@ -1,4 +1,4 @@
-"""What keeps a run: its folder and lock, saves, signals and log. Apache License 2.0.
+"""What protects a run: its folder and lock, saves, signals and log. Apache License 2.0.
 
 A save, out/resume/step_N, holds tensors as torch.distributed.checkpoint writes them (*.distcp, .metadata), and the file
 `complete`: the step, the counters and the SHA-256 of the other files.
@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -37,8 +38,8 @@ from support.parallel import TIMEOUT, Failed, local_shards, on_all_ranks, root_c
 
 @contextlib.contextmanager
 def replacing(path: Path, durable: bool = False):
-    """Yields a temporary path, where the caller writes a file or a folder, and then renames it to `path`: nobody sees
-    half of it, with `durable` not even after a power cut, and a failure leaves nothing behind."""
+    """Yields a temporary path, where the caller writes a file or a folder, and then renames it to `path`: readers
+    never see a partial file, with `durable` not even after a power cut, and a failure leaves nothing behind."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         yield temporary
@@ -62,7 +63,7 @@ def make_durable(path: Path) -> None:
 
 
 def write_file(path: Path, write) -> None:
-    """Has write(file) fill a file that appears as `path` when it is whole. Raises ValueError if the disk refuses."""
+    """Calls write(file), then renames the finished file to `path`. Raises ValueError if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary, open(temporary, "wb") as file:
@@ -93,9 +94,12 @@ def sha256(path: Path, show_progress: bool = False) -> str:
 OUTPUTS = (  # besides config.json, which marks a run
     "ckpt.pth", "metrics.jsonl", "resume", "eval", "bad_samples.txt", "first_batch.png", "nonfinite")
 
+PARTIAL = (  # what a killed run may leave half-written; not all of .*.partial, since evaluations also write there
+    ".config.json", ".ckpt.pth", ".metrics.jsonl", ".bad_samples.txt", "eval/*/.teacher_checkpoint.pth", "nonfinite/.*")
+
 
 def check_output(cfg, resume: bool, overwrite: bool, changeable: set[str]) -> None:
-    """Raises ValueError if --out holds anything but this run, unless the flags allow it. Writes nothing."""
+    """Raises ValueError if --out holds anything but this run, unless the flags allow that. Writes nothing."""
     out = Path(cfg.out)
     if resume and overwrite:
         raise ValueError("--resume continues the run in --out, --overwrite deletes it; give one of the two")
@@ -103,9 +107,9 @@ def check_output(cfg, resume: bool, overwrite: bool, changeable: set[str]) -> No
         raise ValueError(f"--out {out} is a file; name a folder")
     if not (out / "config.json").exists():
         if resume:
-            raise ValueError(f"--resume: {out} holds no run; leave the flag out to start one")
+            raise ValueError(f"--resume: {out} holds no run; omit the flag to start one")
         if foreign := [name for name in OUTPUTS if (out / name).exists()]:
-            raise ValueError(f"--out {out} holds {foreign[0]} but no config.json, so it is no run of this program; "
+            raise ValueError(f"--out {out} holds {foreign[0]} but no config.json, so it is not a run of this program; "
                              "choose another --out")
     elif not (resume or overwrite):
         try:
@@ -127,10 +131,12 @@ def restarted() -> bool:
 
 
 def claim_output(cfg, overwrite: bool) -> None:
-    """Makes --out this run's folder; with `overwrite`, deletes the run in it first."""
+    """Makes --out this run's folder: removes what killed runs left half-written and, with `overwrite`, their run."""
     out = Path(cfg.out)
     for path in [out / name for name in OUTPUTS if (out / name).exists()] if overwrite else []:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in itertools.chain.from_iterable(out.glob(f"{name}.*.partial") for name in PARTIAL):
+        path.unlink(missing_ok=True)
     write_json(out / "config.json", dataclasses.asdict(cfg))
 
 
@@ -146,6 +152,7 @@ class OutputLock:
 
     def __init__(self, out: Path):
         self.path, self.lost, self.descriptor = out / "lock", False, None
+        self.guard = threading.Lock()  # training and the thread that saves both call check()
         try:
             self.take()
             self.devices = os.stat(out.parent).st_dev, os.stat(out).st_dev
@@ -161,7 +168,7 @@ class OutputLock:
     def __exit__(self, *error) -> None:
         self.release()
 
-    def take(self) -> None:
+    def take(self, wait: bool = True) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         here, waited = f" on {socket.gethostname()}", 0
         while not self.is_ours():  # the last owner may remove the file just before we lock it
@@ -169,9 +176,9 @@ class OutputLock:
             self.descriptor = lock_file(self.path)
             if self.descriptor is None:
                 owner = "another process"
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):  # removed, or on SMB, where nobody else may read a locked file
                     owner = self.path.read_text() or owner
-                if owner.endswith(here) or waited >= self.LEASE:
+                if not wait or owner.endswith(here) or waited >= self.LEASE:
                     raise ValueError(f"--out {self.path.parent} is in use by {owner}; wait for it, or choose another "
                                      "--out")
                 if not waited:
@@ -179,7 +186,8 @@ class OutputLock:
                           "is gone", file=sys.stderr, flush=True)
                 time.sleep(1)
                 waited += 1
-        self.path.write_text(f"process {os.getpid()}{here}")
+        with contextlib.suppress(PermissionError):  # on SMB a locked file can only be written through its descriptor
+            self.path.write_text(f"process {os.getpid()}{here}")
 
     def is_ours(self) -> bool:
         """Whether the file we have locked is still there under its name."""
@@ -190,17 +198,22 @@ class OutputLock:
                 raise
             return False
 
-    def check(self) -> None:
-        """To be called before writing. Takes the lock again if --out was deleted. Raises OSError if its file system is
-        gone, or another run has started in its place."""
+    def check(self, take_back: bool = True) -> None:
+        """Call it before writing. If --out was deleted, takes the lock again, or raises OSError without `take_back`.
+        Also raises OSError if the file system is gone, or if another run has started in --out: then `lost` is set."""
+        with self.guard:
+            if not self.is_ours():
+                self.recover(take_back)
+
+    def recover(self, take_back: bool) -> None:
         out = self.path.parent
-        if self.is_ours():
-            return
         if os.stat(out.parent).st_dev != self.devices[0] or out.exists() and os.stat(out).st_dev != self.devices[1]:
             raise OSError(errno.ENODEV, "its file system is gone", str(out))  # but may be mounted again
-        if not self.lost and not (out / "config.json").exists():  # else another run has been here, if only for a while
+        if not self.lost and not (out / "config.json").exists():  # otherwise another run has used the folder since
+            if not take_back:
+                raise OSError(errno.ENOENT, "it was deleted", str(out))
             with contextlib.suppress(ValueError):
-                return self.take()
+                return self.take(wait=False)
         self.lost = True
         raise OSError(errno.EBUSY, "another run has taken over", str(out))
 
@@ -218,15 +231,17 @@ class OutputLock:
 
 def lock_file(path: Path) -> int | None:
     """Locks a file. Returns its descriptor, or None if another process has the lock. Where there are no locks, says so
-    and goes on without."""
-    for mode in (os.O_RDONLY, os.O_RDWR):  # NFS needs the latter, which keeps other disks from being remounted
+    and continues without one."""
+    # NFS locks need a file open for writing; elsewhere that would keep the disk from being remounted read-only.
+    for mode in (os.O_RDONLY, os.O_RDWR):
         descriptor = os.open(path, mode | os.O_CREAT, 0o666)
         try:
             import fcntl  # Windows has none
 
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):  # the latter on CIFS
-            return os.close(descriptor)
+            os.close(descriptor)
+            return None
         except (OSError, ImportError) as error:
             if isinstance(error, OSError) and error.errno == errno.EBADF and mode == os.O_RDONLY:
                 os.close(descriptor)
@@ -238,12 +253,18 @@ def lock_file(path: Path) -> int | None:
 
 def take_output(cfg) -> OutputLock | None:
     """The lock on --out for rank 0, None on the others. Raises ValueError on all if rank 0 cannot have it."""
-    taken = []
+    lock = None
+
+    def take() -> None:  # a lock cannot be sent to other ranks, so it is not returned
+        nonlocal lock
+        if dist.get_rank() == 0:
+            lock = OutputLock(Path(cfg.out))
+
     try:
-        on_all_ranks(lambda: taken.append(OutputLock(Path(cfg.out))) if dist.get_rank() == 0 else None)
+        on_all_ranks(take)
     except Failed as error:
         raise ValueError(str(error)) from None
-    return taken[0] if taken else None
+    return lock
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -293,7 +314,8 @@ class MetadataOnly(pickle.Unpickler):
         known = {"torch.distributed.checkpoint.metadata": (
             "Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex",
             "StorageMeta", "_MEM_FORMAT_ENCODING"), "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-            "torch": ("Size", "float32", "float64"), "torch.serialization": ("_get_layout",),
+            "torch": ("Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8",
+                      "bool"), "torch.serialization": ("_get_layout",),
             "pathlib": ("PosixPath", "WindowsPath"), "pathlib._local": ("PosixPath", "WindowsPath")}
         if name in known.get(module, ()):  # exact names: a dotted one would reach through the module to others
             return super().find_class(module, name)
@@ -301,7 +323,7 @@ class MetadataOnly(pickle.Unpickler):
 
 
 def check_metadata(path: Path) -> None:
-    """To be called before PyTorch's own reader, which would run code in the pickle, or in any entry that is no tensor.
+    """Call it before PyTorch's own reader, which would run code in the pickle or in any entry that is not a tensor.
     Raises UnpicklingError if there is any."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata  # slow to import
 
@@ -309,11 +331,11 @@ def check_metadata(path: Path) -> None:
         metadata = MetadataOnly(file).load()
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
-            raise pickle.UnpicklingError(f"its entry {name} is no tensor; nothing in it was run")
+            raise pickle.UnpicklingError(f"its entry {name} is not a tensor; nothing in it was run")
 
 
 def networks_of(state) -> dict[str, dict[str, Tensor]]:
-    """{part: {name: tensor}} of all that a run needs to continue, but for the optimizers' state. No copies."""
+    """{part: {name: tensor}} of everything a run needs to continue, except the optimizers' state. No copies."""
     return dict(student=dict(state.student.named_parameters()), teacher=dict(state.teacher.named_parameters()),
                 centers=state.centers)
 
@@ -325,19 +347,23 @@ def optimizer_state_of(state) -> dict[str, dict]:
 
 
 def optimizer_tensors_of(state) -> dict[str, dict[str, Tensor]]:
-    """{entry of the state, such as exp_avg: {parameter: tensor}}. Numbers become tensors; None is left out."""
+    """{entry of the state, such as exp_avg: {parameter: tensor}}. Numbers become tensors; None is left out. Raises
+    ValueError for anything else."""
     tensors: dict[str, dict[str, Tensor]] = {}
     for name, entries in optimizer_state_of(state).items():
         for key, value in entries.items():
             if value is not None:
+                if not isinstance(value, (Tensor, int, float)):
+                    raise ValueError(f"the optimizer's {key!r} of {name} is a {type(value).__name__}; only tensors and "
+                                     "numbers can be saved")
                 value = value if torch.is_tensor(value) else torch.tensor(value, dtype=torch.float64)
                 tensors.setdefault(key, {})[name] = value
     return tensors
 
 
 def tensors_of(state) -> dict[str, dict[str, Tensor]]:
-    """{part: {name: tensor}} of the networks, centers and optimizers of a run, no copies: what a save holds. Nothing
-    but tensors is saved, so nothing else need be read."""
+    """{part: {name: tensor}} of the networks, centers and optimizers of a run, no copies: what a save holds. Only
+    tensors are saved, so nothing else needs to be read."""
     return networks_of(state) | optimizer_tensors_of(state)
 
 
@@ -382,7 +408,7 @@ def load_newest(state, folder: Path) -> tuple[dict, list[str]]:
     `complete`, or {} if there is no save, and the names of newer saves that are damaged. Raises ValueError if all are
     damaged, or if it does not fit or holds anything but tensors."""
     names = [sorted((path.name for path in folder.glob("step_*")), reverse=True)]
-    dist.broadcast_object_list(names)  # one process looks: a slow network file system could give two answers
+    dist.broadcast_object_list(names)  # only one looks: on a slow network file system others may see less
     damaged = []
     for name in names[0]:
         try:
@@ -404,8 +430,8 @@ def load_newest(state, folder: Path) -> tuple[dict, list[str]]:
                              f"have changed, go back to those in {folder.parent}/config.json") from None
         return complete, damaged
     if damaged:
-        raise ValueError(f"no save in {folder} is intact; keep {folder.parent}/ckpt.pth, the teacher, if you want it, "
-                         "and start over with --overwrite")
+        raise ValueError(f"no save in {folder} is intact; copy {folder.parent}/ckpt.pth, the teacher, elsewhere if you "
+                         "need it, then start over with --overwrite")
     return {}, []
 
 
@@ -438,6 +464,7 @@ class Saver:
         self.thread, self.step, self.good = None, start, start  # of the last attempt, of the last success
         self.error, self.failing_since, self.last = "", None, time.monotonic()  # of the last attempt
         self.asked, self.stall, self.seconds = False, 0.0, 0.0
+        self.reason = ""  # what hopeless() found last
 
     def __enter__(self):
         return self
@@ -460,19 +487,21 @@ class Saver:
         return self.asked
 
     def hopeless(self) -> str:
-        """Why saving has no future, on rank 0; otherwise nothing."""
-        since = self.failing_since
+        """Why saving cannot succeed any more, on rank 0; otherwise nothing. `reason` keeps it for when all ranks know,
+        a step later."""
+        since, found = self.failing_since, ""
         if self.main and self.lock.lost:
-            return f"another run has taken over --out {self.cfg.out}; this one stops without touching it"
-        if self.main and since is not None and self.thread is None and (
+            found = f"another run has taken over --out {self.cfg.out}; this one stops without touching it"
+        elif self.main and since is not None and self.thread is None and (
                 time.monotonic() - since > 60 * self.cfg.save_patience):
-            return (f"saving has failed for {self.cfg.save_patience:g} minutes ({self.error}). The last good save is "
-                    f"that of step {self.good}; make room or mend the disk, and run the same command again")
-        return ""
+            found = (f"saving has failed for {self.cfg.save_patience:g} minutes ({self.error}). The last good save is "
+                     f"that of step {self.good}; free disk space or repair the disk, and run the same command again")
+        self.reason = found or self.reason
+        return found
 
     def start(self, step: int, counters: dict, exports: list[Path]) -> None:
         """Starts to save the state after `step` steps, once the previous save is done. The teacher also goes to
-        `exports`."""
+        `exports`. Raises Failed on all ranks if the optimizers' state cannot be saved."""
         began = time.perf_counter()
         self.collect()
         self.error, self.step, self.last, self.asked = "", step, time.monotonic(), False
@@ -484,7 +513,8 @@ class Saver:
         self.stall = time.perf_counter() - began
 
     def copy_to_host(self) -> dict[str, dict[str, Tensor]]:
-        """The state as it is now, in the same (pinned) host memory each time; nothing except on the first replica."""
+        """The state as it is now, in the same (pinned) host memory each time; nothing except on the first replica.
+        Raises Failed on all ranks if the optimizers' state cannot be saved."""
         from torch.distributed.tensor import DTensor  # slow to import
 
         def empty_copy(tensor: Tensor) -> Tensor:
@@ -493,9 +523,12 @@ class Saver:
             return DTensor.from_local(copy, self.mesh, tensor.placements[-1:], run_check=False, shape=tensor.shape,
                                       stride=tensor.stride()) if isinstance(tensor, DTensor) else copy
 
+        try:
+            state = tensors_of(self.state)
+        except ValueError as error:
+            raise Failed(str(error)) from None
         if self.mesh is None:
             return {}
-        state = tensors_of(self.state)
         if [[*named] for named in self.copies.values()] != [[*named] for named in state.values()]:
             # the first save; or an optimizer has created its state since the last one
             self.copies = {part: {k: empty_copy(t.detach()) for k, t in named.items()} for part, named in state.items()}
@@ -521,25 +554,23 @@ class Saver:
             on_all_ranks(lambda: self.publish(folder, step, counters, files) if self.main else None, self.group)
         except BaseException as error:  # PyTorch's CheckpointException is no Exception
             self.error = root_cause(error)
-            if self.main and folder is not None:
+            if self.main and folder is not None and folder.exists():
                 try:
                     (folder / "probe").write_bytes(bytes(1 << 16))
-                except OSError as refusal:  # of a full disk PyTorch only says "unexpected pos"
+                except OSError as refusal:  # on a full disk PyTorch only says "unexpected pos"
                     self.error = root_cause(refusal)
-                shutil.rmtree(folder, ignore_errors=True)  # it takes up room
+                shutil.rmtree(folder, ignore_errors=True)  # frees disk space
         self.seconds = time.perf_counter() - began
 
     def make_folder(self) -> Path:
-        """An empty folder for the save. Makes --out again if it has vanished."""
+        """An empty folder for the save. Creates --out again if it has disappeared."""
         self.lock.check()
         out = Path(self.cfg.out)
         if not (out / "config.json").exists():
             claim_output(self.cfg, overwrite=False)
-            self.say(f"note: {out} had vanished and is made again; the saves that were in it are lost")
+            self.say(f"note: {out} had disappeared and was created again; the saves that were in it are lost")
         for path in self.folder.glob("partial*"):  # left by a run that was killed
             shutil.rmtree(path, ignore_errors=True)
-        for path in [*out.glob(".ckpt.pth.*.partial"), *out.glob("eval/*/.teacher_checkpoint.pth.*.partial")]:
-            path.unlink()
         folder = self.folder / f"partial_{uuid.uuid4().hex}"
         folder.mkdir(parents=True)
         return folder
@@ -558,12 +589,13 @@ class Saver:
         for path in (Path(self.cfg.out) / "metrics.jsonl", Path(self.cfg.out) / "bad_samples.txt"):
             if path.exists():
                 make_durable(path)  # a save must not survive a power cut without them
+        check_metadata(folder / ".metadata")  # or this save could never be read
         write_json(folder / "complete", dict(
             step=step, counters=counters, files=files | {".metadata": sha256(folder / ".metadata")},
             processes=dist.get_world_size(), torch=str(torch.__version__), config=dataclasses.asdict(self.cfg)))
         self.lock.check()
         final = self.folder / f"step_{step:09d}"
-        for name in self.damaged:  # put aside, for whoever wants to look
+        for name in self.damaged:  # set aside for inspection
             os.replace(self.folder / name, self.folder / f"damaged_{name}_{uuid.uuid4().hex[:8]}")
         self.damaged = []
         shutil.rmtree(final, ignore_errors=True)
@@ -588,7 +620,7 @@ class Saver:
                  f"{self.good}. Trying again every {self.RETRY:g} s, for {self.cfg.save_patience:g} minutes")
 
     def finish(self, step: int, counters: dict) -> None:
-        """Waits until the state after `step` steps is saved. Raises Failed when there is no hope of that."""
+        """Waits until the state after `step` steps is saved. Raises Failed if saving cannot succeed any more."""
         while True:
             self.collect()
             if self.good == step and not self.error:
@@ -609,12 +641,13 @@ class StopSignals:
     SIGINT ends the program at once, unless it comes so soon that it is torchrun passing on the first."""
 
     ECHO = 0.5  # seconds
+    NAMES = "SIGTERM", "SIGUSR1", "SIGINT"  # Windows has no SIGUSR1
 
     def __init__(self, lock: OutputLock | None):
         self.name, self.interrupted, self.lock = "", math.inf, lock
 
     def __enter__(self):
-        self.before = {n: signal.signal(n, self.receive) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        self.before = {n: signal.signal(n, self.receive) for n in signal.Signals if n.name in self.NAMES}
         return self
 
     def __exit__(self, *error) -> None:
@@ -653,11 +686,16 @@ def same_command() -> str:
 # The log
 
 
-class Log:
-    """metrics.jsonl and the progress bar, on rank 0 only. A resumed run drops the lines that it will write again."""
+class TooManyBad(Exception):
+    """More images than allowed cannot be read. Raised on all ranks, after saving."""
 
-    def __init__(self, path: Path, start: int, steps: int, counters: dict[str, int]):
-        self.main = dist.get_rank() == 0
+
+class Log:
+    """metrics.jsonl and the progress bar, on rank 0 only. A resumed run drops the lines that it will write again. With
+    `lock`, writes nothing unless --out is still this run's."""
+
+    def __init__(self, path: Path, start: int, steps: int, counters: dict[str, int], lock: OutputLock | None = None):
+        self.main, self.lock = dist.get_rank() == 0, lock
         self.path, self.records, self.behind = path, [], False
         if self.main:
             for line in path.read_text().splitlines() if path.exists() else ():
@@ -679,13 +717,18 @@ class Log:
         with replacing(self.path, durable=True) as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
 
+    def check_lock(self) -> None:
+        """Raises OSError if --out was deleted or belongs to another run. Only a save creates it again."""
+        if self.lock is not None:
+            self.lock.check(take_back=False)
+
     def write(self, record: dict) -> None:
-        """Adds a line, with null for numbers that are not finite. If the disk refuses, it is written with a later one.
-        """
+        """Adds a line, with null for numbers that are not finite. If that fails, it is written with a later one."""
         if not self.main:
             return
         self.records.append({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()})
         try:
+            self.check_lock()
             if self.behind or not self.path.exists():
                 self.rewrite()
             else:
@@ -694,7 +737,7 @@ class Log:
             self.behind = False
         except OSError as error:
             if not self.behind:
-                self.say(f"note: {self.path} cannot be written ({root_cause(error)}); its lines wait in memory")
+                self.say(f"note: {self.path} cannot be written ({root_cause(error)}); its lines are kept in memory")
             self.behind = True
 
     def knn(self, step: int, key: str = "knn") -> dict | None:
@@ -727,11 +770,13 @@ class Log:
         self.new_bad = []
         self.counters["bad_samples"] += len(new)
         for name, reason in new:
-            self.bad_files.setdefault(re.sub(r"\s", " ", name), reason)  # a line each, whatever the name holds
+            self.bad_files.setdefault(re.sub(r"\s", " ", name), reason)  # one line each, even if a name has line breaks
         if self.main and len(self.bad_files) > self.n_listed:
-            with contextlib.suppress(OSError), replacing(self.bad_path) as temporary:  # else with the next ones
-                lines = "".join(f"{name}\t{reason}\n" for name, reason in self.bad_files.items())
-                temporary.write_text(lines, "utf-8", "surrogateescape")
+            lines = "".join(f"{name}\t{reason}\n" for name, reason in self.bad_files.items())
+            with contextlib.suppress(OSError):  # then they are listed with the next ones
+                self.check_lock()
+                with replacing(self.bad_path) as temporary:
+                    temporary.write_text(lines, "utf-8", "surrogateescape")
                 self.n_listed = len(self.bad_files)
         bad = self.counters["bad_samples"] - self.bad_before
         return bad / (bad + n_samples)
@@ -756,7 +801,7 @@ def summary(log: Log, steps: int) -> str:
 
 class NonFinite:
     """Counts steps that were skipped because a loss or gradient was not finite, and writes their losses and samples to
-    out/nonfinite/. Looks at each step one step later, when the GPU has long finished it."""
+    out/nonfinite/. Looks at each step one step later, by when the GPU has finished it."""
 
     def __init__(self, cfg, log: Log, batches, saver: Saver):
         self.cfg, self.log, self.batches, self.saver, self.pending = cfg, log, batches, saver, None
@@ -796,6 +841,7 @@ class NonFinite:
             self.log.say(f"note: loss or gradients of step {step} are not finite; the step is skipped, its samples are "
                          f"listed in {folder}")
             with contextlib.suppress(OSError):
+                self.log.check_lock()
                 folder.mkdir(exist_ok=True)
                 write_json(folder / f"step_{step:09d}.json", dict(step=step, processes=processes))
 
@@ -806,7 +852,3 @@ def weights_sha256(ckpt: Path) -> str:
     for name, tensor in sorted(torch.load(ckpt, map_location="cpu", weights_only=True)["teacher"].items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
-
-
-class TooManyBad(Exception):
-    """More images than allowed cannot be read. All processes know, and all is saved."""

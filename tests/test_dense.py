@@ -348,7 +348,7 @@ def test_eval_dense_wrong_data_is_named(task, what, text, dense_pairs, dense_vit
     (("--task", "seg", "--depth-scale", 5), "is only for --task depth"),
     (("--task", "depth", "--predictions", "{file}"), "is a file; name a folder"),
     (("--task", "depth", "--out", "none/x"), "--out none/x cannot be written: No such file"),
-    (("--task", "depth", "--device", "tpu"), "is no device"),
+    (("--task", "depth", "--device", "tpu"), "is not a device"),
     (("--task", "depth", "--head", "no.pth"), "no such dense head: no.pth"),
     (("--task", "depth", "--lr", 1e30, "--clip", 0), "predictions for .*03.png are not finite; use a smaller"),
     (("--task", "seg", "--lr", 1e30, "--steps", 9, "--eval-every", 9), "the loss of step .* is .*; use a smaller")])

@@ -588,7 +588,7 @@ def test_hub_command_errors(tmp_path, capsys):
         (["program", "b.pt", "--model", vit], "must be a file that ends in .onnx or .pt2"),
         (["convert", vit, f"{vit}/b.pth", "--to", "official"], "vit.pth/b.pth could not be written"),
         (["features", str(HERE / "pictures"), "--model", vit, "--device", "meta", "--out", "f.npz"],
-         "'meta' is no device"),
+         "'meta' is not a device"),
         (["program", "b.pt2", "--model", vit, "--size", "50"], "multiples of this model's patch size, 14"),
         (["features", "a.png", "--model", vit, "--out", vit], "must be a file that ends in .npz, or a folder"),
         (["features", "a.png", "--model", vit, "--out", "f.txt"], "must be a file that ends in .npz, or a folder"),

@@ -199,13 +199,24 @@ def test_shard_and_recompute_of_a_run_that_knew_neither(trained, tmp_path):
     assert set_up_and_release(*TINY, *flags).start == 4
 
 
-def test_shard_hsdp_wants_equal_machines(tmp_path):
+def test_failure_on_one_rank_keeps_its_cause():
+    support.parallel.start_processes(CPU)
+    try:
+        with pytest.raises(support.parallel.Failed, match="division by zero") as raised:
+            support.parallel.on_all_ranks(lambda: 1 / 0)
+        assert isinstance(raised.value.__cause__, ZeroDivisionError)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_shard_hsdp_needs_equal_machines(tmp_path):
     """One line on each process, and nothing is written."""
     flags = [*TINY, "--batch-size", 12, "--steps", 1, "--sharding", "hsdp", "--out", tmp_path / "out"]
     text = Launched(tmp_path / "log", train.main, *flags, world=3, before=partial(on_machines_of, 2)).wait(2)
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 3 and "--sharding hsdp wants as many processes on each machine" in errors[0]
-    assert "take --sharding zero2" in errors[0] and not (tmp_path / "out").exists()
+    assert len(errors) == 3 and "--sharding hsdp needs the same number of processes on every machine" in errors[0]
+    assert "found 2 from rank 0, 1 from rank 2. Use" in errors[0] and "or --sharding zero2" in errors[0]
+    assert not (tmp_path / "out").exists()
     for field, value, fix in (("sharding", "zero4", "did you mean zero"),
                               ("activation_checkpointing", "ful", "did you mean full")):
         with pytest.raises(ValueError, match="--" + field.replace("_", "-") + f" .{value}., {fix}"):

@@ -104,6 +104,13 @@ def test_signals_are_heard():
         assert signal.getsignal(getattr(signal, name)) == before
 
 
+def test_signals_that_windows_lacks_are_not_needed(monkeypatch):
+    before = signal.getsignal(signal.SIGUSR1)
+    monkeypatch.setattr(signal, "Signals", [signal.SIGINT, signal.SIGTERM])
+    with support.run.StopSignals(None) as heard:
+        assert [*heard.before] == [signal.SIGINT, signal.SIGTERM] and signal.getsignal(signal.SIGUSR1) == before
+
+
 @pytest.mark.parametrize("name,world", [("SIGTERM", 2), pytest.param("SIGUSR1", 1, marks=pytest.mark.slow),
                                         pytest.param("SIGINT", 1, marks=pytest.mark.slow)])
 def test_resume_after_signals(name, world, straight, tmp_path):
@@ -400,6 +407,98 @@ def test_lock_of_another_machine_and_without_locks(tmp_path, monkeypatch, capsys
         assert mine.lost and not (tmp_path / "out/lock").exists()
     with pytest.raises(ValueError, match="file/out cannot be written \\(Not a directory.*; choose another folder"):
         support.run.OutputLock(tmp_path / "file/out")
+
+
+def test_lock_on_smb(tmp_path, monkeypatch):
+    """A locked file can neither be read nor written through another descriptor there, not even by its owner."""
+    def refused(path, *args):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    monkeypatch.setattr(Path, "read_text", refused)
+    monkeypatch.setattr(support.run.OutputLock, "LEASE", 0)
+    with support.run.OutputLock(tmp_path / "out"), pytest.raises(ValueError, match="in use by another process; wait"):
+        support.run.OutputLock(tmp_path / "out")
+    assert not (tmp_path / "out/lock").exists()
+
+
+def test_lock_checks_do_not_wait(tmp_path, monkeypatch):
+    """Training itself calls check(): it waits neither for another owner nor takes a deleted folder back."""
+    monkeypatch.setattr(support.run.time, "sleep", lambda seconds: pytest.fail("it waits"))
+    mine = support.run.OutputLock(tmp_path / "out")
+    os.rename(tmp_path / "out", tmp_path / "gone")
+    with pytest.raises(OSError, match="it was deleted"):
+        mine.check(take_back=False)
+    assert not mine.lost and not (tmp_path / "out").exists()
+    with support.run.OutputLock(tmp_path / "out"):
+        (tmp_path / "out/lock").write_text("process 1 on elsewhere")
+        with pytest.raises(OSError, match="another run has taken over"):
+            mine.check()
+    assert mine.lost
+
+
+def test_lock_lost_to_another_keeps_its_metrics_whole(tmp_path):
+    """--out is deleted and another run starts there before the first one saves: the first ends, and the log holds the
+    other's lines only."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    first = Launched(log, train.main, *TINY, "--steps", 4000, "--save-every", 4000, "--out", out, before=slowly)
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) > 5)
+    os.rename(out, tmp_path / "deleted")
+    second = Launched(tmp_path / "log2", train.main, *TINY, "--steps", 12, "--seed", 1, "--out", out, before=slowly)
+    assert "another run has taken over" in first.wait(1) and "Traceback" not in log.read_text()
+    second.wait()
+    alone = Launched(tmp_path / "log3", train.main, *TINY, "--steps", 12, "--seed", 1, "--out", tmp_path / "alone")
+    alone.wait()
+    assert metrics(out) == metrics(tmp_path / "alone") and [r["step"] for r in metrics(out)] == list(range(12))
+
+
+@pytest.mark.parametrize("value,text", [
+    ("a string", "error: the optimizer's 'odd' of .* is a str; only tensors and numbers can be saved"),
+    (torch.zeros(2, dtype=torch.complex64), "saving has failed for 0 minutes \\(it holds code, torch.complex64;")])
+def test_saves_that_nobody_could_read_end_the_run(value, text, tmp_path):
+    """One line, at the first save, and no save that looks whole."""
+    flags = [*TINY, "--steps", 400, "--save-every", 2, "--save-patience", 0, "--out", tmp_path / "out"]
+    said = Launched(tmp_path / "log", train.main, *flags, before=partial(odd_state, value)).wait(1)
+    assert re.search(text, said) and "Traceback" not in said
+    assert not list((tmp_path / "out").glob("resume/step_*")) and len(metrics(tmp_path / "out")) < 400
+
+
+def odd_state(value) -> None:
+    """An optimizer that keeps this, too, for each parameter."""
+    state_of = support.run.optimizer_state_of
+    support.run.optimizer_state_of = lambda state: {k: v | dict(odd=value) for k, v in state_of(state).items()}
+
+
+def test_saves_that_vanish_name_the_first_reason(tmp_path, monkeypatch):
+    def lost(tensors, checkpoint_id, process_group):
+        shutil.rmtree(checkpoint_id)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(torch.distributed.checkpoint, "save", lost)
+    with pytest.raises(support.parallel.Failed, match="\\(Input/output error\\)"):
+        train_main(*TINY, "--steps", 400, "--save-every", 2, "--save-patience", 0, "--out", tmp_path / "out")
+
+
+def test_saves_hold_every_plain_dtype(tmp_path):
+    support.parallel.start_processes(torch.device("cpu"))
+    names = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool".split()
+    tensors = {name: torch.zeros(2, dtype=getattr(torch, name)) for name in names}
+    torch.distributed.checkpoint.save(tensors, checkpoint_id=str(tmp_path / "save"))
+    torch.distributed.destroy_process_group()
+    support.run.check_metadata(tmp_path / "save/.metadata")
+
+
+def test_start_removes_what_a_killed_run_left(tmp_path):
+    """But not what an evaluation may just be writing."""
+    out = tmp_path / "out"
+    train_main(*TINY, "--steps", 2, "--out", out)
+    names = [".ckpt.pth.0.partial", ".metrics.jsonl.0.partial", ".config.json.0.partial", ".bad_samples.txt.0.partial",
+             "eval/training_3/.teacher_checkpoint.pth.0.partial", "nonfinite/.step_000000004.json.0.partial"]
+    for name in [*names, "eval/training_3/.results.0.partial"]:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).touch()
+    set_up_and_release(*TINY, "--steps", 2, "--out", out)
+    assert [p.name for p in out.rglob(".*.partial")] == [".results.0.partial"]
 
 
 @pytest.mark.parametrize("alive", [True, False])
