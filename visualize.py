@@ -480,7 +480,7 @@ def show_neighbors(args: argparse.Namespace) -> None:
     if not (args.data or config["data"]):
         raise ValueError(f"{args.model} does not say which images to search; give --data")
     stated = (config[key] for key in ("data", "eval_train", "eval_val"))
-    train, val = eval_specs(*((args.data, args.data) if args.data else map(without_code, stated)))
+    train, val = eval_specs(*([args.data] * 2 if args.data else [without_code(spec, "--data") for spec in stated]))
     source = open_source(train, config["in_chans"])
     if out.exists() and out.resolve() in (Path(source.describe(i)).resolve() for i in range(len(source))):
         raise ValueError(f"--out {args.out} would overwrite an image of {train}; choose another")

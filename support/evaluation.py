@@ -5,7 +5,7 @@
         ...
         e.report(protocol, result, columns)                     # appends a line to CKPT.eval_knn.jsonl, prints one
 
-Everything here runs alike in one process and under torchrun, where each rank computes a share of the batches.
+Everything here works the same in one process and under torchrun, where each rank computes a share of the batches.
 Apache License 2.0.
 """
 import argparse
@@ -69,7 +69,7 @@ class EvalImages(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, bool]:
         try:
             image = self.source.image(self.indices[i])
-        except Exception:  # decoders raise all sorts of errors on damaged files
+        except Exception:  # decoders raise anything on damaged files
             return torch.zeros(self.source.channels, self.crop, self.crop, dtype=torch.uint8), False
         longest = 8 * min(image.shape[-2:])  # resizing all of a panorama could fill the memory; its center is enough
         image = center_crop(image, longest, longest)
@@ -182,8 +182,8 @@ def full_float32():
 
 
 def common_labels(train_source, val_source) -> tuple:
-    """The labels of both sources (of the second, None if there is none), as the first numbers its classes, of which
-    the second may lack some. Raises ValueError for a source without labels, or with a class the first does not have."""
+    """The labels of both sources in the class numbers of the first (None for no second source). Raises ValueError for
+    a source without labels, or if the second has a class that the first does not have."""
     for source in (train_source, val_source):
         if source is not None and source.labels is None:
             raise ValueError(f"{source.name} has no labels; evaluation needs one subfolder per class, two or more: "
@@ -192,7 +192,7 @@ def common_labels(train_source, val_source) -> tuple:
         return train_source.labels, None
     if (train_source.classes is None) != (val_source.classes is None):
         raise ValueError(f"the classes of {val_source.name} cannot be matched with those of {train_source.name}: one "
-                         "has names, the other numbers; choose two sets of a kind")
+                         "has names, the other numbers; use two sets of the same kind")
     if train_source.classes is None:
         return train_source.labels, val_source.labels
     if foreign := set(val_source.classes) - set(train_source.classes):
@@ -310,8 +310,8 @@ class Evaluation:
         if not args.train and "data" not in config:
             raise ValueError(f"{args.checkpoint} does not say which data to use; give --train and --val")
         train, val = (eval_specs(args.train, args.train, args.val) if args.train else
-                      eval_specs(*(without_code(config[key]) for key in ("data", "eval_train")),
-                                 args.val or without_code(config["eval_val"])))
+                      eval_specs(*(without_code(config[key], "--train") for key in ("data", "eval_train")),
+                                 args.val or without_code(config["eval_val"], "--val")))
         if train == val:
             raise ValueError(f"--val is the same as --train, {train}; leave --val out, or name other images")
         return train, val
@@ -334,7 +334,7 @@ class Evaluation:
                                 self.dtype, self.config["mean"], self.config["std"])
 
     def features(self, source, what: str = "cls", model=None) -> tuple[Tensor, Tensor]:
-        """As extract(), but kept in --cache; `what` tells the outputs of one model from those of another there."""
+        """As extract(), but kept in --cache, where `what` distinguishes different outputs of the model."""
         if not self.args.cache:
             return self.extract(source, model)
         vit, config = self.model, self.config
@@ -345,7 +345,7 @@ class Evaluation:
         if all_agree(table is not None, self.device) and table is not None:
             return table.to(self.device), ok.to(self.device)
         table, ok = self.extract(source, model)
-        if ok.all():  # unreadable files may be mended
+        if ok.all():  # unreadable files may be repaired later
             save_on_rank_0(path, (table.cpu(), ok.cpu()))
         return table, ok
 
@@ -408,8 +408,7 @@ def all_agree(number: int, device: torch.device) -> bool:
 
 
 def save_on_rank_0(path: Path, content) -> None:
-    """Writes `content` with torch.save, whole or not at all. If the disk refuses, says so and goes on: the other ranks
-    are waiting."""
+    """Writes `content` with torch.save, atomically. If that fails, says so and goes on: the other ranks are waiting."""
     if world()[0] == 0:
         try:
             write_file(path, partial(torch.save, content))
@@ -433,7 +432,7 @@ def data_hash(source) -> str:
     """SHA-256 of a source's listing and of 64 of its images, evenly spread."""
     digest = hashlib.sha256(f"{source.fingerprint} {len(source)} {source.channels}".encode())
     for i in range(0, len(source), -(-len(source) // 64)):
-        with contextlib.suppress(Exception):  # decoders raise all sorts of errors on damaged files
+        with contextlib.suppress(Exception):  # decoders raise anything on damaged files
             digest.update(source.image(i).contiguous().numpy())
     return digest.hexdigest()
 
