@@ -145,8 +145,8 @@ def extract_features(model, source, resize: int, crop: int, device: torch.device
 
 
 def sum_over_ranks(table: Tensor | None, device: torch.device) -> Tensor:
-    """Adds up tables in which each row is zero on all ranks but one, so the sum is exact. With few images a rank may
-    have had no batch, and so has no table; rank 0 always has one."""
+    """The sum of tables in which each row is zero on all ranks but one, hence exact. With few images a rank may have
+    had no batch, and so has no table; rank 0 always has one."""
     layout = [None if table is None else (table.shape, table.dtype)]
     dist.broadcast_object_list(layout)
     table = torch.zeros(layout[0][0], dtype=layout[0][1], device=device) if table is None else table
@@ -258,25 +258,25 @@ class EvaluationParser(Parser):
         super().__init__(manual)
         self.add_argument("checkpoint", help="out/ckpt.pth, a released .pth, the name of a released model such as "
                           "dinov2_vits14, or a file of Hugging Face or timm")
-        self.add_argument("--train", default="", help="labeled training images, named like train.py's --data")
-        self.add_argument("--val", default="", help="labeled images to classify; empty: those that go with --train")
+        self.add_argument("--train", default="", help="labeled training images, given as for train.py --data")
+        self.add_argument("--val", default="", help="labeled test images; default: the validation split of --train")
         self.add_argument("--resize", type=at_least(0), default=0, help="short side in pixels; 0: from the checkpoint")
         self.add_argument("--crop", type=at_least(0), default=0, help="center square in pixels; 0: from the checkpoint")
         self.add_machine_flags("device", "dtype", "num-workers")
-        self.add_argument("--cache", default="", help="folder that keeps features for the next evaluation; empty: none")
+        self.add_argument("--cache", default="", help="folder to cache features in; default: no cache")
         add_result_flags(self)
 
 
 def add_result_flags(parser: Parser) -> None:
-    parser.add_argument("--out", default="", help="append the result to this file, and put other files beside it; "
-                        "empty: beside the checkpoint")
+    parser.add_argument("--out", default="", help="append the result to this file, and write other files next to it; "
+                        "default: next to the checkpoint")
     parser.add_argument("--json", action="store_true", help="print the whole result as JSON, and nothing else")
 
 
 class Evaluation:
     """A checkpoint and its labeled images, opened as the command line says, and under torchrun the process group. Use
     it in a `with`. `margin`: unless --resize is given, images are resized to more than the crop, like 256 for 224.
-    Raises ValueError, with the fix in the message, for whatever does not fit."""
+    Raises ValueError, with the fix in the message, if anything does not fit."""
 
     def __init__(self, name: str, args: argparse.Namespace, margin: bool = True, needs_val: bool = False):
         self.name, self.args, self.began, self.left_out = name, args, time.time(), {}
@@ -417,15 +417,13 @@ def save_on_rank_0(path: Path, content) -> None:
 
 
 def load_table(path: Path) -> tuple[Tensor, Tensor] | None:
-    """Features and which are valid; None if there is no such file, or it is damaged."""
+    """Features, and which images could be read; None if there is no such file, or it is damaged."""
     try:
         table, ok = torch.load(path, map_location="cpu", weights_only=True)
         return table, ok
-    except FileNotFoundError:
-        return None
-    except Exception:  # a damaged file can fail in any way
-        say(f"{path} is damaged; computing the features again")
-        return None
+    except Exception as error:  # a damaged file can fail in any way
+        if not isinstance(error, FileNotFoundError):
+            say(f"{path} is damaged; computing the features again")
 
 
 def data_hash(source) -> str:

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 2**27  # larger images are refused, so that a small file cannot fill the memory; Pillow's limit is 2**27.4
-MAX_BYTES = 2**30  # likewise larger files
+MAX_BYTES = 2**30  # larger files are refused as well
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # the formats Pillow may detect, whatever the file name
 
 

@@ -158,7 +158,8 @@ class TorchDataset(Source):
             raise ValueError(f"{self.name} is empty")
         probes = [self.probe(i) for i in (0, n // 2, n - 1, 0)]
         if probes[0] != probes[3]:
-            raise ValueError(f"{self.name} returns a different image each time; remove its random transforms, training augments by itself")
+            raise ValueError(f"{self.name} returns a different image each time; remove its random transforms, training "
+                             "augments by itself")
         self.labeled = any(labeled for labeled, _ in probes)
         self.fingerprint = zlib.crc32(f"{n} {kind} {probes}".encode())
 
@@ -306,8 +307,8 @@ class InTars(Source):
 
 
 class Mix(Source):
-    """Several sources as one. With `weights`, every block of N samples has exactly these proportions, N being the common
-    denominator; without, each pass visits every image of every source once."""
+    """Several sources as one. With `weights`, every block of N samples has exactly these proportions, N being their
+    common denominator; without, each pass visits every image of every source once."""
 
     def __init__(self, sources: list[Source], weights: list[Fraction] | None):
         self.sources, self.name = sources, " + ".join(s.name for s in sources)
@@ -359,8 +360,7 @@ CODE = r"(.+\.py):(\w+)"  # file and function
 
 
 def open_source(spec: str, channels: int = 3) -> Source:
-    """The source named by `spec`, as described on top of this file, with images of so many channels. Raises ValueError
-    with the fix in the message."""
+    """The source that `spec` names (see the top of this file). Raises ValueError with the fix in the message."""
     parts = split_mixture(spec)
     try:
         if len(parts) > 1 or parts[0][1]:
@@ -408,8 +408,8 @@ def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
 
 
 def eval_specs(spec: str, train: str = "", val: str = "") -> tuple[str, str | None]:
-    """The specs of the labeled images to learn from and of those to classify (None: leave-one-out): those given, else
-    the TRAIN and VAL splits of the training source `spec`, where it has them."""
+    """The specs of labeled images for training and for testing (None: leave-one-out): those given, else the TRAIN and
+    VAL splits of the training source `spec`, if it has them."""
     if any(part != (train or spec) for part, _ in split_mixture(train or spec)):  # a mixture has no splits
         return train or spec, val or None
     name, options = parse_spec(train or spec)
@@ -755,8 +755,8 @@ def read_list(path: Path) -> dict:
                 if "\0" in name:
                     raise ValueError
     except (ValueError, PermissionError):
-        raise ValueError(f"{path} is no readable text; --data takes a folder, or a file with one image path per line"
-                         ) from None
+        raise ValueError(f"{path} is not readable as text; --data takes a folder, or a list with one image path per "
+                         "line") from None
     return dict(stamps=stamps, **listing.tables(classes if unlabeled < len(listing.labels) else None))
 
 
@@ -792,8 +792,8 @@ def list_tars(tars: list[str]) -> dict:
                 raise tarfile.ReadError("its end is missing")
         except tarfile.TarError as error:
             if not keys:
-                raise ValueError(f"{path} is no plain tar file ({error}); unpack it if it is compressed") from None
-            print(f"{path} is damaged after {len(keys)} images ({error}); the rest of it is left out", file=sys.stderr)
+                raise ValueError(f"{path} is not a plain tar file ({error}); unpack it if it is compressed") from None
+            print(f"{path} is damaged after {len(keys)} images ({error}); the rest of it is skipped", file=sys.stderr)
         except ValueError:
             raise ValueError(f"{path}: the label {member.name} is no number") from None
         columns["labels"].extend(labels.get(key, -1) for key in keys)
@@ -828,7 +828,7 @@ def write_extra(spec: str) -> None:
     """Writes the .npy files that the official code reads instead of listing folders. Raises ValueError."""
     name, options = parse_spec(spec)
     if name not in ("ImageNet", "ImageNet22k") or not {"root", "extra"} <= options.keys():
-        raise ValueError(f"extra needs ImageNet:root=FOLDER:extra=FOLDER, or ImageNet22k likewise, not {spec!r}")
+        raise ValueError(f"extra needs ImageNet:root=FOLDER:extra=FOLDER, or the same for ImageNet22k, not {spec!r}")
     root, extra = Path(options["root"]).expanduser(), Path(options["extra"]).expanduser()
     arrays = extra_of_imagenet22k(root) if name == "ImageNet22k" else {}
     if name == "ImageNet":

@@ -216,7 +216,7 @@ def test_eval_linear_ends_with_one_line_if_no_training_image_can_be_read(trained
 
 
 def test_errors_from_workers_are_shortened_to_their_message():
-    worker = "Caught {0} in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File\n{0}: a: b"
+    worker = "Caught {0} in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  F\n{0}: a: b"
     assert last_line(ValueError(worker.format("data.Unreadable"))) == "a: b"
     assert last_line(ValueError(worker.format("ValueError"))) == "a: b"
     assert last_line(ValueError("MNIST: download is yes")) == "MNIST: download is yes"

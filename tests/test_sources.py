@@ -111,7 +111,7 @@ def test_data_file_list(tmp_path, cache):
     assert source.labels.tolist() == [1, -1, 0] and source.classes == ["ant", "cat"]
     listed.write_text("a\0b")
     os.utime(listed, ns=(3, 3))
-    with pytest.raises(ValueError, match="no readable text"):
+    with pytest.raises(ValueError, match="is not readable as text"):
         support.sources.open_source(str(listed))
 
 
@@ -422,7 +422,8 @@ def test_data_torch_dataset_trains_with_spawned_workers(my_data):
 
 @pytest.mark.parametrize("name,text", [
     (":nothing", "has no function nothing"), (":lable", "did you mean labeled?"), ("", "as in {}:photos"),
-    (":random", "returns a different image each time"), (":floats", "is a Tensor torch.float32 (3, 20, 24); return an image"),
+    (":random", "returns a different image each time"),
+    (":floats", "is a Tensor torch.float32 (3, 20, 24); return an image"),
     (":dicts", "is a dict; return an image"), (":stream", "returns a Stream, which has no length"),
     (":empty", "is empty"), (":labeled:split=VAL", "takes none"),
     (":broken", "NameError at line 58 of {}: name 'missing' is not defined"),
