@@ -20,7 +20,7 @@ Heads are trained by the recipes of the released ones (DINOv2, section 7.4, and 
 frozen, and the loss is averaged over pairs of images, since each GPU had two. The head is saved as
 CKPT.TASK_DECODER_head.pth, in the layout of the release, for hub.load_dense; results are appended to
 CKPT.eval_dense.jsonl, with a constant prediction as the baseline. If training is interrupted, the same command resumes
-it. On wrong input the exit code is 2. Apache License 2.0.
+it. Invalid input exits with code 2. Apache License 2.0.
 """
 import argparse
 import copy
@@ -121,7 +121,7 @@ def read_numbers(path: str) -> np.ndarray:
             with Image.open(path, formats=FORMATS) as file:
                 check_size(*file.size)
                 numbers = np.asarray(file)
-    except Exception as error:  # decoders raise all sorts on damaged files
+    except Exception as error:  # decoders raise anything on damaged files
         raise ValueError(f"{path} cannot be read ({str(error) or type(error).__name__})") from None
     if numbers.ndim != 2 or numbers.dtype.kind not in "uifb":
         raise ValueError(f"{path} has shape {numbers.shape} and type {numbers.dtype}; it must hold one number per "
@@ -492,7 +492,7 @@ def segmentation_summary(name: str, counts: Tensor) -> dict:
 
 class DenseEvaluation:
     """A backbone with its head, and the data, opened as the command line says; a process group under torchrun. To be
-    used in a `with`. Raises ValueError, with the fix in the message, for whatever does not fit."""
+    used in a `with`. Raises ValueError, with the fix in the message, if anything does not fit."""
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.task, self.began = args, args.task, time.time()
@@ -571,7 +571,7 @@ class DenseEvaluation:
         self.ratios = tuple(args.ratios or RATIOS.get(args.decoder, ()))
 
     def new_head(self, dim: int) -> nn.Module:
-        """Initialized the same on all processes, whatever their number."""
+        """Initialized the same on all processes and for any number of them."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.args.seed)
             if self.task == "seg":
@@ -879,38 +879,38 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "file from Hugging Face or timm; or dinov2_vitg14_m2f, which is backbone and head")
     add("--task", choices=tuple(DECODERS), required=True)
     add("--data", required=True, metavar="FOLDER", help="photographs with depth or labels, see above")
-    add("--val", default="", metavar="FOLDER", help="those to evaluate on; default: the validation split of --data")
+    add("--val", default="", metavar="FOLDER", help="to evaluate on; default: the validation split of --data")
     add("--decoder", default="linear", help="the head to train. depth: linear, linear4 (4 blocks), dpt; seg: linear, "
         "ms (4 blocks, tested at several scales)")
     add("--head", default="", help="evaluate this head instead of training one: a file or, for a released model, one "
         f"of {', '.join(hub.DENSE_HEADS)}")
-    add("--channels", type=at_least(2), default=256, help="width of dpt, with whose square "
-        "its time grows; fewer for small backbones")
+    add("--channels", type=at_least(2), default=256, help="width of dpt, whose cost grows "
+        "with its square; use fewer for small backbones")
     add("--depth-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="meters that the head can predict and that "
         "are evaluated; default: those of the data set, or 0.001 10")
     add("--depth-scale", type=positive, default=1000.0, help="units per meter in the 16-bit PNG of your own folders")
-    add("--steps", type=at_least(1), help="of training; default, here and down to --ratios: by the recipe")
+    add("--steps", type=at_least(1), help="training steps; default, here and down to --ratios: from the recipe")
     add("--batch-size", type=at_least(1), default=16, help="global batch, over all processes")
     add("--lr", type=positive, help="peak learning rate")
     add("--weight-decay", type=float, help="of AdamW")
-    add("--warmup", type=float, help="as a fraction of the steps")
+    add("--warmup", type=float, help="learning rate warmup, as a fraction of the steps")
     add("--clip", type=float, help="largest gradient norm; 0: no clipping")
-    add("--crop", type=at_least(1), nargs=2, metavar=("HEIGHT", "WIDTH"), help="of training, in pixels; for "
-        "segmentation, the smaller is also the side of the test windows")
-    add("--short", type=at_least(1), help="short side of photographs, in training times --ratios; default for depth: "
-        "unchanged")
+    add("--crop", type=at_least(1), nargs=2, metavar=("HEIGHT", "WIDTH"), help="training crop, in pixels; "
+        "for segmentation, its shorter side is also the size of the test windows")
+    add("--short", type=at_least(1), help="resize photographs to this short side, in training times --ratios; default "
+        "for depth: no resizing")
     add("--ratios", type=positive, nargs=2, metavar=("MIN", "MAX"), help="segmentation: random scales in training")
-    add("--gradient-weight", type=float, default=0.0, help="depth: weight of the gradient loss; officially 0.5, but of "
-        "a loss that a bug makes 0")
-    add("--scales", type=positive, nargs="+", help="segmentation: scales in testing, relative to --short")
-    add("--flip", action=argparse.BooleanOptionalAction, default=None, help="average with the prediction for the "
-        "mirror image in testing; default: yes for depth, by the recipe of the head for segmentation")
+    add("--gradient-weight", type=float, default=0.0, help="depth: weight of the gradient loss; officially 0.5, but "
+        "there a bug makes this loss 0")
+    add("--scales", type=positive, nargs="+", help="segmentation: test-time scales, relative to --short")
+    add("--flip", action=argparse.BooleanOptionalAction, default=None, help="at test time, average with the "
+        "prediction for the mirror image; default: yes for depth; for segmentation, from the recipe of the head")
     add("--eval-crop", choices=tuple(CROPS), help="the part of photographs where depth is evaluated; default: nyu for "
         "NYUv2, garg for KITTI, otherwise none (everywhere)")
     add("--eval-every", type=at_least(0), default=0, help="steps between evaluations; 0: ten evaluations")
     add("--predictions", default="", metavar="FOLDER", help="save predictions for --val here: labels as palette PNG, "
         "depth as 16-bit PNG in millimeters (1/256 m if the head reaches beyond 65 m), and sheet.png")
-    add("--seed", type=int, default=0, help="of initialization, order and augmentation")
+    add("--seed", type=int, default=0, help="for initialization, sampling order and augmentation")
     add("--no-resume", action="store_true", help="start over after an interruption")
     flags.add_machine_flags("device", "dtype", "num-workers")
     add_result_flags(flags)

@@ -10,7 +10,7 @@ Protocol (Wu et al. 2018, arXiv 1805.01978, as in DINOv2): each of the k trainin
 L2-normalized CLS feature votes for its class with weight exp(similarity / 0.07). The search is exact, in float32. Ties
 go to the training image that comes first, and to the class with the lower number. With a single set, each image is
 classified by all the others (leave-one-out). Unreadable and unlabeled images are left out. Prints top-1 accuracy and
-appends a line with all results to CKPT.eval_knn.jsonl. On a mistake the exit code is 2. Apache License 2.0.
+appends a line with all results to CKPT.eval_knn.jsonl. Invalid input exits with code 2. Apache License 2.0.
 """
 import argparse
 
@@ -161,10 +161,10 @@ def evaluate_knn(model: nn.Module, train_source, val_source, resize: int, crop: 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = EvaluationParser(__doc__)
     parser.add_argument("--ks", type=at_least(1), nargs="+", default=list(KS), help="numbers of neighbors")
-    parser.add_argument("--temperature", type=positive, default=0.07, help="of the votes")
+    parser.add_argument("--temperature", type=positive, default=0.07, help="of the vote weights")
     parser.add_argument("--n-per-class", type=at_least(1), nargs="+", default=[], help="few-shot: training images per "
                         "class")
-    parser.add_argument("--tries", type=at_least(1), default=1, help="few-shot: random choices to average over")
+    parser.add_argument("--tries", type=at_least(1), default=1, help="few-shot: random subsets to average over")
     args = parser.parse_args(argv)
     args.ks = sorted(set(args.ks))
     return args

@@ -11,7 +11,7 @@ patch token; 13 learning rates, scaled by batch / 256; SGD with momentum 0.9 and
 epochs of 1250 steps. On sets smaller than ImageNet-1k an epoch is one pass, but at least 50 steps. As officially, the
 result is the best of the 52 classifiers on --val. It is written to CKPT.linear_head.pth (CKPT.linear_head_cached.pth)
 in the layout of the released heads, which hub.load_classifier reads. After an interruption the same command continues
-from the last epoch. Appends a line with all results to CKPT.eval_linear.jsonl. On a mistake the exit code is 2.
+from the last epoch. Appends a line with all results to CKPT.eval_linear.jsonl. Invalid input exits with code 2.
 Apache License 2.0.
 """
 import argparse
@@ -375,7 +375,7 @@ def evaluate_linear(e: Evaluation) -> tuple[dict, dict]:
     if int(e.val_labels.max()) >= n_classes:
         raise ValueError(f"{e.val.name} has a class {int(e.val_labels.max())}, {e.train.name} only 0 to "
                          f"{n_classes - 1}")
-    real, tests = read_real(args.real, e.val) if args.real else [], []  # find mistakes before the training
+    real, tests = read_real(args.real, e.val) if args.real else [], []  # find mistakes before training
     for spec, classes in zip(args.test, args.test_classes or ["auto"] * len(args.test), strict=True):
         source = e.open(spec)
         tests.append((spec, source, class_columns(source, e.train, classes)))
@@ -417,19 +417,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--epochs", type=at_least(1), default=10, help="after each, the best top-1 so far is shown and the state saved")
     add("--epoch-length", type=at_least(0), default=0, help="in steps; 0: one pass, at least 50, at most 1250")
     add("--learning-rates", type=positive, nargs="+", default=list(RATES), help="for batch 256")
-    add("--metric", choices=("accuracy", "mean_per_class"), default="accuracy", help="to choose the best classifier by")
-    add("--crop-scale", type=positive, nargs=2, default=[0.08, 1.0], help="range of a crop's share of the image area")
-    add("--flip-prob", type=float, default=-1.0, help="-1: as in the checkpoint's own training, or 0.5")
-    add("--seed", type=int, default=0, help="of the initial weights, the order and the crops")
+    add("--metric", choices=("accuracy", "mean_per_class"), default="accuracy", help="selects the best classifier")
+    add("--crop-scale", type=positive, nargs=2, default=[0.08, 1.0], help="range of the area of random "
+        "crops, as a fraction of the image")
+    add("--flip-prob", type=float, default=-1.0, help="of a flip; -1: as in the checkpoint's training, else 0.5")
+    add("--seed", type=int, default=0, help="for the initial weights, the order and the crops")
     add("--head", default="", help="a linear head to evaluate instead of training one")
-    add("--test", nargs="+", default=[], help="more labeled images to classify with the best head")
+    add("--test", nargs="+", default=[], help="more labeled test images for the best head")
     add("--test-classes", nargs="+", default=[], help="for each --test, a .npy file with the number that each of its "
         "classes has in training, or `auto`: by name")
     add("--real", default="", help="real.json of ImageNet-ReaL, if --val is ImageNet's")
     add("--no-resume", action="store_true", help="start from scratch after an interruption")
     args = parser.parse_args(argv)
     if args.crop_scale[0] > args.crop_scale[1] or args.crop_scale[1] > 1:
-        raise ValueError("--crop-scale must be two shares of the image, like 0.08 1")
+        raise ValueError("--crop-scale must be two fractions of the image area, like 0.08 1")
     if not (args.flip_prob == -1 or 0 <= args.flip_prob <= 1):
         raise ValueError("--flip-prob must be from 0 to 1, or -1")
     if args.head and args.cached:

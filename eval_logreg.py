@@ -8,8 +8,8 @@
 Protocol (DINOv2): CLS features of the center square, not normalized; multinomial regression with an L2 penalty of
 strength 1/C, for 45 values of C from 1e-6 to 1e5. C is chosen on a random tenth of the training images, held out;
 --finetune SPEC names other images to choose it on, --finetune-on-val chooses it on the test images. The model is then
-fitted to all training images. Prints top-1 accuracy and appends a line with all results to CKPT.eval_logreg.jsonl. On a
-mistake the exit code is 2. Apache License 2.0.
+fitted to all training images. Prints top-1 accuracy and appends a line with all results to CKPT.eval_logreg.jsonl.
+Invalid input exits with code 2. Apache License 2.0.
 """
 import argparse
 import warnings
@@ -332,7 +332,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--finetune", default="", help="labeled images to choose C on; empty: a tenth of --train")
     add("--finetune-on-val", action="store_true", help="choose C on the images of --val")
-    add("--metric", choices=("accuracy", "mean_per_class"), default="accuracy", help="to choose C by")
+    add("--metric", choices=("accuracy", "mean_per_class"), default="accuracy", help="selects C")
     add("--cs", type=positive, nargs="+", default=list(CS), help="values of C to choose from")
     add("--max-iter", type=at_least(1), default=1000, help="iterations per fit")
     add("--tol", type=float, default=0.0, help="a fit has converged when the next step would change the weights by "

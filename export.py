@@ -1,10 +1,10 @@
-"""Takes models and features elsewhere: weights in other layouts, features as arrays, networks as programs.
+"""Exports weights in other layouts, features as arrays, and networks as standalone programs.
 
     python export.py convert IN OUT --to official|hf|timm|safetensors      # with hf, OUT is a new folder
     python export.py features IMG... --model dinov2_vits14 --out feats.npz # of images and folders; or --out FOLDER
     python export.py program OUT.pt2 --model dinov2_vits14 --size 518      # torch.export; or OUT.onnx
 
-IN and --model are whatever hub.load takes: a released name, a checkpoint of train.py, a file or folder in any layout.
+IN and --model: anything that hub.load takes, a released name, a checkpoint of train.py, a file or folder in any layout.
 `python export.py COMMAND --help` lists the flags. Apache License 2.0.
 """
 import contextlib
@@ -112,7 +112,7 @@ def convert(argv: list[str]) -> None:
     """Writes a backbone in another layout, in float32: official or timm (a .pth or .safetensors file), safetensors (the
     official names), or hf (a folder for AutoModel.from_pretrained)."""
     parser = Parser(convert.__doc__, usage="python export.py convert ...")
-    parser.add_argument("source", metavar="IN", help="whatever hub.load takes")
+    parser.add_argument("source", metavar="IN", help="anything that hub.load takes")
     parser.add_argument("out", metavar="OUT", type=Path, help="the file to write, or with --to hf the folder")
     parser.add_argument("--to", required=True, choices=("official", "hf", "timm", "safetensors"))
     args = parser.parse_args(argv)
@@ -165,18 +165,19 @@ def write_transformers(model: DinoVisionTransformer, folder: Path, rules: dict) 
 
 @torch.inference_mode()
 def features(argv: list[str]) -> None:
-    """Computes features of images, and of all images in folders; those in folders that cannot be read are skipped.
+    """Computes features of images, and of all images in folders; unreadable ones in folders are skipped.
 
     --out FILE.npz holds files (n,), cls (n, D), registers (n, R, D) and patches (n, h, w, D); all images must have the
-    same h x w patches. --out FOLDER gets one file per image with cls (D,), registers (R, D), patches (h, w, D); the
-    files written before an error stay. All features are after the final norm, in float32.
+    same h x w patches. --out FOLDER gets one file per image with cls (D,), registers (R, D), patches (h, w, D); after
+    an error, files already written stay. All features are after the final norm, in float32.
     """
     parser = Parser(features.__doc__, usage="python export.py features ...")
     parser.add_argument("images", nargs="+", help="image files and folders")
-    parser.add_argument("--model", required=True, help="whatever hub.load takes")
+    parser.add_argument("--model", required=True, help="anything that hub.load takes")
     parser.add_argument("--out", required=True, type=Path, help="a file ending in .npz, or a folder")
     parser.add_argument("--size", type=int, nargs="+", default=None, help="height and width in pixels, or one number "
-                        "for the short side, or 0 to keep the size of each image; default: the size of the weights")
+                        "for the short side, or 0 to keep the size of each image; default: that "
+                        "of training")
     parser.add_argument("--fit", choices=FITS, default="crop", help="how images are brought to that size and to "
                         "multiples of the patch size: center crop, centered padding, or resizing")
     parser.add_machine_flags("device", "dtype", "num-workers")
@@ -313,9 +314,9 @@ def program(argv: list[str]) -> None:
     (B, R, D). The program is run and compared with the network before it is kept."""
     parser = Parser(program.__doc__, usage="python export.py program ...")
     parser.add_argument("out", metavar="OUT", type=Path, help="a file that ends in .onnx or .pt2")
-    parser.add_argument("--model", required=True, help="whatever hub.load takes")
+    parser.add_argument("--model", required=True, help="anything that hub.load takes")
     parser.add_argument("--size", type=int, nargs="+", default=None, help="side, or height and width, in pixels; "
-                        "default: the size of the weights")
+                        "default: the size the model was trained at")
     args = parser.parse_args(argv)
     if args.out.suffix not in (".onnx", ".pt2") or args.out.is_dir():
         raise ValueError(f"{args.out} must be a file that ends in .onnx or .pt2")

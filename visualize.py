@@ -25,7 +25,7 @@ nyu or kitti with _linear, _linear4 or _dpt; segment: ade20k or voc2012 with _li
 written by eval_dense.py. Photographs are predicted whole, at their own size. As with pca, --out may be a folder: for
 each image NAME it gets NAME.png and the prediction itself, NAME_depth.png (16 bits, millimeters) or NAME_labels.png
 (a palette PNG whose indices are the classes). Near is light. Each image has its own depth scale unless --near and --far
-fix it, as for a video. On wrong input the exit code is 2 and nothing is written. Apache License 2.0.
+fix it, as for a video. Invalid input exits with code 2, and nothing is written. Apache License 2.0.
 """
 import argparse
 import functools
@@ -178,7 +178,7 @@ def pair_sheet(images: list[FittedImage], drawn: list[np.ndarray], footer=None, 
 def principal_directions(rows: list[Tensor], k: int = 3) -> tuple[Tensor, Tensor]:
     """Mean (D,) and first k principal directions (D, k) of the rows of several tensors (n, D), from their covariance in
     float64. The largest entry of each direction is positive; a direction without variance is zero. Raises ValueError if
-    all rows are alike or have fewer than k dimensions."""
+    all rows are the same or have fewer than k dimensions."""
     n, dim = sum(len(x) for x in rows), rows[0].shape[-1]
     if dim < k:
         raise ValueError(f"the features have {dim} dimension(s), too few for {k} colors")
@@ -445,7 +445,7 @@ def sample_queries(source: Source, n: int, seed: int) -> tuple[Queries, Tensor]:
     for i in torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist():
         try:
             images.append(source.image(i))
-        except Exception:  # decoders raise all sorts on damaged files
+        except Exception:  # decoders raise anything on damaged files
             continue
         rows.append(i)
         if len(rows) == n:
@@ -480,7 +480,7 @@ def show_neighbors(args: argparse.Namespace) -> None:
     if not (args.data or config["data"]):
         raise ValueError(f"{args.model} does not say which images to search; give --data")
     stated = (config[key] for key in ("data", "eval_train", "eval_val"))
-    train, val = eval_specs(*((args.data, args.data) if args.data else map(without_code, stated)))
+    train, val = eval_specs(*([args.data] * 2 if args.data else [without_code(spec, "--data") for spec in stated]))
     source = open_source(train, config["in_chans"])
     if out.exists() and out.resolve() in (Path(source.describe(i)).resolve() for i in range(len(source))):
         raise ValueError(f"--out {args.out} would overwrite an image of {train}; choose another")
@@ -607,9 +607,9 @@ def add_dense_flags(add, command: str) -> None:
         add("--near", type=float, help="depth in meters drawn lightest, in all images; default: the nearest of each")
         add("--far", type=float, help="depth in meters drawn black, in all images; default: the farthest of each")
     else:
-        add("--scales", type=int, help="use the first so many scales of the head's recipe; default: all. ade20k_ms and "
+        add("--scales", type=int, help="use only the first N scales of the head's recipe; default: all. ade20k_ms and "
             "voc2012_ms have 5, up to 3 times the short side; the first 3 take a quarter of the time")
-        add("--opacity", type=float, default=0.6, help="of the colors over the image, 0 to 1")
+        add("--opacity", type=float, default=0.6, help="opacity of the colors, 0 to 1")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -627,7 +627,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if command in ("pca", "attention", "similarity"):
         add("--size", type=int, nargs="+", help="resize images to this short side, or height and width, in pixels; 0: "
             "keep their size; default: the short side that the network was trained at")
-        add("--fit", choices=FITS, default="crop", help="how sides become multiples of the patch size")
+        add("--fit", choices=FITS, default="crop", help="how to make sides multiples of the patch size")
     if command in ("depth", "segment"):
         add_dense_flags(add, command)
     if command == "pca":
@@ -635,11 +635,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
             "that is foreground; auto: the one that touches the borders less; all: there is no background")
         add("--threshold", type=float, help="on the first component, scaled to 0..1; default: Otsu's")
     if command == "attention":
-        add("--block", type=int, default=-1, help="of the network; -1: the last")
+        add("--block", type=int, default=-1, help="index of the block; -1: the last")
     if command == "similarity":
         add("--at", type=parse_pixel, required=True, metavar="X,Y", help="a pixel of the first image; 0,0 is top left")
     if command == "neighbors":
-        add("--data", default="", help="the images to search, named as for train.py --data; default: those of training")
+        add("--data", default="", help="the images to search, given as for train.py --data; default: those of training")
         add("--k", type=int, default=8, help="neighbors per query")
         add("--queries", type=int, default=8, help="without IMG: how many random queries")
         add("--seed", type=int, default=0, help="without IMG: selects the queries")

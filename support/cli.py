@@ -10,7 +10,10 @@
 Apache License 2.0.
 """
 import argparse
+import atexit
 import difflib
+import re
+import signal
 import sys
 from typing import Callable
 
@@ -49,7 +52,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(low: int) -> Callable[[str], int]:
-    """An argument type: whole numbers from `low` up."""
+    """An argument type: integers >= low."""
     def integer(text: str) -> int:
         if int(text) < low:
             raise argparse.ArgumentTypeError(f"must be {low} or more, not {text}")
@@ -83,6 +86,8 @@ def run_subcommand(commands: dict[str, Callable], manual: str, argv: list[str] |
 def run(main: Callable[[], object], interrupted: str = "") -> None:
     """Runs a command. A mistake of the user ends with one line on stderr and exit code 2; Ctrl-C with code 130, after
     the line `interrupted` if there is one."""
+    # The DataLoader's handler would raise when Python exits, if an error or Ctrl-C has left workers to be killed then
+    atexit.register(signal.signal, signal.SIGCHLD, signal.SIG_DFL)
     try:
         main()
     except KeyboardInterrupt:
@@ -95,6 +100,8 @@ def run(main: Callable[[], object], interrupted: str = "") -> None:
 
 
 def last_line(error: BaseException) -> str:
-    """The last line of an error's message: errors from a data-loading worker carry its whole traceback."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[-1]
-    return text.removeprefix("ValueError: ").removeprefix("data.Unreadable: ")
+    """The last line of an error's message, without the name of its class: errors from a data-loading worker carry the
+    worker's whole traceback. (images.short_reason() is for damaged images, parallel.root_cause() for failed writes.)"""
+    text = str(error).strip() or type(error).__name__
+    last = text.splitlines()[-1]
+    return re.sub(r"^[\w.]+: ", "", last) if "Traceback (most recent call last)" in text else last

@@ -5,7 +5,7 @@
         ...
         e.report(protocol, result, columns)                     # appends a line to CKPT.eval_knn.jsonl, prints one
 
-Everything here runs alike in one process and under torchrun, where each rank computes a share of the batches.
+Everything here works the same in one process and under torchrun, where each rank computes a share of the batches.
 Apache License 2.0.
 """
 import argparse
@@ -69,7 +69,7 @@ class EvalImages(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, bool]:
         try:
             image = self.source.image(self.indices[i])
-        except Exception:  # decoders raise all sorts of errors on damaged files
+        except Exception:  # decoders raise anything on damaged files
             return torch.zeros(self.source.channels, self.crop, self.crop, dtype=torch.uint8), False
         longest = 8 * min(image.shape[-2:])  # resizing all of a panorama could fill the memory; its center is enough
         image = center_crop(image, longest, longest)
@@ -145,8 +145,8 @@ def extract_features(model, source, resize: int, crop: int, device: torch.device
 
 
 def sum_over_ranks(table: Tensor | None, device: torch.device) -> Tensor:
-    """Adds up tables in which each row is zero on all ranks but one, so the sum is exact. With few images a rank may
-    have had no batch, and so has no table; rank 0 always has one."""
+    """The sum of tables in which each row is zero on all ranks but one, hence exact. With few images a rank may have
+    had no batch, and so has no table; rank 0 always has one."""
     layout = [None if table is None else (table.shape, table.dtype)]
     dist.broadcast_object_list(layout)
     table = torch.zeros(layout[0][0], dtype=layout[0][1], device=device) if table is None else table
@@ -182,8 +182,8 @@ def full_float32():
 
 
 def common_labels(train_source, val_source) -> tuple:
-    """The labels of both sources (of the second, None if there is none), as the first numbers its classes, of which
-    the second may lack some. Raises ValueError for a source without labels, or with a class the first does not have."""
+    """The labels of both sources in the class numbers of the first (None for no second source). Raises ValueError for
+    a source without labels, or if the second has a class that the first does not have."""
     for source in (train_source, val_source):
         if source is not None and source.labels is None:
             raise ValueError(f"{source.name} has no labels; evaluation needs one subfolder per class, two or more: "
@@ -192,7 +192,7 @@ def common_labels(train_source, val_source) -> tuple:
         return train_source.labels, None
     if (train_source.classes is None) != (val_source.classes is None):
         raise ValueError(f"the classes of {val_source.name} cannot be matched with those of {train_source.name}: one "
-                         "has names, the other numbers; choose two sets of a kind")
+                         "has names, the other numbers; use two sets of the same kind")
     if train_source.classes is None:
         return train_source.labels, val_source.labels
     if foreign := set(val_source.classes) - set(train_source.classes):
@@ -258,25 +258,25 @@ class EvaluationParser(Parser):
         super().__init__(manual)
         self.add_argument("checkpoint", help="out/ckpt.pth, a released .pth, the name of a released model such as "
                           "dinov2_vits14, or a file of Hugging Face or timm")
-        self.add_argument("--train", default="", help="labeled training images, named like train.py's --data")
-        self.add_argument("--val", default="", help="labeled images to classify; empty: those that go with --train")
+        self.add_argument("--train", default="", help="labeled training images, given as for train.py --data")
+        self.add_argument("--val", default="", help="labeled test images; default: the validation split of --train")
         self.add_argument("--resize", type=at_least(0), default=0, help="short side in pixels; 0: from the checkpoint")
         self.add_argument("--crop", type=at_least(0), default=0, help="center square in pixels; 0: from the checkpoint")
         self.add_machine_flags("device", "dtype", "num-workers")
-        self.add_argument("--cache", default="", help="folder that keeps features for the next evaluation; empty: none")
+        self.add_argument("--cache", default="", help="folder to cache features in; default: no cache")
         add_result_flags(self)
 
 
 def add_result_flags(parser: Parser) -> None:
-    parser.add_argument("--out", default="", help="append the result to this file, and put other files beside it; "
-                        "empty: beside the checkpoint")
+    parser.add_argument("--out", default="", help="append the result to this file, and write other files next to it; "
+                        "default: next to the checkpoint")
     parser.add_argument("--json", action="store_true", help="print the whole result as JSON, and nothing else")
 
 
 class Evaluation:
     """A checkpoint and its labeled images, opened as the command line says, and under torchrun the process group. Use
     it in a `with`. `margin`: unless --resize is given, images are resized to more than the crop, like 256 for 224.
-    Raises ValueError, with the fix in the message, for whatever does not fit."""
+    Raises ValueError, with the fix in the message, if anything does not fit."""
 
     def __init__(self, name: str, args: argparse.Namespace, margin: bool = True, needs_val: bool = False):
         self.name, self.args, self.began, self.left_out = name, args, time.time(), {}
@@ -310,8 +310,8 @@ class Evaluation:
         if not args.train and "data" not in config:
             raise ValueError(f"{args.checkpoint} does not say which data to use; give --train and --val")
         train, val = (eval_specs(args.train, args.train, args.val) if args.train else
-                      eval_specs(*(without_code(config[key]) for key in ("data", "eval_train")),
-                                 args.val or without_code(config["eval_val"])))
+                      eval_specs(*(without_code(config[key], "--train") for key in ("data", "eval_train")),
+                                 args.val or without_code(config["eval_val"], "--val")))
         if train == val:
             raise ValueError(f"--val is the same as --train, {train}; leave --val out, or name other images")
         return train, val
@@ -334,7 +334,7 @@ class Evaluation:
                                 self.dtype, self.config["mean"], self.config["std"])
 
     def features(self, source, what: str = "cls", model=None) -> tuple[Tensor, Tensor]:
-        """As extract(), but kept in --cache; `what` tells the outputs of one model from those of another there."""
+        """As extract(), but kept in --cache, where `what` distinguishes different outputs of the model."""
         if not self.args.cache:
             return self.extract(source, model)
         vit, config = self.model, self.config
@@ -345,7 +345,7 @@ class Evaluation:
         if all_agree(table is not None, self.device) and table is not None:
             return table.to(self.device), ok.to(self.device)
         table, ok = self.extract(source, model)
-        if ok.all():  # unreadable files may be mended
+        if ok.all():  # unreadable files may be repaired later
             save_on_rank_0(path, (table.cpu(), ok.cpu()))
         return table, ok
 
@@ -408,8 +408,7 @@ def all_agree(number: int, device: torch.device) -> bool:
 
 
 def save_on_rank_0(path: Path, content) -> None:
-    """Writes `content` with torch.save, whole or not at all. If the disk refuses, says so and goes on: the other ranks
-    are waiting."""
+    """Writes `content` with torch.save, atomically. If that fails, says so and goes on: the other ranks are waiting."""
     if world()[0] == 0:
         try:
             write_file(path, partial(torch.save, content))
@@ -418,22 +417,20 @@ def save_on_rank_0(path: Path, content) -> None:
 
 
 def load_table(path: Path) -> tuple[Tensor, Tensor] | None:
-    """Features and which are valid; None if there is no such file, or it is damaged."""
+    """Features, and which images could be read; None if there is no such file, or it is damaged."""
     try:
         table, ok = torch.load(path, map_location="cpu", weights_only=True)
         return table, ok
-    except FileNotFoundError:
-        return None
-    except Exception:  # a damaged file can fail in any way
-        say(f"{path} is damaged; computing the features again")
-        return None
+    except Exception as error:  # a damaged file can fail in any way
+        if not isinstance(error, FileNotFoundError):
+            say(f"{path} is damaged; computing the features again")
 
 
 def data_hash(source) -> str:
     """SHA-256 of a source's listing and of 64 of its images, evenly spread."""
     digest = hashlib.sha256(f"{source.fingerprint} {len(source)} {source.channels}".encode())
     for i in range(0, len(source), -(-len(source) // 64)):
-        with contextlib.suppress(Exception):  # decoders raise all sorts of errors on damaged files
+        with contextlib.suppress(Exception):  # decoders raise anything on damaged files
             digest.update(source.image(i).contiguous().numpy())
     return digest.hexdigest()
 

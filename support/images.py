@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 2**27  # larger images are refused, so that a small file cannot fill the memory; Pillow's limit is 2**27.4
-MAX_BYTES = 2**30  # likewise larger files
+MAX_BYTES = 2**30  # larger files are refused as well
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # the formats Pillow may detect, whatever the file name
 
 
@@ -37,17 +37,18 @@ def read_image(path: str, channels: int = 3) -> Tensor:
 
 
 def short_reason(error: Exception) -> str:
-    """The first line of an error, at most 200 characters."""
+    """The first line of an error, at most 200 characters: why an image cannot be read. (parallel.root_cause() looks for
+    the system error behind others; cli.last_line() is for errors from data-loading workers.)"""
     return str(error).partition("\n")[0].expandtabs(1)[:200] or type(error).__name__
 
 
 def read_file(path: str) -> np.ndarray:
     """The bytes of a file, uint8 (n,). Raises OSError, or ValueError if there are too many."""
-    about = os.stat(path)
-    if not stat.S_ISREG(about.st_mode):  # reading a pipe would wait for ever
+    info = os.stat(path)
+    if not stat.S_ISREG(info.st_mode):  # reading a pipe would block forever
         raise OSError("not a file")
-    if about.st_size > MAX_BYTES:
-        raise ValueError(f"{about.st_size:,} bytes, more than MAX_BYTES in support/images.py")
+    if info.st_size > MAX_BYTES:
+        raise ValueError(f"{info.st_size:,} bytes, more than MAX_BYTES in support/images.py")
     return np.fromfile(path, np.uint8)
 
 
@@ -197,15 +198,16 @@ def plan_fit(height: int, width: int, patch: int, how: str = "crop", size: tuple
 def fit_image(image: Tensor, fit: PatchFit, mean) -> Tensor:
     """An image (C, H, W), uint8 or uint16, resized and placed as `fit` says. Padding has the color `mean`, which
     normalization turns to zero."""
-    deep = image.dtype == torch.uint16
-    x = image.float() if deep else image  # torch cannot resize uint16
+    is_16_bit = image.dtype == torch.uint16
+    x = image.float() if is_16_bit else image  # torch cannot resize uint16
     if tuple(x.shape[-2:]) != fit.scaled:
         x = F.interpolate(x[None], fit.scaled, mode="bicubic", antialias=True)[0]
-    out = (torch.tensor(mean) * (65535 if deep else 255)).round().to(x.dtype)[:, None, None].repeat(1, *fit.canvas)
+    padding = (torch.tensor(mean) * (65535 if is_16_bit else 255)).round().to(x.dtype)
+    out = padding[:, None, None].repeat(1, *fit.canvas)  # (C, height, width)
     (h, w), (height, width), top, left = fit.scaled, fit.canvas, fit.top, fit.left
     out[:, max(top, 0) : top + h, max(left, 0) : left + w] = (
         x[:, max(-top, 0) : height - top, max(-left, 0) : width - left])
-    return out.round().clamp(0, 65535).to(torch.uint16) if deep else out
+    return out.round().clamp(0, 65535).to(torch.uint16) if is_16_bit else out
 
 
 class FittedImages(torch.utils.data.Dataset):

@@ -47,7 +47,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from support.cli import Parser, nearest, run
+from support.cli import Parser, at_least, nearest, run
 from support.images import MAX_BYTES, as_channels, decode, from_array, from_pillow, read_file, short_reason
 from support.parallel import Failed, on_all_ranks, worker_count
 from support.run import write_file
@@ -61,18 +61,16 @@ SPLIT_FOLDERS = {"TRAIN": ("train", "training"), "VAL": ("val", "valid", "valida
 
 
 class Source:
-    """Numbered images. `labels` (n,) integers, -1 for none, or None; `classes`: the names of the labels, or None if the
-    numbers speak for themselves; `name` for messages; `fingerprint`, equal on all machines that see the same images."""
+    """Numbered images; subclasses define len(), and how to read image i. `labels` (n,) integers, -1 for none, or None;
+    `classes`: the names of the labels, or None if labels are plain numbers; `name` for messages; `fingerprint`, equal
+    on all machines that see the same images."""
 
     name, labels, classes, fingerprint = "", None, None, 0
     spec, channels = "", 3  # as given to open_source
 
-    def __len__(self) -> int:
-        raise NotImplementedError
-
     def describe(self, i: int) -> str:
         """The file of image i, or what else to call it in messages."""
-        raise NotImplementedError
+        return f"{self.name}[{i}]"
 
     def encoded(self, i: int) -> np.ndarray:
         """The bytes of image i's file, uint8 (n,). Raises whatever reading raises."""
@@ -138,16 +136,16 @@ class InMemory(Source):
     def image(self, i: int) -> Tensor:
         return as_channels(self.images[i], self.channels)
 
-    def describe(self, i: int) -> str:
-        return f"{self.name}[{i}]"
-
 
 class TorchDataset(Source):
     """Any map-style torch Dataset. Its items are images or tuples (image, label, …); an image is a PIL image, a uint8
     or uint16 tensor (C, H, W), or such an array (H, W) or (H, W, C). Raises ValueError for other items.
 
-    Items must be the same each time they are read; augmentation is left to training. Labels are the dataset's `targets`
-    if it has them; else those of the items, all of which are read as soon as an evaluation asks for labels."""
+    Items must be the same each time they are read; training augments by itself. Labels are the dataset's `targets` if
+    it has them; else those of the items, all of which are read as soon as an evaluation asks for labels.
+
+    The main process reads a few items before it forks data-loading workers, which must not share its file handles: a
+    dataset on HDF5, LMDB or the like opens its file in __getitem__, once per process (os.getpid())."""
 
     def __init__(self, dataset, name: str = ""):
         self.dataset, self.name, kind = dataset, name or type(dataset).__name__, type(dataset).__name__
@@ -160,30 +158,32 @@ class TorchDataset(Source):
             raise ValueError(f"{self.name} is empty")
         probes = [self.probe(i) for i in (0, n // 2, n - 1, 0)]
         if probes[0] != probes[3]:
-            raise ValueError(f"{self.name} changes its images each time; leave its random transforms to training")
+            raise ValueError(f"{self.name} returns a different image each time; remove its random transforms, training "
+                             "augments by itself")
         self.labeled = any(labeled for labeled, _ in probes)
         self.fingerprint = zlib.crc32(f"{n} {kind} {probes}".encode())
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def describe(self, i: int) -> str:
-        return f"{self.name}[{i}]"
+    def item(self, i: int) -> tuple:
+        """The image and the label of item i, None if it has no label."""
+        item = self.dataset[i]
+        return (*item, None)[:2] if isinstance(item, (tuple, list)) and item else (item, None)
 
     def probe(self, i: int) -> tuple[bool, int]:
         """Whether item i has a label, and a checksum of its image; (False, 0) if it cannot be read."""
         try:
-            item = self.dataset[i]
+            image, label = self.item(i)
         except Exception:  # a damaged file; training will replace it
             return False, 0
-        return isinstance(item, (tuple, list)) and len(item) > 1, zlib.crc32(self.pixels(item).contiguous().numpy())
+        return label is not None, zlib.crc32(self.pixels(image).contiguous().numpy())
 
     def image(self, i: int) -> Tensor:
-        return as_channels(self.pixels(self.dataset[i]), self.channels)
+        return as_channels(self.pixels(self.item(i)[0]), self.channels)
 
-    def pixels(self, item) -> Tensor:
-        """The image of an item, uint8 or uint16 (C, H, W)."""
-        image = item[0] if isinstance(item, (tuple, list)) and item else item
+    def pixels(self, image) -> Tensor:
+        """Any of the kinds of images as uint8 or uint16 (C, H, W). Raises ValueError for others."""
         if isinstance(image, Image.Image):
             return from_pillow(image, self.channels)
         if isinstance(image, np.ndarray) and image.dtype in (np.uint8, np.uint16):
@@ -200,18 +200,23 @@ class TorchDataset(Source):
         if targets is None and self.labeled:
             rows = tqdm(range(len(self)), desc=f"reading the labels of {self.name}", unit=" images", disable=None)
             targets = [self.label(i) for i in rows]
-        labels = np.asarray(targets) if targets is not None else None
-        if labels is not None and (labels.dtype.kind not in "iub" or labels.shape != (len(self),)):
-            raise ValueError(f"{self.name} labels its images by {labels.dtype} {labels.shape}; evaluations need one "
-                             "integer per image")
-        return labels if labels is None else labels.astype(np.int64)
+        if targets is None:
+            return None
+        try:
+            labels = np.asarray(targets)
+        except ValueError:  # lists of different lengths
+            labels = np.empty(0, object)
+        if labels.dtype.kind not in "iub" or labels.shape != (len(self),):
+            raise ValueError(f"evaluations need one integer per image, but the labels of {self.name} are "
+                             f"{labels.dtype} {labels.shape}")
+        return labels.astype(np.int64)
 
     def label(self, i: int):
         try:
-            item = self.dataset[i]
+            label = self.item(i)[1]
         except Exception:  # a damaged file, left out
             return -1
-        return np.asarray(item[1]).item()
+        return label.item() if isinstance(label, (Tensor, np.ndarray)) and math.prod(label.shape) == 1 else label
 
 
 class ImageFiles(Source):
@@ -254,10 +259,9 @@ class InTars(Source):
     """Images in tar files. Image i is the bytes start[i] to start[i] + size[i] of tar number shard[i]; the images of a
     tar have consecutive numbers. With `interleave`, that many places are read in turn, each from front to back."""
 
-    def __init__(self, name: str, tars: list[str], shard, start, size, fingerprint: int, labels=None, classes=None,
-                 interleave: int = 0):
+    def __init__(self, name: str, tars: list[str], shard, start, size, fingerprint: int, labels=None, interleave=0):
         self.name, self.tars, self.shard, self.start, self.size = name, tars, shard, start, size
-        self.fingerprint, self.labels, self.classes, self.interleave = fingerprint, labels, classes, interleave
+        self.fingerprint, self.labels, self.interleave = fingerprint, labels, interleave
         self.first = np.searchsorted(shard, np.arange(len(tars) + 1))  # (tars + 1,) first image of each tar, and n
         self.tars_in_order = functools.lru_cache(maxsize=4)(self.tars_in_order)
 
@@ -303,8 +307,8 @@ class InTars(Source):
 
 
 class Mix(Source):
-    """Several sources as one. With `weights`, every run of samples as long as the weights' common denominator contains
-    exactly these proportions; without, each pass visits every image of every source once."""
+    """Several sources as one. With `weights`, every block of N samples has exactly these proportions, N being their
+    common denominator; without, each pass visits every image of every source once."""
 
     def __init__(self, sources: list[Source], weights: list[Fraction] | None):
         self.sources, self.name = sources, " + ".join(s.name for s in sources)
@@ -356,8 +360,7 @@ CODE = r"(.+\.py):(\w+)"  # file and function
 
 
 def open_source(spec: str, channels: int = 3) -> Source:
-    """The source named by `spec`, as described on top of this file, with images of so many channels. Raises ValueError
-    with the fix in the message."""
+    """The source that `spec` names (see the top of this file). Raises ValueError with the fix in the message."""
     parts = split_mixture(spec)
     try:
         if len(parts) > 1 or parts[0][1]:
@@ -404,13 +407,9 @@ def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
     return name, dict(zip(rest[::2], rest[1::2]))
 
 
-def join_spec(name: str, options: dict[str, str]) -> str:
-    return ":".join([name] + [f"{key}={value}" for key, value in options.items()])
-
-
 def eval_specs(spec: str, train: str = "", val: str = "") -> tuple[str, str | None]:
-    """The specs of the labeled images to learn from and of those to classify (None: leave-one-out): those given, else
-    the TRAIN and VAL splits of the training source `spec`, where it has them."""
+    """The specs of labeled images for training and for testing (None: leave-one-out): those given, else the TRAIN and
+    VAL splits of the training source `spec`, if it has them."""
     if any(part != (train or spec) for part, _ in split_mixture(train or spec)):  # a mixture has no splits
         return train or spec, val or None
     name, options = parse_spec(train or spec)
@@ -418,7 +417,7 @@ def eval_specs(spec: str, train: str = "", val: str = "") -> tuple[str, str | No
         return train, val or None
     if val:
         return eval_specs(train or spec)[0], val
-    specs = [join_spec(name, {**options, "split": split}) for split in ("TRAIN", "VAL")]
+    specs = [":".join([name, *map("=".join, (options | {"split": split}).items())]) for split in ("TRAIN", "VAL")]
     if "split" in NAMED.get(name, ((), ()))[1]:
         return tuple(specs)
     has = [any((Path(name).expanduser() / f).is_dir() for f in SPLIT_FOLDERS[s]) for s in ("TRAIN", "VAL")]
@@ -451,10 +450,11 @@ def check_readable(source) -> None:
     raise ValueError(f"no readable image in {source.name}; the last one tried: {reason}")
 
 
-def without_code(spec: str) -> str:
-    """A spec read from a checkpoint, which anyone may have written. Raises ValueError if opening it would run code."""
+def without_code(spec: str, flag: str) -> str:
+    """A spec read from a checkpoint, which anyone may have written. Raises ValueError if opening it would run code;
+    `flag` is what the user can give it by instead."""
     if ".py:" in spec:
-        raise ValueError(f"the checkpoint's images come from a function, {spec}; if you trust it, name it as the data")
+        raise ValueError(f"the checkpoint's images come from a function; if you trust it, pass {flag} {spec}")
     return spec
 
 
@@ -473,16 +473,16 @@ def open_dataset(name: str, options: dict[str, str]) -> TorchDataset:
     path = Path(match[1]).expanduser()
     if not path.is_file():
         raise ValueError(f"--data {name}: {path} does not exist")
-    about = importlib.util.spec_from_file_location(f"dataset {path.stem}", path)
-    module = sys.modules[about.name] = importlib.util.module_from_spec(about)
+    module_spec = importlib.util.spec_from_file_location(f"dataset {path.stem}", path)
+    module = sys.modules[module_spec.name] = importlib.util.module_from_spec(module_spec)
     try:
-        about.loader.exec_module(module)
+        module_spec.loader.exec_module(module)
         make = vars(module).get(match[2])
         dataset = make and make()
     except Exception as error:
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        raise ValueError(f"--data {name}: {type(error).__name__} at line {at.lineno} of {at.filename}: "
-                         f"{short_reason(error)}") from error
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        at = f" at line {lines[-1]} of {path}" if lines else ""
+        raise ValueError(f"--data {name}: {type(error).__name__}{at}: {short_reason(error)}") from None
     if make is None:
         raise ValueError(f"--data {name}: {path} has no function {match[2]}{nearest(match[2], vars(module))}")
     return TorchDataset(dataset, name)
@@ -603,7 +603,8 @@ def open_path(name: str, options: dict[str, str]) -> Source:
             raise ValueError(f"--data {name!r}: a list has no splits; name another list")
         return open_list(path)
     if not path.is_dir():
-        raise ValueError(f"--data {name!r} is no folder, no file, nor one of {', '.join(NAMED)}{nearest(name, NAMED)}")
+        raise ValueError(f"--data {name!r} is no folder, no file, no FILE.py:FUNCTION, nor one of {', '.join(NAMED)}"
+                         + nearest(name, NAMED))
     folders = {s: next((path / f for f in SPLIT_FOLDERS[s] if (path / f).is_dir()), None) for s in SPLIT_FOLDERS}
     if "split" in options and folders.get(options["split"]) is None:
         names = ", ".join(SPLIT_FOLDERS.get(options["split"], ("TRAIN and VAL are the splits of a folder",)))
@@ -702,11 +703,11 @@ def list_folder(root: Path) -> dict:
         while todo or links:
             linked = linked or not todo  # links come last: a folder is listed by its real name, if it has one
             folder = todo.pop() if todo else links.pop(0)
-            about = os.stat(root / folder)
-            if linked and (about.st_dev, about.st_ino) in seen:  # two links to one folder, or one that leads back up
+            info = os.stat(root / folder)
+            if linked and (info.st_dev, info.st_ino) in seen:  # two links to one folder, or one that leads back up
                 continue
-            seen.add((about.st_dev, about.st_ino))
-            stamps[str(root / folder)] = about.st_mtime_ns
+            seen.add((info.st_dev, info.st_ino))
+            stamps[str(root / folder)] = info.st_mtime_ns
             files, folders = [], []
             for entry in os.scandir(root / folder):
                 if entry.name.startswith(".") or links_to_itself(entry):  # hidden, such as the ._ files of macOS
@@ -754,8 +755,8 @@ def read_list(path: Path) -> dict:
                 if "\0" in name:
                     raise ValueError
     except (ValueError, PermissionError):
-        raise ValueError(f"{path} is no readable text; --data takes a folder, or a file with one image path per line"
-                         ) from None
+        raise ValueError(f"{path} is not readable as text; --data takes a folder, or a list with one image path per "
+                         "line") from None
     return dict(stamps=stamps, **listing.tables(classes if unlabeled < len(listing.labels) else None))
 
 
@@ -791,8 +792,8 @@ def list_tars(tars: list[str]) -> dict:
                 raise tarfile.ReadError("its end is missing")
         except tarfile.TarError as error:
             if not keys:
-                raise ValueError(f"{path} is no plain tar file ({error}); unpack it if it is compressed") from None
-            print(f"{path} is damaged after {len(keys)} images ({error}); the rest of it is left out", file=sys.stderr)
+                raise ValueError(f"{path} is not a plain tar file ({error}); unpack it if it is compressed") from None
+            print(f"{path} is damaged after {len(keys)} images ({error}); the rest of it is skipped", file=sys.stderr)
         except ValueError:
             raise ValueError(f"{path}: the label {member.name} is no number") from None
         columns["labels"].extend(labels.get(key, -1) for key in keys)
@@ -827,7 +828,7 @@ def write_extra(spec: str) -> None:
     """Writes the .npy files that the official code reads instead of listing folders. Raises ValueError."""
     name, options = parse_spec(spec)
     if name not in ("ImageNet", "ImageNet22k") or not {"root", "extra"} <= options.keys():
-        raise ValueError(f"extra needs ImageNet:root=FOLDER:extra=FOLDER, or ImageNet22k likewise, not {spec!r}")
+        raise ValueError(f"extra needs ImageNet:root=FOLDER:extra=FOLDER, or the same for ImageNet22k, not {spec!r}")
     root, extra = Path(options["root"]).expanduser(), Path(options["extra"]).expanduser()
     arrays = extra_of_imagenet22k(root) if name == "ImageNet22k" else {}
     if name == "ImageNet":
@@ -951,12 +952,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("command", choices=("stats", "check", "extra"), help="see above")
     parser.add_argument("spec", help="the source")
-    parser.add_argument("--in-chans", type=int, default=3, help="channels of the images")
-    parser.add_argument("--images", type=int, default=10_000, help="stats: how many images to measure, 0 for all")
-    parser.add_argument("--num-workers", type=int, default=-1, help="reading processes; -1: as many as cores allow")
+    parser.add_argument("--in-chans", type=at_least(1), default=3, help="channels of the images")
+    parser.add_argument("--images", type=at_least(0), default=10_000, help="stats: images to measure; 0: all")
+    parser.add_machine_flags("num-workers")
     args = parser.parse_args(argv)
-    if args.in_chans < 1 or args.images < 0 or args.num_workers < -1:
-        raise ValueError("--in-chans must be 1 or more, --images 0 or more, --num-workers -1 or more")
     if args.command == "extra":
         return write_extra(args.spec)
     source = open_source(args.spec, args.in_chans)

@@ -1,6 +1,9 @@
 import shutil
+import subprocess
+import sys
 import types
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ import eval_linear
 import hub
 import support.evaluation
 import support.sources
+from support.cli import last_line
 from tests.common import Launched, Numbers, assert_close, golden_grid, randn, results, same, write_images
 
 
@@ -195,3 +199,25 @@ def test_eval_linear_crops_are_shared_out_and_left_out_when_bad(tmp_path, cache)
     assert torch.equal(torch.cat([p[0] for p in parts]), crops) and bad == sum(p[2] for p in parts) > 0
     never, always = (batches(flip=p)[3][0] for p in (0.0, 1.0))
     assert torch.equal(never.flip(3), always) and not torch.equal(crops, never) and not torch.equal(crops, always)
+
+
+def test_eval_linear_ends_with_one_line_if_no_training_image_can_be_read(trained, tmp_path):
+    """The error is raised in a data-loading worker; nothing is printed about the other one, which is killed."""
+    write_images(tmp_path / "val", ["a/1.png", "b/1.png"])
+    for name in [f"{c}/{i}.png" for c in "ab" for i in range(30)]:
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / name).write_bytes(b"garbage")
+    shutil.copy(trained / "ckpt.pth", tmp_path / "a.pth")
+    command = [sys.executable, "eval_linear.py", tmp_path / "a.pth", "--train", tmp_path, "--num-workers", "2",
+               "--batch-size", "8", "--epochs", "1"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: 50 images in a row could not be read, the last ")
+
+
+def test_errors_from_workers_are_shortened_to_their_message():
+    worker = "Caught {0} in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  F\n{0}: a: b"
+    assert last_line(ValueError(worker.format("data.Unreadable"))) == "a: b"
+    assert last_line(ValueError(worker.format("ValueError"))) == "a: b"
+    assert last_line(ValueError("MNIST: download is yes")) == "MNIST: download is yes"
+    assert last_line(ValueError()) == "ValueError"

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import data
+import support.parallel
 import support.sources
 from tests.common import exit_code, golden, png, write_images
 
@@ -110,7 +111,7 @@ def test_data_file_list(tmp_path, cache):
     assert source.labels.tolist() == [1, -1, 0] and source.classes == ["ant", "cat"]
     listed.write_text("a\0b")
     os.utime(listed, ns=(3, 3))
-    with pytest.raises(ValueError, match="no readable text"):
+    with pytest.raises(ValueError, match="is not readable as text"):
         support.sources.open_source(str(listed))
 
 
@@ -370,6 +371,15 @@ def empty():
 
 def broken():
     return missing
+
+def absent():
+    return open("/nonexistent/file.txt")
+
+def pairs():
+    return Squares(lambda i: (gray(i), [1, 2]))
+
+def ragged():
+    return Squares(lambda i: (gray(i), [1] * (i + 1)))
 '''
 
 
@@ -412,29 +422,37 @@ def test_data_torch_dataset_trains_with_spawned_workers(my_data):
 
 @pytest.mark.parametrize("name,text", [
     (":nothing", "has no function nothing"), (":lable", "did you mean labeled?"), ("", "as in {}:photos"),
-    (":random", "changes its images each time"), (":floats", "is a Tensor torch.float32 (3, 20, 24); return an image"),
+    (":random", "returns a different image each time"),
+    (":floats", "is a Tensor torch.float32 (3, 20, 24); return an image"),
     (":dicts", "is a dict; return an image"), (":stream", "returns a Stream, which has no length"),
     (":empty", "is empty"), (":labeled:split=VAL", "takes none"),
-    (":broken", "NameError at line 58 of {}: name 'missing' is not defined")])
+    (":broken", "NameError at line 58 of {}: name 'missing' is not defined"),
+    (":absent", "--data {0}:absent: FileNotFoundError at line 61 of {0}: [Errno 2] No such file or directory: "
+     "'/nonexistent/file.txt'")])
 def test_data_torch_dataset_errors_name_the_fix(name, text, my_data):
     with pytest.raises(ValueError, match=re.escape(text.format(my_data))) as error:
         support.sources.open_source(my_data + name)
     assert "\n" not in str(error.value)
+    assert support.parallel.root_cause(error.value) == str(error.value)  # which on_all_ranks() passes on
 
 
 def test_data_torch_dataset_mistakes_around_the_file(my_data):
     with pytest.raises(ValueError, match="no/such.py does not exist"):
         support.sources.open_source("no/such.py:photos")
-    with pytest.raises(ValueError, match="one integer per image"):
-        support.sources.open_source(f"{my_data}:words").labels
+    with pytest.raises(ValueError, match="no FILE.py:FUNCTION, nor one of"):
+        support.sources.open_source("no/such/folder")
+    for name in ("words", "pairs", "ragged"):
+        with pytest.raises(ValueError, match=f"one integer per image, but the labels of {my_data}:{name} are") as error:
+            support.sources.open_source(f"{my_data}:{name}").labels
+        assert "\n" not in str(error.value)
     Path(my_data).write_text("def photos(:")
     with pytest.raises(ValueError, match="SyntaxError"):
         support.sources.open_source(f"{my_data}:photos")
 
 
 def test_data_code_named_by_a_checkpoint_is_not_run(my_data):
-    assert [support.sources.without_code(spec) for spec in ("digits", "/data/a*0.5,b*0.5", "")] == [
+    assert [support.sources.without_code(spec, "--train") for spec in ("digits", "/data/a*0.5,b*0.5", "")] == [
         "digits", "/data/a*0.5,b*0.5", ""]
     for spec in (f"{my_data}:pil", f"digits*0.5,{my_data}:pil*0.5"):
-        with pytest.raises(ValueError, match="if you trust it, name it as the data"):
-            support.sources.without_code(spec)
+        with pytest.raises(ValueError, match=re.escape(f"if you trust it, pass --train {spec}")):
+            support.sources.without_code(spec, "--train")
