@@ -302,22 +302,10 @@ def test_docs_commands_of_the_readme_run(desk, capsys):
 
 
 @pytest.mark.slow
-def test_docs_short_commands_run(desk, capsys):
-    """All but the long ones, whose results are written beforehand."""
-    folder = Path("out_photos")
-    folder.mkdir()
-    for name, head in (("depth_linear4", heads.LinearDepthHead(128, layers=4)),
-                       ("seg_linear", heads.SegmentationHead(128, 5))):
-        about = dict(dim=128, dataset="", depth_range=(0.001, 10), classes=list("abcde"), recipe=(32, 99, 64, 32))
-        torch.save(dict(state_dict=head.state_dict(), about=about), folder / f"ckpt.{name}_head.pth")
-    execute_pages(skip=LONG)
+def test_docs_all_commands_run(desk, capsys):
+    execute_pages(skip=())
     written = ["out/ckpt.pth", "out_photos/ckpt.pth", "features.npz", "out/vit.pt2", "curves.png", "pca.png",
                "visualize-neighbors.png", "visualize-similarity.png", "depth.png", "segment.png"]
     assert [name for name in written if not Path(name).stat().st_size > 100] == []
-
-
-@pytest.mark.slow
-def test_docs_all_commands_run(desk, capsys):
-    execute_pages(skip=())
     assert {p.name for p in Path("out_photos").glob("ckpt.*_head.pth")} == {
         f"ckpt.{name}_head.pth" for name in ("depth_linear", "depth_linear4", "depth_dpt", "seg_linear", "seg_ms")}
