@@ -21,7 +21,6 @@ from torch.distributed.run import get_args_parser
 
 import bench
 import export
-import heads
 import hub
 import train
 import visualize
