@@ -600,7 +600,7 @@ FOUR = (*TINY, "--batch-size", 16, "--steps", 24, "--save-every", 5, "--keep", 1
 def check_agents(tmp_path: Path, n_starts: int, one: Launched, steps: int = 24, n: int = 4) -> None:
     """All steps are there, as `one` process does them, after so many starts of n processes."""
     out, log = tmp_path / "out", (tmp_path / "log").read_text()
-    starts = [int(s) for s in re.findall(rf"step (\d+) of {steps}, batch 16 = \d+ on {n}", log)]
+    starts = [int(s) for s in re.findall(rf"step (\d+) of {steps}, global batch 16 \({n} x", log)]
     assert starts[0] == 0 and starts[1] >= 5 and len(starts) == n_starts, starts
     assert [r["step"] for r in metrics(out)] == list(range(steps))
     one.wait()
