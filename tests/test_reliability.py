@@ -632,7 +632,7 @@ def four_agents(tmp_path: Path, machine_too: bool, endpoint: str = "", machines=
         wait_for((tmp_path / "out/resume/step_000000005/complete").exists, 100)
         os.kill(int(children(agents[3])[0]), signal.SIGKILL)
         if machine_too:
-            wait_for(lambda: len(re.findall(r"24, batch 16 = \d+ on 4", log.read_text())) == 2)
+            wait_for(lambda: len(re.findall(r"global batch 16 \(4 x", log.read_text())) == 2)
             kill_machine(agents[3])
             for a in agents[:3]:
                 a.terminate()
