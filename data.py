@@ -16,6 +16,7 @@ import ctypes
 import itertools
 import math
 import multiprocessing.util
+import os
 import random
 import signal
 import time
@@ -486,6 +487,8 @@ def make_loader(dataset, num_workers: int, **options) -> torch.utils.data.DataLo
 
 
 def kill_workers() -> None:
+    if os.name == "posix":  # after an error, PyTorch's handler would report the workers killed here
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

@@ -735,7 +735,7 @@ def train(run: Run) -> None:
     make_checkpoint = partial(teacher_checkpoint, state.teacher, cfg, run.preset)
     saver = Saver(cfg, state, make_checkpoint, run.lock, run.start, run.damaged, log.say)
     guard, flags, prepared = NonFinite(cfg, log, batches, saver), SharedFlags(), iter(loader)
-    done, stop, too_bad, hopeless = run.start, False, False, ""
+    done, stop, too_bad = run.start, False, False
     with run.lock or contextlib.nullcontext(), StopSignals(run.lock) as signals, saver:
         if knn and evaluated_at(cfg, done) and on_all_ranks(lambda: not log.knn(done))[0]:
             log.evaluation(knn, state.teacher, done)  # at the start; or one that a killed run never reached
@@ -752,10 +752,9 @@ def train(run: Run) -> None:
             done = step + 1
             log.bar.update()
             guard.watch(step, finite, metrics)
-            hopeless, reason = saver.hopeless(), hopeless  # only rank 0 knows; the others hear of it one step later
-            stop, due, end = flags.share(bool(signals.name), saver.due(), bool(hopeless))
+            stop, due, end = flags.share(bool(signals.name), saver.due(), bool(saver.hopeless()))
             if end:
-                raise Failed(reason)
+                raise Failed(saver.reason)
             export = cfg.export_every and done % cfg.export_every == 0
             save = done == cfg.steps or done % cfg.save_every == 0 or export or stop or due
             line, evaluate = done == cfg.steps or done % cfg.log_every == 0, knn and evaluated_at(cfg, done)

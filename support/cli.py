@@ -10,10 +10,8 @@
 Apache License 2.0.
 """
 import argparse
-import atexit
 import difflib
 import re
-import signal
 import sys
 from typing import Callable
 
@@ -86,8 +84,6 @@ def run_subcommand(commands: dict[str, Callable], manual: str, argv: list[str] |
 def run(main: Callable[[], object], interrupted: str = "") -> None:
     """Runs a command. A mistake of the user ends with one line on stderr and exit code 2; Ctrl-C with code 130, after
     the line `interrupted` if there is one."""
-    # The DataLoader's handler would raise when Python exits, if an error or Ctrl-C has left workers to be killed then
-    atexit.register(signal.signal, signal.SIGCHLD, signal.SIG_DFL)
     try:
         main()
     except KeyboardInterrupt:

@@ -341,9 +341,9 @@ class Evaluation:
         settings = [what, self.model_hash, vit.num_heads, vit.interpolate_offset, vit.interpolate_antialias,
                     data_hash(source), self.resize, self.crop, self.args.dtype, *config["mean"], *config["std"]]
         path = Path(self.args.cache).expanduser() / f"{settings_hash(settings)[:32]}.pt"
-        table, ok = load_table(path) or (None, None)
-        if all_agree(table is not None, self.device) and table is not None:
-            return table.to(self.device), ok.to(self.device)
+        cached = load_table(path)
+        if all_agree(cached is not None, self.device) and cached:
+            return cached[0].to(self.device), cached[1].to(self.device)
         table, ok = self.extract(source, model)
         if ok.all():  # unreadable files may be repaired later
             save_on_rank_0(path, (table.cpu(), ok.cpu()))
@@ -444,7 +444,7 @@ def check_writable(out: str) -> None:
     if out:
         existed = os.path.exists(out)
         try:
-            Path(out).open("a").close()
+            open(out, "a").close()
         except OSError as error:
             raise ValueError(f"--out {out} cannot be written: {error.strerror}") from None
         if not existed:

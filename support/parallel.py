@@ -137,7 +137,8 @@ def on_all_ranks(work, group=None) -> list:
 
 def root_cause(error: BaseException) -> str:
     """What the operating system said, in one line, if it is to blame: PyTorch wraps "No space left on device" in errors
-    of its own. Otherwise the first line of the error."""
+    of its own. Otherwise the first line of the error. images.short_reason does the same for damaged images,
+    cli.last_line for errors that data-loading workers send."""
     from torch.distributed.checkpoint.api import CheckpointException  # slow to import
 
     while isinstance(error, CheckpointException) and error.failures:  # {rank: (error, traceback)}

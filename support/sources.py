@@ -614,10 +614,10 @@ def open_path(name: str, options: dict[str, str]) -> Source:
 
 def expand_tars(pattern: str) -> list[str]:
     """x-{000..099}.tar and wildcards -> the files. Raises ValueError if one is missing."""
-    numbers = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    patterns = [pattern] if not numbers else [
-        pattern.replace(numbers[0], str(n).zfill(len(numbers[1])))
-        for n in range(int(numbers[1]), int(numbers[2]) + 1)]
+    patterns = [pattern]
+    if found := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
+        numbers = range(int(found[1]), int(found[2]) + 1)
+        patterns = [pattern.replace(found[0], str(n).zfill(len(found[1]))) for n in numbers]
     tars = [tar for pattern in patterns for tar in sorted(glob.glob(pattern)) or [pattern]]
     if missing := [tar for tar in tars if not os.path.isfile(tar)]:
         raise ValueError(f"--data {pattern!r}: " + (f"no file matches {missing[0]}" if "*" in missing[0] else
@@ -671,14 +671,12 @@ class ListingBuilder:
     def tables(self, classes: dict[str, int] | None) -> dict:
         """`classes` maps names to the labels used so far, which are renumbered in the order of the names; "" is no
         label."""
-        labels = torch.from_numpy(np.array(self.labels, np.int32))
         names = sorted(c for c in classes or () if c)
-        if classes:
-            rank = torch.full((len(classes),), -1, dtype=torch.int32)
-            rank[[classes[c] for c in names]] = torch.arange(len(names), dtype=torch.int32)
-            labels = rank[labels]
+        numbers = {name: i for i, name in enumerate(names)}
+        renumbered = np.array([numbers.get(c, -1) for c in classes or ()], np.int32)
+        labels = renumbered[np.array(self.labels, np.int32)] if classes else renumbered
         tables = dict(names=torch.frombuffer(self.names or bytearray(1), dtype=torch.uint8), classes=names,
-                      ends=torch.from_numpy(np.array(self.ends)), labels=labels if classes else labels[:0])
+                      ends=torch.from_numpy(np.array(self.ends)), labels=torch.from_numpy(labels))
         return tables | dict(fingerprint=zlib.crc32(tables["labels"].numpy(), zlib.crc32(self.names)))
 
 

@@ -441,7 +441,7 @@ def test_lock_lost_to_another_keeps_its_metrics_whole(tmp_path):
     """--out is deleted and another run starts there before the first one saves: the first ends, and the log holds the
     other's lines only."""
     out, log = tmp_path / "out", tmp_path / "log"
-    first = Launched(log, train.main, *TINY, "--steps", 4000, "--save-every", 4000, "--out", out, before=slowly)
+    first = Launched(log, train.main, *TINY, "--steps", 400, "--save-every", 400, "--out", out, before=slowly)
     wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) > 5)
     os.rename(out, tmp_path / "deleted")
     second = Launched(tmp_path / "log2", train.main, *TINY, "--steps", 12, "--seed", 1, "--out", out, before=slowly)
@@ -457,10 +457,10 @@ def test_lock_lost_to_another_keeps_its_metrics_whole(tmp_path):
     (torch.zeros(2, dtype=torch.complex64), "saving has failed for 0 minutes \\(it holds code, torch.complex64;")])
 def test_saves_that_nobody_could_read_end_the_run(value, text, tmp_path):
     """One line, at the first save, and no save that looks whole."""
-    flags = [*TINY, "--steps", 400, "--save-every", 2, "--save-patience", 0, "--out", tmp_path / "out"]
+    flags = [*TINY, "--steps", 6, "--save-every", 2, "--save-patience", 0, "--out", tmp_path / "out"]
     said = Launched(tmp_path / "log", train.main, *flags, before=partial(odd_state, value)).wait(1)
     assert re.search(text, said) and "Traceback" not in said
-    assert not list((tmp_path / "out").glob("resume/step_*")) and len(metrics(tmp_path / "out")) < 400
+    assert not list((tmp_path / "out").glob("resume/step_*"))
 
 
 def odd_state(value) -> None:
@@ -476,7 +476,7 @@ def test_saves_that_vanish_name_the_first_reason(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.distributed.checkpoint, "save", lost)
     with pytest.raises(support.parallel.Failed, match="\\(Input/output error\\)"):
-        train_main(*TINY, "--steps", 400, "--save-every", 2, "--save-patience", 0, "--out", tmp_path / "out")
+        train_main(*TINY, "--steps", 6, "--save-every", 2, "--save-patience", 0, "--out", tmp_path / "out")
 
 
 def test_saves_hold_every_plain_dtype(tmp_path):
@@ -600,7 +600,7 @@ FOUR = (*TINY, "--batch-size", 16, "--steps", 24, "--save-every", 5, "--keep", 1
 def check_agents(tmp_path: Path, n_starts: int, one: Launched, steps: int = 24, n: int = 4) -> None:
     """All steps are there, as `one` process does them, after so many starts of n processes."""
     out, log = tmp_path / "out", (tmp_path / "log").read_text()
-    starts = [int(s) for s in re.findall(rf"step (\d+) of {steps}, batch 16 = \d+ on {n}", log)]
+    starts = [int(s) for s in re.findall(rf"step (\d+) of {steps}, global batch 16 \({n} x", log)]
     assert starts[0] == 0 and starts[1] >= 5 and len(starts) == n_starts, starts
     assert [r["step"] for r in metrics(out)] == list(range(steps))
     one.wait()
@@ -632,7 +632,7 @@ def four_agents(tmp_path: Path, machine_too: bool, endpoint: str = "", machines=
         wait_for((tmp_path / "out/resume/step_000000005/complete").exists, 100)
         os.kill(int(children(agents[3])[0]), signal.SIGKILL)
         if machine_too:
-            wait_for(lambda: len(re.findall(r"24, batch 16 = \d+ on 4", log.read_text())) == 2)
+            wait_for(lambda: len(re.findall(r"global batch 16 \(4 x", log.read_text())) == 2)
             kill_machine(agents[3])
             for a in agents[:3]:
                 a.terminate()
