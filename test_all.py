@@ -1689,7 +1689,7 @@ def test_resume_from_what_is_whole(trained, tmp_path, capsys):
         assert f"step_000000004 is damaged ({name}" in capsys.readouterr().err
     for save in (out / "resume").iterdir():  # the last is not enough
         (save / "complete").unlink()
-    with pytest.raises(ValueError, match="no save in .* is intact; copy .*ckpt.pth, .* then start over with --overwrite"):
+    with pytest.raises(ValueError, match="no save in .* is intact; copy .*/ckpt.pth, .* start over with --overwrite"):
         set_up_and_release(*flags, "--out", out)
     shutil.rmtree(out)
     shutil.copytree(whole, out)

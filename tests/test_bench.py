@@ -158,7 +158,7 @@ def test_bench_gpu(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "GPU_COMMANDS", (
         shlex.join(["-c", f"print({table!r})", "--json"]), "-c 'raise ValueError(7)'",
         "-c 'import time; time.sleep(60)'", "-c 'print(TEMPORARY)'"))
-    args = bench.parse(["gpu", "--out", str(tmp_path / "gpu"), "--minutes", "0.05"])
+    args = bench.parse(["gpu", "--out", str(tmp_path / "gpu"), "--minutes", "0.03"])
     results = [row["result"] for row in bench.bench_gpu(args, torch.device("cuda"))]
     assert results[0] == "done" and results[1] == "failed (1): ValueError: 7" and set(results[2:]) == {
         "stopped: out of time"}

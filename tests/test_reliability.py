@@ -608,7 +608,8 @@ def check_agents(tmp_path: Path, n_starts: int, one: Launched, steps: int = 24, 
         assert many == pytest.approx(one, rel=0.01, abs=1e-5)
 
 
-@pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [2, 4])
 def test_agents_survive_the_loss_of_a_worker(n, tmp_path):
     """All restart, by themselves, from the last save."""
     flags, killed = [*FOUR, "--steps", 12, "--out"], tmp_path / "killed"
