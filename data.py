@@ -405,7 +405,7 @@ def draw_ops(rng: random.Random, kind: int, flip_prob: float = 0.5, jitter_prob:
         ops["blur"] = blur_sigma[0] + (blur_sigma[1] - blur_sigma[0]) * draw()
     ops["solarize"] = kind == 1 and draw() < solarize_prob
     ops["flip"] = draw() < flip_prob
-    return ops  # operations added later draw last, which leaves the draws above as they are
+    return ops
 
 
 def steps_of(channels: int) -> list[tuple[str, str | None]]:

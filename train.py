@@ -79,8 +79,8 @@ class Config:
     eval_val: str = ""  # labeled images to classify; empty: the VAL split of --data, or leave-one-out
     eval_resize: Count = 256  # evaluation: first resize the short side to this many pixels
     eval_crop: Count = 224  # evaluation: then crop the center square of this side in pixels
-    batch_size: Count = 2048  # images per optimizer step over all GPUs; official: 64 per GPU x 32
-    group_size: Count = 64  # images that share a mask quota and a KoLeo search; official: the batch per GPU
+    batch_size: Count = 2048  # images per optimizer step over all GPUs
+    group_size: Count = 64  # images that share a mask quota and a KoLeo search; officially the batch per GPU
     num_workers: Annotated[int, (-1, math.inf)] = -1  # data-loading workers per GPU; -1: one per CPU core; 0: none
     seed: Annotated[int, (0, 2**63 - 1)] = 0  # seed of weights, order, crops, colors, masks and stochastic depth
     # crops
@@ -109,10 +109,10 @@ class Config:
     interpolate_antialias: bool = False  # antialias when the position embedding is resized to the local crops
     interpolate_offset: float = 0.1  # added to the grid size when it is resized; 0.1 in the official recipes
     init_std: NonNegative = 0.02  # std of new Linear weights; narrow networks want about 1 / sqrt(width)
-    pos_embed_std: NonNegative = 0.02  # std of new position embeddings; short runs want 0.5, as patch embeddings have
+    pos_embed_std: NonNegative = 0.02  # std of new position embeddings; short runs need about 0.5
     init: str = ""  # start student and teacher from the backbone in this checkpoint, of the same architecture
     # heads
-    head_n_prototypes: Count = 65536  # K; small data wants few, about 10 times the number of classes
+    head_n_prototypes: Count = 65536  # K; for small data sets about 10 times the number of classes
     head_bottleneck_dim: Count = 256  # width before the prototypes
     head_nlayers: Count = 3  # layers of the projection MLP
     head_hidden_dim: Count = 2048  # hidden width of the projection MLP
@@ -129,7 +129,7 @@ class Config:
     mask_ratio_min_max: Fractions = (0.1, 0.5)  # smallest and largest share of patches masked in a masked crop
     centering: Literal["centering", "sinkhorn_knopp"] = "centering"  # what keeps the targets from collapsing
     # teacher
-    momentum_teacher: Fraction = 0.992  # EMA momentum of the teacher; short runs want less
+    momentum_teacher: Fraction = 0.992  # EMA momentum of the teacher; use less for short runs
     final_momentum_teacher: Fraction = 1.0  # EMA momentum at the end, reached along a cosine
     warmup_teacher_temp: Temperature = 0.04  # temperature of the targets at the start; lower it if they stay uniform
     teacher_temp: Temperature = 0.07  # temperature of the targets after the warmup
@@ -217,8 +217,7 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; presets: {', '.join(PRESETS)}")
     defaults = Config(**PRESETS[preset])
-    # the comments are the help texts
-    comments = dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(Config), re.MULTILINE))
+    comments, groups = comments_of_config(), {}
     for field in dataclasses.fields(Config):
         default, kind = getattr(defaults, field.name), plain_type(field)
         if kind is bool:
@@ -228,8 +227,10 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
         else:
             options = dict(type=kind, metavar="X")
         choices = f"one of {', '.join(get_args(field.type))}; " if get_origin(field.type) is Literal else ""
-        text = f"{choices}{comments[field.name]} (default {'empty' if default == '' else default})".replace("%", "%%")
-        parser.add_argument("--" + field.name.replace("_", "-"), default=default, help=text, **options)
+        group, comment = comments[field.name]
+        groups[group] = groups.get(group) or parser.add_argument_group(group)
+        text = f"{choices}{comment} (default {'empty' if default == '' else default})".replace("%", "%%")
+        groups[group].add_argument("--" + field.name.replace("_", "-"), default=default, help=text, **options)
     args = parser.parse_args(argv)
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -237,6 +238,17 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
         if values["in_chans"] != 3 and values[field] == ours:
             values[field] = (round(sum(ours) / 3, 3),) * values["in_chans"]
     return Config(**values), args
+
+
+def comments_of_config() -> dict[str, tuple[str, str]]:
+    """{field: (heading above it, comment behind it)}: the comments in Config are the help of the command line."""
+    found, heading = {}, ""
+    for line in inspect.getsource(Config).splitlines():
+        if above := re.fullmatch(r"    # (\w+)", line):
+            heading = above[1]
+        elif field := re.fullmatch(r"    (\w+): [^#]*# (.*)", line):
+            found[field[1]] = heading, field[2]
+    return found
 
 
 def plain_type(field: dataclasses.Field) -> type:
@@ -800,8 +812,9 @@ def closing_message(run: Run, log: Log, done: int, signal_name: str) -> str:
     if done < run.cfg.steps:
         return (f"{signal_name or 'a signal'} after step {done} of {run.cfg.steps}: everything is saved. To continue:\n"
                 f"    {same_command()}")
-    words = summary(log, done) if run.knn else f"done; the teacher is in {run.cfg.out}/ckpt.pth"
-    return words + (f"\nweights {weights_sha256(Path(run.cfg.out) / 'ckpt.pth')}" if run.cfg.deterministic else "")
+    ckpt = Path(run.cfg.out) / "ckpt.pth"
+    lines = [f"weights {weights_sha256(ckpt)}"] * run.cfg.deterministic + [summary(log, done)] * bool(run.knn)
+    return "\n".join([*lines, f"done; the teacher is in {ckpt}"])
 
 
 def evaluated_at(cfg: Config, done: int) -> bool:

@@ -29,6 +29,7 @@ fix it, as for a video. Invalid input exits with code 2, and nothing is written.
 """
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
@@ -521,7 +522,11 @@ def neighbor_sheet(source: Source, queries: Queries, cosines: list, rows: list) 
 # curves
 
 
-LOSS_TERMS = ("dino_local", "dino_global", "ibot", "koleo")
+def loss_terms(record: dict) -> list[str]:
+    """The names of the loss terms in a line of metrics.jsonl: they stand between the total and the gradient norms."""
+    names = [*record]
+    after = names[names.index("loss") + 1 :] if "loss" in record else []
+    return [*itertools.takewhile(lambda name: not name.startswith(("grad_norm", "lr")), after)]
 
 
 def read_run(name: str) -> dict[str, list[tuple[int, float]]]:
@@ -541,9 +546,8 @@ def read_run(name: str) -> dict[str, list[tuple[int, float]]]:
             if i == len(lines):  # the run is writing it right now
                 break
             raise ValueError(f"{path}, line {i}, is not a training record") from None
-        for key in ("loss", *LOSS_TERMS):
-            if key in record:
-                curves.setdefault(key, {})[step] = record[key]
+        for key in ("loss", *loss_terms(record)) if "loss" in record else ():
+            curves.setdefault(key, {})[step] = record[key]
         for key in ("knn", "knn_raw_pixels"):
             if "top1_k20" in (record.get(key) or {}):
                 curves.setdefault(key, {})[step] = record[key]["top1_k20"]
@@ -559,8 +563,9 @@ def panels_of(runs: dict[str, dict]) -> dict[str, list[Curve]]:
     """Title -> curves. The loss: its terms for a single run, the totals for several. k-NN accuracy, if there is any."""
     losses, accuracies = [], []
     for color, (name, curves) in zip(PALETTE, runs.items()):
-        shown = {name: "loss"} if len(runs) > 1 else {"total": "loss"} | {term: term for term in LOSS_TERMS}
-        losses += [Curve(label, curves[key], c) for (label, key), c in zip(shown.items(), [color, *PALETTE[1:]])
+        terms = [key for key in curves if key not in ("loss", "knn", "knn_raw_pixels")]
+        shown = {name: "loss"} if len(runs) > 1 else {"total": "loss"} | dict(zip(terms, terms))
+        losses += [Curve(label, curves[key], c) for (label, key), c in zip(shown.items(), [color, *PALETTE[1:]] * 2)
                    if curves.get(key)]
         if knn := curves.get("knn"):
             accuracies.append(Curve(name, knn, color))

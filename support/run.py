@@ -705,7 +705,7 @@ class Log:
             self.records = [r for r in self.records if r["step"] < start + ("knn" in r and start > 0)]
             self.rewrite()
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=None if self.main else True, smoothing=0.05)
-        self.steps, self.printed = steps, time.monotonic()
+        self.steps, self.printed = steps, time.monotonic() - 50  # without a terminal: after 10 s, then every minute
         self.bad_path, self.new_bad = path.with_name("bad_samples.txt"), []  # (name, reason) since the last line
         self.counters = dict(bad_samples=0, skipped_steps=0, skipped_in_a_row=0) | counters
         self.bad_before = self.counters["bad_samples"]
@@ -784,7 +784,7 @@ class Log:
     def evaluation(self, knn, teacher: nn.ModuleDict, done: int) -> None:
         pixels = dict(knn_raw_pixels=knn.raw_pixels()) if done == 0 else {}
         self.write(dict(step=done, knn=knn.teacher(teacher)) | pixels)
-        if done:
+        if 0 < done < self.steps:  # the last one ends the run's output
             self.say(f"step {done}: {summary(self, done)}")
 
     def say(self, text: str) -> None:
