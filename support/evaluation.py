@@ -220,9 +220,9 @@ def with_label(table: Tensor, labels, ok: Tensor) -> tuple[Tensor, Tensor]:
 def count_left_out(source, labels, ok: Tensor) -> int:
     """How many images with_label() drops; says so on stderr."""
     unreadable, unlabeled = int((~ok).sum()), int((torch.as_tensor(np.asarray(labels)) < 0)[ok.cpu()].sum())
-    for n, what in ((unreadable, "cannot be read"), (unlabeled, "have no label")):
+    for n, what in ((unreadable, "that cannot be read"), (unlabeled, "without a label")):
         if n:
-            say(f"{source.name}: left out {n} images that {what}")
+            say(f"{source.name}: left out {n:,} image{'s' * (n != 1)} {what}")
     return unreadable + unlabeled
 
 
@@ -290,7 +290,7 @@ class Evaluation:
         self.config = hub.image_rules(self.model, ckpt) | (ckpt["config"] if ckpt.get("format") == FORMAT else {})
         self.specs = self.choose_data()
         if needs_val and not self.specs[1]:
-            raise ValueError(f"{self.specs[0]} comes without images to classify; name some with --val")
+            raise ValueError(f"{self.specs[0]} has no validation images; pass --val")
         self.crop = args.crop or self.config["eval_crop"]
         if self.crop % self.model.patch_size:
             raise ValueError(f"--crop {self.crop} is no multiple of this model's patch size, {self.model.patch_size}")
@@ -466,7 +466,7 @@ def add_record(path: Path, record: dict, columns: dict[str, str], as_json: bool,
     record |= dict(versions=versions, device=str(device), processes=world()[1], seconds=round(time.time() - began, 1),
                    time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
     print(json.dumps(record, indent=1) if as_json else
-          " | ".join([*(f"{name} {value}".strip() for name, value in columns.items()), str(path)]))
+          " | ".join([*(f"{name} {value}".strip() for name, value in columns.items()), f"written to {path}"]))
     try:
         with open(path, "a") as file:
             file.write(json.dumps(record) + "\n")
