@@ -2111,8 +2111,8 @@ def test_eval_knn_errors(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_images(tmp_path / "plain", ["a.png", "b.png"])
     ckpt = str(trained / "ckpt.pth")
-    for flags, text in ((["--train", str(tmp_path / "plain")], "has no labels"), (["--crop", "15"], "no multiple"),
-                        (["--resize", "9"], "leaves no square"),
+    for flags, text in ((["--train", str(tmp_path / "plain")], "has no labels"), (["--crop", "15"], "not a multiple"),
+                        (["--resize", "9"], "is smaller than --crop"),
                         (["--tempreature", "1"], "unknown argument '--tempreature', did you mean --temperature?"),
                         (["--train", "digits", "--n-per-class", "0"], "must be 1 or more, not 0"),
                         (["--num-workers", "-2"], "--num-workers: must be -1 or more, not -2"),

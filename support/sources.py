@@ -799,7 +799,7 @@ def list_tars(tars: list[str]) -> dict:
                 raise ValueError(f"{path} is not a plain tar file ({error}); unpack it if it is compressed") from None
             print(f"{path} is damaged after {len(keys)} images ({error}); the rest of it is skipped", file=sys.stderr)
         except ValueError:
-            raise ValueError(f"{path}: the label {member.name} is no number") from None
+            raise ValueError(f"{path}: the label {member.name} is not a number") from None
         columns["labels"].extend(labels.get(key, -1) for key in keys)
     tables = {name: torch.from_numpy(np.array(column)) for name, column in columns.items()}
     if (tables["labels"] < 0).all():
@@ -853,7 +853,7 @@ def extra_of_imagenet(root: Path, split: str) -> dict[str, np.ndarray]:
     source = open_folder(root / split.lower())
     paths = [Path(source.describe(i)) for i in range(len(source))]
     if strange := [path for path in paths if not re.fullmatch(r".+_\d+", path.stem)]:
-        raise ValueError(f"{strange[0]} is no file of ImageNet, such as n01440764_10.JPEG; move it away")
+        raise ValueError(f"{strange[0]} is not named like an ImageNet file, such as n01440764_10.JPEG; move it away")
     numbers = [int(path.stem.rpartition("_")[2]) for path in paths]
     if split == "TEST":
         rows = [(number, 2**32 - 1, "", "") for number in sorted(numbers)]

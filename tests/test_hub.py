@@ -527,7 +527,7 @@ def test_hub_features(tmp_path, cache, capsys):
         ([str(photos / "bad.png")], "bad.png cannot be read as an image"),
         ([str(tmp_path / "none.png")], "no such image or folder: .*none.png"),
         ([str(tmp_path / "own.png"), "--size", "10", "--fit", "crop"], "10x10 pixels is less than one patch"),
-        ([str(tmp_path / "own.png"), "--size", "50", "56"], "size 50 is no multiple"),
+        ([str(tmp_path / "own.png"), "--size", "50", "56"], "size 50 is not a multiple"),
         ([str(tmp_path / "own.png"), "--size", "1", "2", "3"], "--size takes height and width"),
         ([str(tmp_path / "own.png"), "--fit", "stretch"], "invalid choice: 'stretch'"),
     ):

@@ -291,7 +291,8 @@ def test_data_unreadable_sources_end_the_run(tmp_path, cache):
 
 
 @pytest.mark.parametrize("spec,text", [
-    ("no/such/folder", "is not a folder"), ("cifar10", "did you mean CIFAR10?"), ("{tmp}/file.txt", "names no image"), ("{tmp}/empty", "holds no image"),
+    ("no/such/folder", "is not a folder"), ("cifar10", "did you mean CIFAR10?"),
+    ("{tmp}/file.txt", "names no image"), ("{tmp}/empty", "holds no image"),
     ("digits:split=TEST", "splits TRAIN and VAL"), ("digits:sprit=VAL", "unknown key 'sprit'; digits takes split"),
     ("FashionMNIST:root={tmp}", "dataset-fashion-mnist"), ("ImageNet:split=TRAIN", "ImageNet:split=TRAIN:root="),
     ("ImageNet:split=VAL:root={tmp}", "train and val"), ("{tmp}/empty:split=VAL", "no sub-folder for split VAL")])
