@@ -549,7 +549,7 @@ def test_hub_export(suffix, tmp_path, capsys):
                 export.main(argv)
         onnxruntime = pytest.importorskip("onnxruntime")
     export.main(argv)
-    assert "on batches of 1, 2 and 3 images 42x70" in capsys.readouterr().out
+    assert "for batches of 1, 2 and 3 images 42x70" in capsys.readouterr().out
     images = randn(1, (5, 3, 42, 70))[0]
     if suffix == ".pt2":
         given = torch.export.load(out).module()(images)

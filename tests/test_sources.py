@@ -440,7 +440,7 @@ def test_data_torch_dataset_errors_name_the_fix(name, text, my_data):
 def test_data_torch_dataset_mistakes_around_the_file(my_data):
     with pytest.raises(ValueError, match="no/such.py does not exist"):
         support.sources.open_source("no/such.py:photos")
-    with pytest.raises(ValueError, match="no FILE.py:FUNCTION, nor one of"):
+    with pytest.raises(ValueError, match="a file, FILE.py:FUNCTION, or one of: digits"):
         support.sources.open_source("no/such/folder")
     for name in ("words", "pairs", "ragged"):
         with pytest.raises(ValueError, match=f"one integer per image, but the labels of {my_data}:{name} are") as error:
