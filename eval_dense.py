@@ -149,7 +149,7 @@ def open_pairs(root: str, task: str, split: str, depth_scale: float = 1000) -> P
     try:
         dataset, items = benchmark_items(folder, task, split == "TRAIN")
     except OSError as error:
-        raise ValueError(f"{error.filename} cannot be read ({error.strerror})") from None
+        raise ValueError(f"{error.filename!r} cannot be read ({error.strerror})") from None
     if dataset:
         return Pairs(name, items, task, dataset, CLASSES.get(dataset))
     images, targets = folder / "images", folder / ("depth" if task == "depth" else "labels")
@@ -884,8 +884,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "ms (4 blocks, tested at several scales)")
     add("--head", default="", help="evaluate this head instead of training one: a file or, for a released model, one "
         f"of {', '.join(hub.DENSE_HEADS)}")
-    add("--channels", type=at_least(2), default=256, help="width of dpt, whose cost grows "
-        "with its square; use fewer for small backbones")
+    add("--channels", type=at_least(2), default=256, help="width of the DPT decoder; cost grows "
+        "quadratically, so use fewer for small backbones")
     add("--depth-range", type=float, nargs=2, metavar=("MIN", "MAX"), help="meters that the head can predict and that "
         "are evaluated; default: those of the data set, or 0.001 10")
     add("--depth-scale", type=positive, default=1000.0, help="units per meter in the 16-bit PNG of your own folders")
@@ -900,8 +900,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--short", type=at_least(1), help="resize photographs to this short side, in training times --ratios; default "
         "for depth: no resizing")
     add("--ratios", type=positive, nargs=2, metavar=("MIN", "MAX"), help="segmentation: random scales in training")
-    add("--gradient-weight", type=float, default=0.0, help="depth: weight of the gradient loss; officially 0.5, but "
-        "there a bug makes this loss 0")
+    add("--gradient-weight", type=float, default=0.0, help="depth: weight of the gradient loss; the official recipe "
+        "uses 0.5, but a bug there makes this loss 0")
     add("--scales", type=positive, nargs="+", help="segmentation: test-time scales, relative to --short")
     add("--flip", action=argparse.BooleanOptionalAction, default=None, help="at test time, average with the "
         "prediction for the mirror image; default: yes for depth; for segmentation, from the recipe of the head")

@@ -157,6 +157,8 @@ def write_transformers(model: DinoVisionTransformer, folder: Path, rules: dict) 
                 write_file(temporary / name, lambda file, text=json.dumps(config, indent=1): file.write(text.encode()))
     except OSError as error:
         raise ValueError(f"could not write {folder} ({error.strerror})") from None
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(temporary), str(folder))) from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -334,7 +336,8 @@ def program(argv: list[str]) -> None:
         worst = max(largest_difference(module(images), exported(images)) for images in batches)
         for file in sorted(Path(folder).iterdir(), reverse=True):  # a large .onnx comes with an .onnx.data
             os.replace(file, args.out.with_name(file.name))
-    print(f"{args.out}: within {worst:.1e} of the largest value, on batches of 1, 2 and 3 images {size[0]}x{size[-1]}")
+    print(f"saved {args.out}; its outputs equal the model's within {worst:.1e} of the largest value, for batches of 1, "
+          f"2 and 3 images {size[0]}x{size[-1]}")
 
 
 def largest_difference(expected: dict[str, Tensor], found: dict[str, Tensor]) -> float:

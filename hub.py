@@ -449,8 +449,8 @@ def backbone(name: str, *, pretrained: bool = True, weights: str = "LVD142M", **
     """A DINOv2 backbone: images (B, 3, h*14, w*14), normalized with ImageNet's mean and std -> CLS (B, D).
 
     pretrained: False for random weights. weights: "LVD142M" (the released ones, downloaded once) or a file.
-    kwargs: for the constructor, such as drop_path_rate=0.1. Comes in train mode, as officially; call .eval() for
-    features.
+    kwargs: for the constructor, such as drop_path_rate=0.1. Comes in train mode, as in the official code;
+    call .eval() for features.
     """
     size, registers = name.removeprefix("dinov2_vit")[0], 4 * name.endswith("_reg")
     rule = dict(interpolate_antialias=True, interpolate_offset=0.0) if registers else {}
@@ -468,7 +468,7 @@ def classifier(name: str, *, layers: int = 4, pretrained: bool = True, weights: 
 
     layers: CLS tokens of the last 4 blocks, or of the last 1. pretrained: False for random weights in both.
     weights: "IMAGENET1K" (the released head, downloaded once) or a file. kwargs: for the backbone. Comes in train mode,
-    as officially.
+    as in the official code.
     """
     if layers not in (1, 4):
         raise ValueError(f"a linear classifier uses the CLS tokens of 1 or 4 layers, not {layers}")

@@ -488,9 +488,11 @@ def load_strictly(model: nn.Module, weights: dict[str, Tensor], path: str, assig
     missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
     shapes = [k for k in expected.keys() & weights.keys() if expected[k].shape != weights[k].shape]
     if missing or unexpected or shapes:
-        faults = [f"{len(keys)} {what}, such as {min(keys)}" for what, keys in
-                  (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)) if keys]
-        raise ValueError(f"{path} is from another architecture: keys {'; '.join(faults)}")
+        kinds = ((missing, "is missing", "are missing"), (unexpected, "is unexpected", "are unexpected"),
+                 (shapes, "has another shape", "have another shape"))
+        faults = [f"{len(keys)} {many if len(keys) > 1 else one} (such as {min(keys)})" for keys, one, many in kinds
+                  if keys]
+        raise ValueError(f"{path} is from another architecture: of the weights, {', '.join(faults)}")
     model.load_state_dict(weights, assign=assign)
 
 

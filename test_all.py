@@ -1796,7 +1796,7 @@ def must_be_exact() -> None:
     (["--global-crops-scale", "0.5"], "expected 2 arguments"),
     (["--arch", "vit_nan"], "did you mean vit_nano?"),
     (["--centering", "sinkhorn"], "did you mean sinkhorn_knopp?"),
-    (["--data", "/no/such/folder"], "is no folder"),
+    (["--data", "/no/such/folder"], "is not a folder"),
     (["--global-crops-size", "18"], "--global-crops-size 18 is not a multiple of --patch-size 4; use 16 or 20"),
     (["--local-crops-size", "3"], "--local-crops-size 3 is not a multiple"),
     (["--batch-size", "100"], "multiple of 64"),
@@ -1806,7 +1806,7 @@ def must_be_exact() -> None:
     (["--patch-size", "0"], "--patch-size must be 1 or more"),
     (["--data", ""], "--data must not be empty"),
     (["--betas", "0.9", "1.0"], "--betas must lie between"),
-    (["--preset", "vitl14", "--group-size", "32"], "ImageNet22k is named as"),
+    (["--preset", "vitl14", "--group-size", "32"], "write ImageNet22k as"),
     (["--resume", "--overwrite"], "give one of the two"),
     (["--clip-grad", "-1"], "--clip-grad must be 0 or more"),
     (["--lr", "nan"], "--lr must be 0 or more"),
@@ -1910,7 +1910,7 @@ def bad_checkpoints(folder: Path, good: Path) -> dict[str, tuple[Path, str]]:
                  foreign="holds no DINOv2 backbone", nested="holds no DINOv2 backbone",
                  tensor="holds no DINOv2 backbone",
                  numbers="holds no DINOv2 backbone", list="holds a list",
-                 incomplete="another architecture: keys 1 missing, such as norm.weight")
+                 incomplete="another architecture: of the weights, 1 is missing \\(such as norm.weight\\)")
     return {name: (folder / f"{name}.pth", text) for name, text in texts.items()}
 
 
@@ -2112,8 +2112,8 @@ def test_eval_knn_errors(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_images(tmp_path / "plain", ["a.png", "b.png"])
     ckpt = str(trained / "ckpt.pth")
-    for flags, text in ((["--train", str(tmp_path / "plain")], "has no labels"), (["--crop", "15"], "no multiple"),
-                        (["--resize", "9"], "leaves no square"),
+    for flags, text in ((["--train", str(tmp_path / "plain")], "has no labels"), (["--crop", "15"], "not a multiple"),
+                        (["--resize", "9"], "is smaller than --crop"),
                         (["--tempreature", "1"], "unknown argument '--tempreature', did you mean --temperature?"),
                         (["--train", "digits", "--n-per-class", "0"], "must be 1 or more, not 0"),
                         (["--num-workers", "-2"], "--num-workers: must be -1 or more, not -2"),

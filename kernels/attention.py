@@ -4,7 +4,8 @@
     python kernels/attention.py --emulate        # on any CPU: run the kernels thread by thread, compare with float64
     python kernels/attention.py --compile-only   # needs nvcc but no GPU: registers, spills, shared memory
 
-    attend = build_kernels()                            # compiles once, in a minute at most; ValueError says what lacks
+    attend = build_kernels()                            # compiles once, within a minute; raises ValueError naming what
+                                                        # is missing
     out = attend(qkv, [128, 512], [197, 37], scale)     # (T, 3, H, 64) -> (T, H, 64), T = 128 * 197 + 512 * 37
 
 One call handles the crops of all sizes. In qkv, the output of the qkv layer as it is, images of the same length follow

@@ -66,9 +66,10 @@ def positive(text: str) -> float:
 
 
 def nearest(name: str, names) -> str:
-    """", did you mean X?" with the closest of `names`; "" if none is close."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f", did you mean {close[0]}?" if close else ""
+    """", did you mean X?" with the closest of `names`, in upper or lower case; "" if none is close."""
+    spelled = {known.lower(): known for known in names}
+    close = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.5)
+    return f", did you mean {spelled[close[0]]}?" if close else ""
 
 
 def run_subcommand(commands: dict[str, Callable], manual: str, argv: list[str] | None):

@@ -220,9 +220,9 @@ def with_label(table: Tensor, labels, ok: Tensor) -> tuple[Tensor, Tensor]:
 def count_left_out(source, labels, ok: Tensor) -> int:
     """How many images with_label() drops; says so on stderr."""
     unreadable, unlabeled = int((~ok).sum()), int((torch.as_tensor(np.asarray(labels)) < 0)[ok.cpu()].sum())
-    for n, what in ((unreadable, "cannot be read"), (unlabeled, "have no label")):
+    for n, what in ((unreadable, "that cannot be read"), (unlabeled, "without a label")):
         if n:
-            say(f"{source.name}: left out {n} images that {what}")
+            say(f"{source.name}: left out {n:,} image{'s' * (n != 1)} {what}")
     return unreadable + unlabeled
 
 
@@ -290,14 +290,14 @@ class Evaluation:
         self.config = hub.image_rules(self.model, ckpt) | (ckpt["config"] if ckpt.get("format") == FORMAT else {})
         self.specs = self.choose_data()
         if needs_val and not self.specs[1]:
-            raise ValueError(f"{self.specs[0]} comes without images to classify; name some with --val")
+            raise ValueError(f"{self.specs[0]} has no validation images; pass --val")
         self.crop = args.crop or self.config["eval_crop"]
         if self.crop % self.model.patch_size:
-            raise ValueError(f"--crop {self.crop} is no multiple of this model's patch size, {self.model.patch_size}")
+            raise ValueError(f"--crop {self.crop} is not a multiple of the model's patch size, {self.model.patch_size}")
         enlarged = self.config["eval_resize"] / self.config["eval_crop"] if margin else 1
         self.resize = args.resize or round(self.crop * enlarged)
         if self.resize < self.crop:
-            raise ValueError(f"--resize {self.resize} leaves no square of --crop {self.crop}; make it as large")
+            raise ValueError(f"--resize {self.resize} is smaller than --crop {self.crop}; make it at least as large")
         join_processes(self.device)
         self.workers = worker_count(args.num_workers, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         self.train, self.val = [self.open(spec) if spec else None for spec in self.specs]
@@ -465,10 +465,12 @@ def add_record(path: Path, record: dict, columns: dict[str, str], as_json: bool,
                     python=platform.python_version())
     record |= dict(versions=versions, device=str(device), processes=world()[1], seconds=round(time.time() - began, 1),
                    time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
-    print(json.dumps(record, indent=1) if as_json else
-          " | ".join([*(f"{name} {value}".strip() for name, value in columns.items()), str(path)]))
+    fate = f"written to {path}"
     try:
         with open(path, "a") as file:
             file.write(json.dumps(record) + "\n")
     except OSError as error:
-        say(f"{path} could not be written: {error.strerror}")
+        fate = f"{path} could not be written"
+        say(f"{fate}: {error.strerror}")
+    print(json.dumps(record, indent=1) if as_json else
+          " | ".join([*(f"{name} {value}".strip() for name, value in columns.items()), fate]))

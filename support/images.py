@@ -178,7 +178,7 @@ def plan_fit(height: int, width: int, patch: int, how: str = "crop", size: tuple
     Raises ValueError if nothing would be left, or if a given height and width are not multiples."""
     if len(size) == 2:
         if off := [s for s in size if s % patch or s < patch]:
-            raise ValueError(f"size {off[0]} is no multiple of the patch size {patch}; the nearest is "
+            raise ValueError(f"size {off[0]} is not a multiple of the patch size {patch}; the nearest is "
                              f"{max(round(off[0] / patch), 1) * patch}")
         scaled = canvas = tuple(size)
         if how != "resize":

@@ -109,7 +109,7 @@ def check_output(cfg, resume: bool, overwrite: bool, changeable: set[str]) -> No
         if resume:
             raise ValueError(f"--resume: {out} holds no run; omit the flag to start one")
         if foreign := [name for name in OUTPUTS if (out / name).exists()]:
-            raise ValueError(f"--out {out} holds {foreign[0]} but no config.json, so it is not a run of this program; "
+            raise ValueError(f"--out {out} holds {foreign[0]} but no config.json, so it is not a training run; "
                              "choose another --out")
     elif not (resume or overwrite):
         try:

@@ -30,6 +30,7 @@ import math
 import os
 import random
 import re
+import shlex
 import signal
 import sys
 import tarfile
@@ -368,7 +369,7 @@ def open_source(spec: str, channels: int = 3) -> Source:
         else:
             source = open_single(spec)
     except OSError as error:
-        raise ValueError(f"--data {spec!r}: {error.filename} cannot be read ({error.strerror or error})") from None
+        raise ValueError(f"--data {spec!r}: {error.filename!r} cannot be read ({error.strerror or error})") from None
     source.spec, source.channels = spec, channels
     return source
 
@@ -447,6 +448,9 @@ def check_readable(source) -> None:
             return source.image(i)
         except Exception as error:  # decoders raise anything on damaged files
             reason = short_reason(error)
+    if isinstance(source, ImageFiles) and os.path.isfile(source.name):
+        raise ValueError(f"{source.name} is read as a list of image paths, but none of the lines tried names a "
+                         f"readable image; the last: {reason}")
     raise ValueError(f"no readable image in {source.name}; the last one tried: {reason}")
 
 
@@ -540,7 +544,8 @@ def read_idx(root: Path, dataset: str, name: str) -> np.ndarray:
 def open_imagenet(name: str, options: dict[str, str]) -> Source:
     split = choose_split(name, options, ("TRAIN", "VAL", "TEST"))
     if "root" not in options:
-        raise ValueError("ImageNet is named as ImageNet:split=TRAIN:root=/data/imagenet, split one of TRAIN, VAL, TEST")
+        raise ValueError("write ImageNet as ImageNet:split=TRAIN:root=/path (splits: TRAIN, VAL, TEST), or pass "
+                         "--data /my/photos")
     root = Path(options["root"]).expanduser()
     folder = root / split.lower()
     if not folder.is_dir():
@@ -566,7 +571,8 @@ def load_entries(options: dict[str, str], name: str, column: str) -> np.ndarray:
 
 def open_imagenet22k(name: str, options: dict[str, str]) -> InTars:
     if "root" not in options:
-        raise ValueError("ImageNet22k is named as ImageNet22k:root=/data/in22k, the folder of the <wnid>.tar files")
+        raise ValueError("write ImageNet22k as ImageNet22k:root=/path (the folder of the <wnid>.tar files), or pass "
+                         "--data /my/photos")
     root = Path(options["root"]).expanduser()
     if "extra" not in options:
         tars = sorted(glob.glob(f"{glob.escape(str(root))}/*.tar"))
@@ -603,7 +609,7 @@ def open_path(name: str, options: dict[str, str]) -> Source:
             raise ValueError(f"--data {name!r}: a list has no splits; name another list")
         return open_list(path)
     if not path.is_dir():
-        raise ValueError(f"--data {name!r} is no folder, no file, no FILE.py:FUNCTION, nor one of {', '.join(NAMED)}"
+        raise ValueError(f"--data {name!r} is not a folder, a file, FILE.py:FUNCTION, or one of: {', '.join(NAMED)}"
                          + nearest(name, NAMED))
     folders = {s: next((path / f for f in SPLIT_FOLDERS[s] if (path / f).is_dir()), None) for s in SPLIT_FOLDERS}
     if "split" in options and folders.get(options["split"]) is None:
@@ -793,7 +799,7 @@ def list_tars(tars: list[str]) -> dict:
                 raise ValueError(f"{path} is not a plain tar file ({error}); unpack it if it is compressed") from None
             print(f"{path} is damaged after {len(keys)} images ({error}); the rest of it is skipped", file=sys.stderr)
         except ValueError:
-            raise ValueError(f"{path}: the label {member.name} is no number") from None
+            raise ValueError(f"{path}: the label {member.name} is not a number") from None
         columns["labels"].extend(labels.get(key, -1) for key in keys)
     tables = {name: torch.from_numpy(np.array(column)) for name, column in columns.items()}
     if (tables["labels"] < 0).all():
@@ -847,7 +853,7 @@ def extra_of_imagenet(root: Path, split: str) -> dict[str, np.ndarray]:
     source = open_folder(root / split.lower())
     paths = [Path(source.describe(i)) for i in range(len(source))]
     if strange := [path for path in paths if not re.fullmatch(r".+_\d+", path.stem)]:
-        raise ValueError(f"{strange[0]} is no file of ImageNet, such as n01440764_10.JPEG; move it away")
+        raise ValueError(f"{strange[0]} is not named like an ImageNet file, such as n01440764_10.JPEG; move it away")
     numbers = [int(path.stem.rpartition("_")[2]) for path in paths]
     if split == "TEST":
         rows = [(number, 2**32 - 1, "", "") for number in sorted(numbers)]
@@ -939,7 +945,8 @@ def measure_stats(source: Source, n: int, num_workers: int = 0) -> tuple[list[fl
     for _, sums, reason in read_all(source, indices, num_workers):
         total, n_bad = total + sums, n_bad + bool(reason)
     if n_bad:
-        print(f"{n_bad:,} of {n:,} images cannot be read: python -m support.sources check lists them", file=sys.stderr)
+        print(f"{n_bad:,} of {n:,} images cannot be read; to list them: python -m support.sources check "
+              f"{shlex.quote(source.spec)}{f' --in-chans {source.channels}' * (source.channels != 3)}", file=sys.stderr)
     if not total[2].any():
         raise ValueError(f"no image of {source.name} can be read")
     mean = total[0] / total[2]

@@ -170,7 +170,7 @@ def test_eval_dense_nyu_on_disk(tmp_path):
     assert_close(depth, noise(0, 6, 8, high=9000, dtype=np.uint16) / 1000, 1e-6)
     assert not val[0][1].any()
     (tmp_path / "nyu_test.txt").unlink()
-    with pytest.raises(ValueError, match=r"nyu_test.txt cannot be read \(No such file"):
+    with pytest.raises(ValueError, match=r"nyu_test.txt' cannot be read \(No such file"):
         eval_dense.open_pairs(str(tmp_path), "depth", "VAL")
     for text, says in (("a b 1\n", "names 2 files that do not exist, the first: .*/a$"), ("\n", "names no pairs"),
                        ("a\n", "has a line 'a'; lines must be `photo depth focal`")):

@@ -183,7 +183,7 @@ def test_data_fit_brings_images_to_multiples_of_the_patch():
     assert deep.dtype == torch.uint16 and deep[0, 0, 0] == round(0.485 * 65535)
     for hw, args, text in (((10, 90), (), "10x90 pixels is less than one patch of 14x14"),
                            ((40, 90), ("crop", (50, 70)),
-                            "size 50 is no multiple of the patch size 14; the nearest is 56")):
+                            "size 50 is not a multiple of the patch size 14; the nearest is 56")):
         with pytest.raises(ValueError, match=text):
             support.images.plan_fit(*hw, 14, *args)
     assert support.images.plan_fit(10, 90, 14, "pad").canvas == (14, 98)

@@ -291,7 +291,8 @@ def test_data_unreadable_sources_end_the_run(tmp_path, cache):
 
 
 @pytest.mark.parametrize("spec,text", [
-    ("no/such/folder", "is no folder"), ("{tmp}/file.txt", "names no image"), ("{tmp}/empty", "holds no image"),
+    ("no/such/folder", "is not a folder"), ("cifar10", "did you mean CIFAR10?"),
+    ("{tmp}/file.txt", "names no image"), ("{tmp}/empty", "holds no image"),
     ("digits:split=TEST", "splits TRAIN and VAL"), ("digits:sprit=VAL", "unknown key 'sprit'; digits takes split"),
     ("FashionMNIST:root={tmp}", "dataset-fashion-mnist"), ("ImageNet:split=TRAIN", "ImageNet:split=TRAIN:root="),
     ("ImageNet:split=VAL:root={tmp}", "train and val"), ("{tmp}/empty:split=VAL", "no sub-folder for split VAL")])
@@ -439,7 +440,7 @@ def test_data_torch_dataset_errors_name_the_fix(name, text, my_data):
 def test_data_torch_dataset_mistakes_around_the_file(my_data):
     with pytest.raises(ValueError, match="no/such.py does not exist"):
         support.sources.open_source("no/such.py:photos")
-    with pytest.raises(ValueError, match="no FILE.py:FUNCTION, nor one of"):
+    with pytest.raises(ValueError, match="a file, FILE.py:FUNCTION, or one of: digits"):
         support.sources.open_source("no/such/folder")
     for name in ("words", "pairs", "ragged"):
         with pytest.raises(ValueError, match=f"one integer per image, but the labels of {my_data}:{name} are") as error:
