@@ -812,9 +812,8 @@ def closing_message(run: Run, log: Log, done: int, signal_name: str) -> str:
     if done < run.cfg.steps:
         return (f"{signal_name or 'a signal'} after step {done} of {run.cfg.steps}: everything is saved. To continue:\n"
                 f"    {same_command()}")
-    ckpt = Path(run.cfg.out) / "ckpt.pth"
-    lines = [f"weights {weights_sha256(ckpt)}"] * run.cfg.deterministic + [summary(log, done)] * bool(run.knn)
-    return "\n".join([*lines, f"done; the teacher is in {ckpt}"])
+    lines = [summary(log, done)] * bool(run.knn) + [f"done; the teacher is in {run.cfg.out}/ckpt.pth"]
+    return "\n".join(lines + [f"weights {weights_sha256(Path(run.cfg.out, 'ckpt.pth'))}"] * run.cfg.deterministic)
 
 
 def evaluated_at(cfg: Config, done: int) -> bool:

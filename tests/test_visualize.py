@@ -369,7 +369,7 @@ MODEL = ["--model", "{ckpt}", "--device", "cpu"]
     (["attention", "small.png", *MODEL, "--size", "0"], "small.png: an image of 3x3 pixels is less than one patch"),
     (["pca", "a.png", *MODEL, "--size", "16", "16", "16"], "--size is the short side"),
     (["pca", "a.png", *MODEL, "--size", "-8"], "--size is the short side"),
-    (["pca", "a.png", *MODEL, "--size", "16", "18"], "size 18 is not a multiple of the patch size 4; the nearest is 16"),
+    (["pca", "a.png", *MODEL, "--size", "16", "18"], "18 is not a multiple of the patch size 4; the nearest is 16"),
     (["pca", "a.png", *MODEL, "--threshold", "1.5"], "--threshold must be between 0 and 1"),
     (["pca", "a.png", *MODEL, "--foreground", "all", "--threshold", "0.5"], "has no effect with --foreground all"),
     (["pca", "a.png", *MODEL, "--foreground", "high", "--threshold", "1"], "0 patches are foreground"),
