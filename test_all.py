@@ -1263,7 +1263,9 @@ def test_train_repeated_command_is_a_no_op(trained, capsys):
     before = (trained / "ckpt.pth").stat().st_mtime_ns, metrics(trained)
     train_main(*TINY, "--steps", 4, "--out", trained, "--eval-every", 2, "--export-every", 3, "--save-every", 2)
     assert (trained / "ckpt.pth").stat().st_mtime_ns == before[0] and metrics(trained) == before[1]
-    assert capsys.readouterr().out.splitlines()[-1].startswith("k-NN top-1 (k=20): trained teacher ")
+    *_, accuracy, last = capsys.readouterr().out.splitlines()
+    assert accuracy.startswith("k-NN top-1 (k=20): trained teacher ")
+    assert last == f"done; the teacher is in {trained}/ckpt.pth"
 
 
 @pytest.mark.parametrize("centering", ["centering", pytest.param("sinkhorn_knopp", marks=pytest.mark.slow)])

@@ -127,5 +127,5 @@ def test_eval_logreg_other_ways_to_choose_and_missing_classes(trained, tmp_path,
     assert main("--train", tmp_path / "few", "--finetune-on-val")["val_images"] == 2
     with pytest.raises(ValueError, match="exclude each other"):
         main("--finetune", "digits", "--finetune-on-val")
-    with pytest.raises(ValueError, match="without images to classify"):
+    with pytest.raises(ValueError, match="has no validation images"):
         main("--train", tmp_path / "few/train")
