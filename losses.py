@@ -83,8 +83,8 @@ def koleo_loss(x: Tensor, group_size: int | None = None, eps: float = 1e-8) -> T
 # ----------------------------------------------------------------------------------------------------------------------
 # Logits a few rows at a time
 
-# Logits computed at once. On a CPU they should fit into its caches; a GPU needs more of them to stay busy.
-CHUNK_ELEMENTS = dict(cpu=2**22, cuda=2**25)
+# Logits computed at once: few enough to save memory, enough to read the prototypes seldom and to keep a GPU busy.
+CHUNK_ELEMENTS = dict(cpu=3 * 2**21, cuda=2**25)
 
 
 def row_chunks(n_rows: int, n_columns: int, device: torch.device) -> list[slice]:
