@@ -74,6 +74,7 @@ import support.cli
 import support.evaluation
 import support.parallel
 import support.run
+import support.saves
 import support.sources
 
 
@@ -264,7 +265,7 @@ def bench_save(args, device: torch.device) -> list[dict]:
         state, batches, lock = training.state, training.batches, support.run.OutputLock(Path(cfg.out))
         log = support.run.Log(Path(cfg.out) / "metrics.jsonl", 0, 0, {})
         make_checkpoint = partial(train.teacher_checkpoint, state.teacher, cfg, preset)
-        saver = support.run.Saver(cfg, state, make_checkpoint, lock, 0, [], lambda text: None)
+        saver = support.saves.Saver(cfg, state, make_checkpoint, lock, 0, [], lambda text: None)
         guard, flags = support.run.NonFinite(cfg, log, batches, saver), support.parallel.SharedFlags()
         batch = [training.prepare(batches[0])]
 

@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import inspect
 import itertools
 import math
 import os
@@ -29,7 +28,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -44,15 +43,16 @@ from data import (
     prepare, train_loader)
 from eval_knn import evaluate_knn, knn_accuracy
 from model import ARCHS, FORMAT, DINOHead, build, init_linear, load_backbone, load_strictly
-from support.cli import Parser, last_line, nearest
+from support.cli import Parser, check_fields, flag, last_line, nearest
 from support.draw import draw_batch
 from support.parallel import (
     CHECKPOINTING, SHARDINGS, Failed, SharedFlags, all_reduce_in_backward, be_deterministic, full_weights, is_sharded,
     load_kernel, local_shards, mean_over_processes, n_replicas, on_all_ranks, pick_device, shard, start_processes,
     worker_count)
 from support.run import (
-    Log, NonFinite, OutputLock, Saver, StopSignals, TooManyBad, check_output, claim_output, load_newest, restarted,
-    same_command, summary, take_output, weights_sha256)
+    Log, NonFinite, OutputLock, StopSignals, TooManyBad, check_output, claim_output, restarted, same_command, summary,
+    take_output, weights_sha256)
+from support.saves import Saver, load_newest
 from support.sources import InMemory, check_readable, eval_specs, open_on_all_ranks
 
 
@@ -217,20 +217,7 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; presets: {', '.join(PRESETS)}")
     defaults = Config(**PRESETS[preset])
-    comments, groups = comments_of_config(), {}
-    for field in dataclasses.fields(Config):
-        default, kind = getattr(defaults, field.name), plain_type(field)
-        if kind is bool:
-            options = dict(action=argparse.BooleanOptionalAction)
-        elif kind is tuple:
-            options = dict(type=float, nargs="+" if field.name in ("mean", "std") else len(default), metavar="X")
-        else:
-            options = dict(type=kind, metavar="X")
-        choices = f"one of {', '.join(get_args(field.type))}; " if get_origin(field.type) is Literal else ""
-        group, comment = comments[field.name]
-        groups[group] = groups.get(group) or parser.add_argument_group(group)
-        text = f"{choices}{comment} (default {'empty' if default == '' else default})".replace("%", "%%")
-        groups[group].add_argument("--" + field.name.replace("_", "-"), default=default, help=text, **options)
+    parser.add_fields(defaults, any_length=("mean", "std"))
     args = parser.parse_args(argv)
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -240,26 +227,12 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     return Config(**values), args
 
 
-def comments_of_config() -> dict[str, tuple[str, str]]:
-    """{field: (heading above it, comment behind it)}: the comments in Config are the help of the command line."""
-    found, heading = {}, ""
-    for line in inspect.getsource(Config).splitlines():
-        if above := re.fullmatch(r"    # (\w+)", line):
-            heading = above[1]
-        elif field := re.fullmatch(r"    (\w+): [^#]*# (.*)", line):
-            found[field[1]] = heading, field[2]
-    return found
-
-
-def plain_type(field: dataclasses.Field) -> type:
-    """bool, int, float, str or tuple, without the limits of Annotated and the choices of Literal."""
-    return str if get_origin(field.type) is Literal else getattr(field.type, "__origin__", field.type)
-
-
 def check(cfg: Config, n_ranks: int) -> None:
     """Raises ValueError, naming flag and fix, for values that cannot work, alone or together."""
-    for field in dataclasses.fields(Config):
-        check_field("--" + field.name.replace("_", "-"), getattr(cfg, field.name), field.type)
+    check_fields(cfg)
+    for field in ("data", "out"):
+        if not getattr(cfg, field):
+            raise ValueError(f"--{field} must not be empty")
     for field in ("mean", "std"):
         if len(getattr(cfg, field)) != cfg.in_chans:
             raise ValueError(f"--{field} has {len(getattr(cfg, field))} values, --in-chans is {cfg.in_chans}; give one "
@@ -269,28 +242,15 @@ def check(cfg: Config, n_ranks: int) -> None:
         size, p = getattr(cfg, field), cfg.patch_size
         if size < p or size % p:
             fits = " or ".join(str(n * p) for n in (size // p, size // p + 1) if n > 0)
-            raise ValueError(f"--{field.replace('_', '-')} {size} is not a multiple of --patch-size {p}; use {fits}")
+            raise ValueError(f"{flag(field)} {size} is not a multiple of --patch-size {p}; use {fits}")
     check_groups(cfg.batch_size, cfg.group_size, n_ranks, cfg.gradient_accumulation_steps)
     if cfg.warmup_steps > cfg.steps:
         raise ValueError(f"--warmup-steps {cfg.warmup_steps} is more than --steps {cfg.steps}; lower it too")
     for field in ("global_crops_scale", "local_crops_scale", "mask_ratio_min_max"):
         if getattr(cfg, field)[0] > getattr(cfg, field)[1]:
-            raise ValueError(f"--{field.replace('_', '-')} takes the smaller value first, got {getattr(cfg, field)}")
+            raise ValueError(f"{flag(field)} takes the smaller value first, got {getattr(cfg, field)}")
     if cfg.eval_resize < cfg.eval_crop:
         raise ValueError(f"--eval-resize {cfg.eval_resize} is less than --eval-crop {cfg.eval_crop}")
-
-
-def check_field(flag: str, value, kind) -> None:
-    """Raises ValueError for a value outside the limits or choices that its type states, and for an empty name."""
-    if get_origin(kind) is Literal and value not in (choices := get_args(kind)):
-        raise ValueError(f"{flag} {value!r}{nearest(value, choices)}; one of {', '.join(choices)}")
-    if get_origin(kind) is Annotated:
-        least, most = kind.__metadata__[0]
-        if not all(least <= v <= most and math.isfinite(v) for v in (value if isinstance(value, tuple) else [value])):
-            fits = f"lie between {least:g} and {most:g}" if most < math.inf else f"be {least:g} or more"
-            raise ValueError(f"{flag} must {fits}, got {value}")
-    if flag in ("--data", "--out") and not value:
-        raise ValueError(f"{flag} must not be empty")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
