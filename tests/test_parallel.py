@@ -3,7 +3,10 @@ import json
 import os
 import re
 import shutil
+import signal
+import time
 import types
+from datetime import timedelta
 from functools import partial
 
 import pytest
@@ -17,7 +20,7 @@ import train
 import support.parallel
 import support.sources
 from tests.common import (CPU, TINY, Launched, assert_close, metrics, saved_tensors, set_up_and_release, stop_at,
-                          train_main)
+                          train_main, wait_for)
 
 
 def test_train_compiles_once(tmp_path, monkeypatch):
@@ -234,3 +237,27 @@ def test_train_compiles_blocks_of_rising_rates(monkeypatch):
         support.parallel.shard(network, types.SimpleNamespace(size=lambda: 1), torch.float32, compile_blocks=True)
         out = network["backbone"](torch.randn(8, 3, 12, 12), is_training=True, drop_orders=orders)
     assert out["x_norm_clstoken"].shape == (8, 64)
+
+
+def impatient() -> None:
+    """Steps wait 4 seconds for another process, as in hours. Listing takes longer."""
+    support.parallel.TIMEOUT = timedelta(seconds=4)
+    if os.environ["RANK"] == "0":
+        listing = support.sources.open_source
+        support.sources.open_source = lambda *a: (time.sleep(5), listing(*a))[1]
+
+
+def test_a_process_that_vanishes_is_noticed_soon(tmp_path):
+    """It stops answering, as that of a machine without power or network would: the other ends with one line. While rank
+    0 lists images, the others wait longer."""
+    job = Launched(tmp_path / "log", train.main, *TINY, "--steps", 10**6, "--out", tmp_path / "out", world=2,
+                   before=impatient)
+    job.until("of 1000000, global batch 8 (2 x cpu")
+    wait_for(lambda: len(metrics(tmp_path / "out")) > 2)
+    job.signal(signal.SIGSTOP, rank=1)
+    job.processes[0].join(60)
+    job.signal(signal.SIGKILL, rank=1)
+    assert job.processes[0].exitcode == 1, job.text()
+    *_, line = job.text().strip().splitlines()
+    assert "Traceback" not in job.text() and line.startswith("error: contact with another process was lost (")
+    assert "imed out" in line and line.endswith("; run the same command again") and not (tmp_path / "out/lock").exists()
