@@ -294,7 +294,7 @@ class Saver:
         to, source = ([t for named in tree.values() for t in local_shards(named.values())]
                       for tree in (self.copies, state))
         with torch.no_grad():
-            torch._foreach_copy_(to, source, non_blocking=True)
+            torch._foreach_copy_(to, source, non_blocking=source[0].is_cuda)
         if source[0].is_cuda:
             torch.cuda.synchronize()
         return self.copies

@@ -1,11 +1,13 @@
 import itertools
 import json
 import os
+import random
 import re
 import shutil
 import signal
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 
@@ -19,7 +21,7 @@ import model
 import train
 import support.parallel
 import support.sources
-from tests.common import (CPU, TINY, Launched, assert_close, metrics, saved_tensors, set_up_and_release, stop_at,
+from tests.common import (CPU, TINY, Launched, assert_close, free_port, metrics, saved_tensors, set_up_and_release, stop_at,
                           train_main, wait_for)
 
 
@@ -237,6 +239,37 @@ def test_train_compiles_blocks_of_rising_rates(monkeypatch):
         support.parallel.shard(network, types.SimpleNamespace(size=lambda: 1), torch.float32, compile_blocks=True)
         out = network["backbone"](torch.randn(8, 3, 12, 12), is_training=True, drop_orders=orders)
     assert out["x_norm_clstoken"].shape == (8, 64)
+
+
+def test_processes_meet_in_a_store_with_the_keys_of_dead_ones():
+    """torchrun gives those it starts after a failure the old store. Each start of all has a part of its own, also if
+    the one before ended half-way, and they set the same keys anew."""
+    store, n = dist.HashStore(), 4
+    store.set_timeout(timedelta(seconds=60))
+    for r in range(1, n):
+        store.set(f"rank {r}", "a dead process")
+    parts = []
+    with ThreadPoolExecutor(n) as pool:
+        for start in range(3):
+            ranks = random.Random(start).sample(range(n), n)
+            futures = {r: pool.submit(support.parallel.store_of_this_start, store, r, n) for r in ranks}
+            parts.append({r: future.result(60) for r, future in futures.items()})
+            assert not any(part.check(["address"]) for part in parts[-1].values())
+            parts[-1][0].set("address", str(start))
+            assert [parts[-1][r].get("address") for r in range(n)] == [str(start).encode()] * n
+    assert parts[0][3].get("address") == b"0"
+
+
+def test_processes_that_do_not_meet_end_with_one_line(monkeypatch):
+    monkeypatch.setattr(support.parallel, "TIMEOUT", timedelta(seconds=1))
+    for name, value in dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE=2, RANK=0).items():
+        monkeypatch.setenv(name, str(value))
+    reason = r"did not meet at 127.0.0.1:\d+ \(.*\); between machines, give each torchrun --local-addr"
+    for rank in range(2):  # nobody else comes; nobody is there
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(ValueError, match=reason):
+            support.parallel.start_processes(CPU)
+    assert not dist.is_initialized()
 
 
 def impatient() -> None:
