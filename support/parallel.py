@@ -82,9 +82,8 @@ def be_deterministic(wanted: bool) -> None:
 # Processes
 
 
-TIMEOUT = timedelta(minutes=15)  # of what all processes reach at about the same time, such as a step: one is gone
-LONG_TIMEOUT = timedelta(hours=2)  # where one may list a large folder, or read or write a large file, and others wait
-
+TIMEOUT = timedelta(minutes=15)  # of collectives that all processes reach at about the same time: those of steps
+LONG_TIMEOUT = timedelta(hours=2)  # of those that wait while one lists a large folder, or reads or writes a large file
 
 LOCAL_ADDR = "between machines, give each torchrun --local-addr and the address of its machine"
 
@@ -105,11 +104,13 @@ def start_processes(device: torch.device, sharding: str = "zero2") -> DeviceMesh
 def join_processes(device: torch.device) -> None:
     """Joins torchrun's process group, if torchrun started this process. Raises ValueError if the others cannot be
     reached."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ:
         return
-    from_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # then it is there already
+    there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun has started the store already
     try:
-        store, rank, n = next(dist.rendezvous("env://", timeout=timedelta(minutes=1) if from_torchrun else TIMEOUT))
+        store, rank, n = next(dist.rendezvous("env://", timeout=timedelta(minutes=1) if there else TIMEOUT))
         store.set_timeout(TIMEOUT)
         store = store_of_this_start(store, rank, n)
     except dist.DistError as error:
@@ -123,8 +124,6 @@ def connect(device: torch.device, store: dist.Store, rank: int, n: int) -> None:
     """Makes the process group of all collectives, and that of on_all_ranks()."""
     global patient_group
     on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=n, timeout=TIMEOUT,
                             device_id=device if on_gpu else None)
     patient_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
@@ -141,12 +140,12 @@ def leave_processes(wait_for_others: bool) -> None:
 
 
 def store_of_this_start(store: dist.Store, rank: int, n: int) -> dist.Store:
-    """A part of the store that nothing was written to before all processes were started, for the last time.
+    """A part of the store that holds nothing from earlier starts of the processes.
 
-    torchrun gives the processes that it starts after a failure the store of those that failed. In it they would find
-    the addresses of processes that are gone, and wait for them. The number of restarts is no help: torchrun counts them
-    on each machine. So rank 0 invents a name, and sends it to whoever is there: each other process asks under a name of
-    its own, which is as new.
+    After a failure torchrun gives the processes it starts the store of those that failed, in which they would find the
+    addresses of dead ones, and wait for them. TORCHELASTIC_RESTART_COUNT cannot tell the starts apart, since each
+    machine counts its own. So rank 0 invents a name for the part and tells whoever asks, also the dead; each other
+    process asks under a new name of its own, so that no old answer is taken for its own.
     """
     if rank:
         me = uuid.uuid4().hex
@@ -156,7 +155,7 @@ def store_of_this_start(store: dist.Store, rank: int, n: int) -> dist.Store:
         return dist.PrefixStore(name, store)
     name, answered, end = uuid.uuid4().hex, set(), time.monotonic() + TIMEOUT.total_seconds()
     while (joined := store.add(f"{name} joined by", 0)) < n - 1:
-        for other in {store.get(f"rank {r}").decode() for r in range(1, n)} - answered:  # some may be gone
+        for other in {store.get(f"rank {r}").decode() for r in range(1, n)} - answered:
             store.set(f"answer to {other}", name)
             answered.add(other)
         if time.monotonic() > end:

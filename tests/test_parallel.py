@@ -262,6 +262,13 @@ def test_processes_meet_in_a_store_with_the_keys_of_dead_ones():
     assert parts[0][3].get("address") == b"0"
 
 
+def test_a_process_alone_uses_the_gpu_it_is_given(monkeypatch):
+    used = []
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    support.parallel.join_processes(torch.device("cuda:1"))
+    assert used == [torch.device("cuda:1")] and not dist.is_initialized()
+
+
 def test_processes_that_do_not_meet_end_with_one_line(monkeypatch):
     monkeypatch.setattr(support.parallel, "TIMEOUT", timedelta(seconds=1))
     for name, value in dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE=2, RANK=0).items():
