@@ -115,7 +115,7 @@ def join_processes(device: torch.device) -> None:
         store = store_of_this_start(store, rank, n)
     except dist.DistError as error:
         raise ValueError(f"the processes did not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
-                         f"({root_cause(error)}); {LOCAL_ADDR}") from None
+                         f"({root_cause(error).rstrip('.')}); {LOCAL_ADDR}") from None
     choose_interface(store, rank, n)
     connect(device, store, rank, n)
 

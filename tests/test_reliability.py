@@ -24,6 +24,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint
 import torch.distributed.launcher.api as launcher
 
+import data
 import train
 import support.parallel
 import support.files
@@ -112,6 +113,10 @@ def test_signals_that_windows_lacks_are_not_needed(monkeypatch):
     monkeypatch.setattr(signal, "Signals", [signal.SIGINT, signal.SIGTERM])
     with support.run.StopSignals(None) as heard:
         assert [*heard.before] == [signal.SIGINT, signal.SIGTERM] and signal.getsignal(signal.SIGUSR1) == before
+    ignored = []
+    monkeypatch.setattr(signal, "signal", lambda number, handler: ignored.append(number))
+    data.start_worker(0)  # of a loader
+    assert ignored == [signal.SIGINT, signal.SIGTERM]
 
 
 @pytest.mark.parametrize("name,world", [("SIGTERM", 2), pytest.param("SIGUSR1", 1, marks=pytest.mark.slow),
@@ -783,7 +788,11 @@ def test_two_machines_whose_names_are_127_0_0_1(tmp_path):
     argv = [*TINY, "--steps", 3, "--out", tmp_path / "out"]
     with separate_machines(2, tmp_path) as machines:
         agents = [agent("dinov2test0:29500", argv, tmp_path / "log", *machine, n=2) for machine in machines]
-        assert [a.wait(timeout=100) for a in agents] == [0, 0], (tmp_path / "log").read_text()[-3000:]
+        try:
+            assert [a.wait(timeout=100) for a in agents] == [0, 0], (tmp_path / "log").read_text()[-3000:]
+        finally:
+            for a in agents:
+                kill_machine(a)
     assert len(metrics(tmp_path / "out")) == 3
 
 
