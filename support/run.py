@@ -221,7 +221,7 @@ class OutputLock:
             if self.descriptor is None:
                 owner = "another process"
                 with contextlib.suppress(OSError):  # removed, or on SMB, where nobody else may read a locked file
-                    owner = textwrap.shorten(self.path.read_text(errors="replace"), 200) or owner
+                    owner = textwrap.shorten(self.path.read_text("utf-8", "replace"), 200) or owner
                 if not wait or owner.endswith(here) or waited >= self.LEASE:
                     raise ValueError(f"--out {self.path.parent} is in use by {owner}; wait for it, or choose another "
                                      "--out")

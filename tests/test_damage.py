@@ -1,0 +1,390 @@
+"""Damage in --out, by accident or by hand: a run goes on from its newest whole save, or says in one line why not."""
+import json
+import math
+import os
+import pickle
+import random
+import shutil
+import types
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint
+
+import support.parallel
+import support.run
+import support.saves
+import train
+from tests.common import TINY, metrics, set_up_and_release, train_main
+
+FLAGS = (*TINY, "--steps", 4, "--eval-every", 2, "--export-every", 3, "--save-every", 2)  # those of `trained`
+ODD = (None, True, -1, 0, 5, 7.5, 10**4000, math.nan, math.inf, "7", "", "../../config.json", "/etc/passwd", [], {}, [1])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A hundred random damages
+
+
+def lose(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+def become_folder(path: Path, rng) -> None:
+    lose(path)
+    path.mkdir()
+    (path / "notes.txt").write_text("mine")
+
+
+def become_file(path: Path, rng) -> None:
+    lose(path)
+    path.write_bytes(rng.choice([b"", b"\xff\xfe", b"5\n", b"[" * 100_000, b"{}", b"[]", b"null", rng.randbytes(99)]))
+
+
+def become_link(path: Path, rng) -> None:
+    lose(path)
+    path.symlink_to(rng.choice([path.name, "nowhere", "../nowhere/else"]))
+
+
+def change_bytes(path: Path, rng) -> None:
+    if path.is_file() and (content := bytearray(path.read_bytes())):
+        for _ in range(rng.choice([1, 1, 9])):
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+
+
+def cut(path: Path, rng) -> None:
+    if path.is_file():
+        os.truncate(path, rng.randrange(path.stat().st_size + 1))
+
+
+def change_values(path: Path, rng) -> None:
+    """In a file of JSON lines, or of one JSON object, a value becomes an odd one, or a key another; or a line twice."""
+    if not path.is_file():
+        return
+    text = path.read_text(errors="replace")
+    try:
+        documents = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else [json.loads(text)]
+    except ValueError:
+        return
+    inner = rng.choice(documents or [{}])
+    while isinstance(inner, dict) and inner:
+        key = rng.choice([*inner])
+        if not isinstance(inner[key], dict) or rng.random() < 0.3:
+            if rng.random() < 0.2:
+                inner[rng.choice(["x", "../x", "step"])] = inner.pop(key)
+            else:
+                inner[key] = rng.choice(ODD)
+            break
+        inner = inner[key]
+    path.write_text("\n".join(map(dump, documents * rng.choice([1, 1, 2]))) + "\n")
+
+
+def dump(value) -> str:
+    return json.dumps(value if value != 10**4000 else 0).replace("10" * 9, "1" * 4000)
+
+
+HOWS = (lambda path, rng: lose(path), become_folder, become_file, become_link, change_bytes, cut, change_values)
+SAVES = tuple(f"resume/step_00000000{n}" for n in (2, 3, 4))
+PLACES = ("metrics.jsonl", "config.json", "bad_samples.txt", "lock", "ckpt.pth", "first_batch.png", "eval", "nonfinite",
+          "eval/training_2/teacher_checkpoint.pth", "resume", *SAVES[1:],
+          *(f"{save}/{name}" for save in SAVES[1:] for name in ("complete", "complete", ".metadata", "__0_0.distcp")))
+
+
+def foreign(out: Path, rng) -> Path | None:
+    """A copy of a save under another name, as people make them."""
+    name = rng.choice(["step_000000070.bak", "step_best", "step_70", "step_0000000004", "step_000000070", "step_4",
+                       "copy_of_step_000000004", "step_-00000001", "step_000000070 (1)"])
+    if not (out / SAVES[0]).is_dir() or (out / "resume" / name).exists():
+        return None
+    return shutil.copytree(out / SAVES[0], out / "resume" / name)
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} if folder.is_dir() else {}
+
+
+def start_without_networks(monkeypatch, out: Path, *flags) -> tuple[train.Run, support.run.Log]:
+    """All that train.py does before the first step, except to build networks and to fill them."""
+    monkeypatch.setattr(train, "TrainState", lambda *a: None)
+    monkeypatch.setattr(support.saves, "load_save", lambda *a: None)
+    try:
+        run = train.set_up([str(a) for a in (*FLAGS, *flags, "--out", out)])
+        try:
+            log = support.run.Log(out / "metrics.jsonl", run.start, 4, run.counters, run.lock)
+            log.new_bad += [("x.jpg", "damaged")]
+            log.count_bad(100)
+            log.write(dict(step=run.start, loss=1.0))
+            support.run.summary(log, 0), support.run.summary(log, 4)
+            return run, log
+        finally:
+            run.lock.release()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("seed,n", [(0, 40), *(pytest.param(s, 100, marks=pytest.mark.slow) for s in (1, 2, 3))])
+def test_damage_anywhere_in_out(seed, n, trained, tmp_path, monkeypatch):
+    """One to three damages at once. The newest save that nothing happened to is used, or a newer one whose tensors are
+    as they were; unless the lock or resume/ itself is in the way, which is one line."""
+    rng = random.Random(seed)
+    whole = {save: content_of(trained / save) for save in SAVES}
+    for trial in range(n):
+        out, copies = tmp_path / str(trial), []
+        shutil.copytree(trained, out)
+        for _ in range(rng.choice([1, 1, 2, 3])):
+            if rng.random() < 0.2:
+                copies += filter(None, [foreign(out, rng)])
+            else:
+                place = out / rng.choice(PLACES)
+                if place.parent.is_dir():
+                    rng.choice(HOWS)(place, rng)
+        copies = {path: content_of(path) for path in copies if path.exists()}
+        now = {save: content_of(out / save) for save in SAVES}
+        untouched = [int(save[-1]) for save in SAVES if now[save] == whole[save]]
+        unharmed = [int(save[-1]) for save in SAVES if all(
+            now[save].get(name) == content for name, content in whole[save].items() if name != "complete")]
+        try:
+            run, log = start_without_networks(monkeypatch, out, *rng.choice([[], ["--resume"]]))
+        except ValueError as error:
+            text = str(error)
+            assert len(text) < 400 and "\n" not in text and any(why in text for why in (
+                f"{out} cannot be written (", "resume, where the saves should be, is not a folder", "holds a different run",
+                "config.json is damaged; --resume", "holds no run; omit the flag", "so it is not a training run",
+                "holds no save with a name like", "no save in")), text
+            assert "config.json is damaged" not in text or not untouched
+            assert "different run" not in text or (out / "config.json").is_file()
+            assert "no save in" not in text or not untouched
+        else:
+            assert run.start in ({0} if not untouched else {*unharmed}) and run.start >= max(untouched, default=0)
+            assert json.loads((out / "config.json").read_text())["data"] == "digits"
+            lines = metrics(out)
+            assert all(r["step"] <= run.start for r in lines) and lines[-1] == dict(step=run.start, loss=1.0)
+            assert "x.jpg\tdamaged\n" in (out / "bad_samples.txt").read_text("utf-8", "replace")
+        assert all(content_of(path) == content for path, content in copies.items())
+        shutil.rmtree(out)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cases by name
+
+
+@pytest.fixture
+def out(trained, tmp_path) -> Path:
+    return shutil.copytree(trained, tmp_path / "out")
+
+
+KNN = dict(step=1, knn=dict(top1_k20=50.0))
+
+
+@pytest.mark.parametrize("content,kept", [
+    (b"5\n", 0), (b"\xff\n", 0), (b"null\n", 0), (b"[1]\n", 0), (b'{"loss": 1.0}\n', 0), (b'{"step": "3"}\n', 0),
+    (b'{"step": true}\n', 0), (b'{"step": -1}\n', 0), (b'{"step": 1e999}\n', 0), (b'{"step": 1, "knn": 5}\n', 0),
+    (b'{"step": 1, "knn": {"top1_k2": 5}}\n', 0), (b"[" * 10**5 + b"\n", 0), (bytes(512) + b"\n", 0),
+    (json.dumps(KNN).encode() + b"\n", 1), (b'{"step": 1}\n' * 3, 1), (b'{"step": 1', None)])
+def test_damage_in_metrics(content, kept, out, monkeypatch, capsys):
+    """What can be understood is kept, once; a file with other lines is kept beside, too, unless a kill explains it."""
+    (out / "metrics.jsonl").write_bytes(b'{"step": 0, "loss": 2.0}\n' + content)
+    before = (out / "metrics.jsonl").read_bytes()
+    start_without_networks(monkeypatch, out)
+    steps = [r["step"] for r in metrics(out)]
+    assert steps == [0, *[1] * (kept or 0), 4]
+    aside = [path.read_bytes() for path in out.glob("damaged_metrics.jsonl_*")]
+    assert aside == ([before] if kept == 0 else [])
+    assert ("damaged lines, which are left out; it is now damaged_metrics.jsonl_" in capsys.readouterr().err) == bool(aside)
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "bad_samples.txt", "ckpt.pth", "eval", "nonfinite"])
+def test_damage_by_folders_and_links_in_the_way(name, out, monkeypatch, capsys):
+    """They are set aside, with a note, nothing in them is lost, and the run goes on."""
+    for harm in (become_folder, become_link):
+        if harm is become_folder and name in ("eval", "nonfinite"):
+            harm = become_file
+        harm(out / name, random.Random(0))
+        assert start_without_networks(monkeypatch, out)[0].start == 4
+        assert f"{name} is not a {'folder' if name in ('eval', 'nonfinite') else 'file'}; it is now damaged_{name}_" in (
+            capsys.readouterr().err)
+    assert len([*out.glob(f"damaged_{name}_*")]) == 2
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"5", b"{}", b"", b"\xff", b'{"seed": 1', b"[" * 10**5, None])
+def test_damage_of_the_settings(content, out, monkeypatch):
+    """config.json is written again, from the settings in the newest save; without any, only --resume goes on."""
+    path = out / "config.json"
+    settings = json.loads(path.read_text())
+    for flags in ([], ["--resume"]):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        if not flags:
+            with pytest.raises(ValueError, match="holds a different run \\(seed 0 -> 1\\)"):
+                start_without_networks(monkeypatch, out, "--seed", 1)
+        assert start_without_networks(monkeypatch, out, *flags)[0].start == 4
+        assert json.loads(path.read_text()) == settings | dict(out=str(out))
+    for save in (out / "resume").iterdir():
+        (save / "complete").write_text(json.dumps(json.loads((save / "complete").read_text()) | dict(config=[1])))
+    if content is not None:
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="config.json is damaged; --resume continues the run with these settings"):
+            start_without_networks(monkeypatch, out)
+        assert start_without_networks(monkeypatch, out, "--resume")[0].start == 4
+
+
+FILES = ".metadata", "__0_0.distcp"
+
+
+@pytest.mark.parametrize("change", [
+    *(dict(step=step) for step in ("7", "4", -5, 999999, 3, 4.0, True, None, 10**30)), *(dict(files=files) for files in (
+        {}, [], None, {"complete": "x"}, *({name: "x"} for name in FILES), {"../../config.json": "x"},
+        {"/etc/passwd": "x"}, {"": "x"}, {".": "x"}, {"..": "x"}, {"../step_000000003/complete": "x"})),
+    *(dict(counters=counters) for counters in (
+        [], None, dict(bad_samples=-1), dict(bad_samples="7"), dict(bad_samples=7.5), dict(bad_samples=math.nan),
+        dict(skipped_steps=5), dict(skipped_in_a_row=1), dict(bad_samples=None), dict(bad_samples=10**20)))])
+def test_damage_in_complete(change, out, monkeypatch, capsys):
+    """The save counts as damaged, and the one before is used. Nothing outside its folder is read."""
+    save = out / SAVES[2]
+    complete = json.loads((save / "complete").read_text())
+    files = complete["files"]
+    if isinstance(change.get("files"), dict):  # else the other files would be missing already
+        keep = {} if change["files"].keys() <= files.keys() | {"complete"} else files
+        change = dict(files=keep | {name: files.get(name, "x") for name in change["files"]})
+    (save / "complete").write_text(json.dumps(complete | change))
+    monkeypatch.setattr(support.saves, "sha256", partial(sha256_inside, out / "resume", support.saves.sha256))
+    assert start_without_networks(monkeypatch, out)[0].start == 3
+    assert "step_000000004 is damaged (" in capsys.readouterr().err
+
+
+def sha256_inside(folder: Path, sha256, path: Path, **options) -> str:
+    assert path.parent.parent == folder and ".." not in path.parts
+    return sha256(path, **options)
+
+
+def test_damage_nobody_may_read(out, monkeypatch):
+    """Not a reason to go back to an older save in silence."""
+    read = Path.read_bytes
+
+    def refused(path):
+        if path.parent.name == "step_000000004":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(ValueError, match="resume cannot be read \\(Permission denied: .*complete\\); make it readable"):
+        start_without_networks(monkeypatch, out)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: refused(path) if path.name != "metrics.jsonl" else refused(
+        out / SAVES[2] / "metrics.jsonl"))
+    shutil.rmtree(out / SAVES[2])
+    (out / "metrics.jsonl").write_text("mine")
+    shutil.copytree(out / SAVES[1], out / "resume/step_000000070")  # names step 3
+    assert start_without_networks(monkeypatch, out)[0].start == 3
+
+
+def test_damage_by_copies_of_saves(out, monkeypatch, capsys):
+    """Whatever they are called, they are never used, counted among --keep, or deleted; and nothing in the way of a save
+    or an export is lost."""
+    strange = ["step_000000070.bak", "step_best", "step_70", "step_0000000005", "notes"]
+    for name in strange:
+        shutil.copytree(out / SAVES[0], out / "resume" / name)
+    (out / "resume/step_000000006").write_text("mine")
+    (out / "resume/step_000000009").write_text("mine")
+    (out / "eval/training_5").write_text("mine")
+    train_main(*FLAGS, "--steps", 6, "--keep", 2, "--resume", "--out", out)
+    names = {path.name for path in (out / "resume").iterdir()}
+    assert names - {*strange, "step_000000009"} == {"step_000000004", "step_000000006"} | {
+        name for name in names if name.startswith("damaged_step_000000006_")} and len(names) == 9
+    assert all(content_of(out / "resume" / name).keys() == {*FILES, "complete"} for name in strange)
+    assert (out / "eval/training_5/teacher_checkpoint.pth").is_file() and len([*out.glob("eval/damaged_*")]) == 1
+    capsys.readouterr()
+    for path in (out / "resume").iterdir():
+        if path.name not in strange:
+            lose(path)
+    with pytest.raises(ValueError, match="holds no save with a name like step_000000070, only step_0000000005; rename"):
+        train_main(*FLAGS, "--steps", 6, "--resume", "--out", out)
+
+
+def test_damage_of_the_teacher_of_a_finished_run(out, capsys):
+    """Typed again, the command writes ckpt.pth again; else it leaves everything as it is."""
+    ckpt, save = out / "ckpt.pth", out / SAVES[2] / "complete"
+    before, moment = torch.load(ckpt, weights_only=True), save.stat().st_mtime_ns
+    train_main(*FLAGS, "--deterministic", "--out", out)
+    assert save.stat().st_mtime_ns == moment
+    for harm in (lose, partial(cut, rng=random.Random(1)), partial(become_folder, rng=None), change_a_weight):
+        harm(ckpt)
+        train_main(*FLAGS, "--deterministic", "--out", out)
+        after = torch.load(ckpt, weights_only=True)
+        assert after["step"] == 4 and all(torch.equal(after["teacher"][k], t) for k, t in before["teacher"].items())
+        assert "ckpt.pth is missing or damaged; the teacher is written again" in capsys.readouterr().out
+    assert sorted(path.name for path in (out / "resume").iterdir()) == [Path(save).name for save in SAVES]
+
+
+def change_a_weight(path: Path) -> None:
+    ckpt = torch.load(path, weights_only=True)
+    next(iter(ckpt["teacher"].values())).view(-1)[0] += 1e-3
+    torch.save(ckpt, path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saves that this code could not read
+
+
+def newer_class(metadata) -> None:
+    metadata.planner_data = types.SimpleNamespace(written_by="a newer torch")
+
+
+def not_a_tensor(metadata) -> None:
+    metadata.state_dict_metadata["student.x"] = torch.distributed.checkpoint.metadata.BytesStorageMetadata()
+
+
+def other_name(metadata) -> None:
+    entries = metadata.state_dict_metadata
+    entries["module.student.x"] = entries.pop(next(iter(entries)))
+
+
+def other_shape(metadata) -> None:
+    next(iter(metadata.state_dict_metadata.values())).size = torch.Size([7])
+
+
+def other_dtype(metadata) -> None:
+    next(iter(metadata.state_dict_metadata.values())).properties.dtype = torch.float64
+
+
+@pytest.mark.parametrize("change,text", [
+    (newer_class, "it holds code, types.SimpleNamespace; nothing in it was run"),
+    (not_a_tensor, "it holds code, .*BytesStorageMetadata"), (other_name, "module.student.x was written as"),
+    (other_shape, "was written as \\(torch.float32, torch.Size\\(\\[7\\]\\)\\), not as"),
+    (other_dtype, "was written as \\(torch.float64")])
+def test_saves_that_could_not_be_read_get_no_name(change, text, tmp_path, monkeypatch, capsys):
+    """From step 4 on, PyTorch writes what loading would refuse: the save before stays, each try is reported, and the
+    run ends once patience is over."""
+    out, write = tmp_path / "out", torch.distributed.checkpoint.save
+
+    def save(tensors, checkpoint_id, process_group):
+        write(tensors, checkpoint_id=checkpoint_id, process_group=process_group)
+        if (out / "resume/step_000000002").exists():
+            path = Path(checkpoint_id, ".metadata")
+            metadata = pickle.loads(path.read_bytes())
+            change(metadata)
+            path.write_bytes(pickle.dumps(metadata))
+
+    monkeypatch.setattr(torch.distributed.checkpoint, "save", save)
+    monkeypatch.setattr(support.saves.Saver, "RETRY", 0.0)
+    flags = [*TINY, "--steps", 6, "--save-every", 2, "--keep", 1, "--out", out]
+    with pytest.raises(support.parallel.Failed, match=f"saving has failed for 0.002 minutes .*{text}.* step 2; free"):
+        train_main(*flags, "--save-patience", 0.002)
+    said = capsys.readouterr().out
+    assert "note: step 4 could not be saved (" in said and "note: step 6 could not be saved (" in said
+    assert [path.name for path in (out / "resume").iterdir()] == ["step_000000002"]
+    monkeypatch.undo()
+    assert set_up_and_release(*flags, "--save-patience", 0.002).start == 2
+
+
+def test_saves_need_names_of_their_own():
+    """An optimizer's state may not be called as a part of the networks is."""
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    state = types.SimpleNamespace(student=torch.nn.ParameterDict(dict(w=parameter)), optimizers=[
+        types.SimpleNamespace(state={parameter: dict(teacher=torch.zeros(2))})])
+    with pytest.raises(ValueError, match="the optimizer keeps something by the name of 'teacher', which saves need"):
+        support.saves.optimizer_tensors_of(state)
