@@ -415,17 +415,17 @@ class ResumeFile:
         if self.wanted and self.path.exists():
             try:
                 check_sums(self.path)
-                saved = hub.read_pth(str(self.path))
-                if saved["settings"] != self.settings:
-                    raise ValueError
-                done = restore(saved["state"])
+                state = hub.read_pth(str(self.path))
+                if state["settings"] != self.settings:
+                    raise ValueError("it is of another command")
+                done = restore(state)
             except Exception:  # a damaged file can fail in any way
                 raise ValueError(f"{self.path} is damaged; remove it to start from scratch") from None
         if not all_agree(done, self.device):
             raise ValueError(f"not all processes see {self.path}; use a folder that all machines share, or --no-resume")
 
     def save(self, state: dict) -> None:
-        save_on_rank_0(self.path, dict(settings=self.settings, state=state))
+        save_on_rank_0(self.path, state | dict(settings=self.settings))
 
     def remove(self) -> None:
         if world()[0] == 0:

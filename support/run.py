@@ -102,6 +102,8 @@ def claim_output(cfg, overwrite: bool) -> None:
         make_way(out / name)
     for name in ("eval", "nonfinite"):
         make_way(out / name, folder=True)
+    if saves_in(out / "resume") and not isinstance(read_json(out / "config.json"), dict):
+        print(f"note: {out}/config.json is missing or damaged; it is written again", file=sys.stderr, flush=True)
     write_json(out / "config.json", dataclasses.asdict(cfg))
 
 

@@ -27,10 +27,12 @@ import support.run
 import support.saves
 import support.sources
 import train
+import visualize
 from tests.common import TINY, Launched, metrics, set_up_and_release, train_main, write_images
 
 FLAGS = (*TINY, "--steps", 4, "--eval-every", 2, "--export-every", 3, "--save-every", 2)  # those of `trained`
-ODD = (None, True, -1, 0, 5, 7.5, 10**4000, math.nan, math.inf, "7", "", "../../config.json", "/etc/passwd", [], {}, [1])
+ODD = (None, True, -1, 0, 5, 7.5, 10**4000, math.nan, math.inf, "7", "", "../../config.json", "/etc/passwd", [], {},
+       [1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -161,9 +163,9 @@ def test_damage_anywhere_in_out(seed, n, trained, tmp_path, monkeypatch):
         except ValueError as error:
             text = str(error)
             assert len(text) < 400 and "\n" not in text and any(why in text for why in (
-                f"{out} cannot be written (", "resume, where the saves should be, is not a folder", "holds a different run",
-                "config.json is damaged; --resume", "holds no run; omit the flag", "so it is not a training run",
-                "holds no save with a name like", "no save in")), text
+                f"{out} cannot be written (", "resume, where the saves should be, is not a folder",
+                "holds a different run", "config.json is damaged; --resume", "holds no run; omit the flag",
+                "so it is not a training run", "holds no save with a name like", "no save in")), text
             assert "config.json is damaged" not in text or not untouched
             assert "different run" not in text or (out / "config.json").is_file()
             assert "no save in" not in text or not untouched
@@ -203,7 +205,8 @@ def test_damage_in_metrics(content, kept, out, monkeypatch, capsys):
     assert steps == [0, *[1] * (kept or 0), 4]
     aside = [path.read_bytes() for path in out.glob("damaged_metrics.jsonl_*")]
     assert aside == ([before] if kept == 0 else [])
-    assert ("damaged lines, which are left out; it is now damaged_metrics.jsonl_" in capsys.readouterr().err) == bool(aside)
+    said = "damaged lines, which are left out; it is now damaged_metrics.jsonl_" in capsys.readouterr().err
+    assert said == bool(aside)
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "bad_samples.txt", "ckpt.pth", "eval", "nonfinite"])
@@ -214,8 +217,8 @@ def test_damage_by_folders_and_links_in_the_way(name, out, monkeypatch, capsys):
             harm = become_file
         harm(out / name, random.Random(0))
         assert start_without_networks(monkeypatch, out)[0].start == 4
-        assert f"{name} is not a {'folder' if name in ('eval', 'nonfinite') else 'file'}; it is now damaged_{name}_" in (
-            capsys.readouterr().err)
+        kind = "folder" if name in ("eval", "nonfinite") else "file"
+        assert f"{name} is not a {kind}; it is now damaged_{name}_" in capsys.readouterr().err
     assert len([*out.glob(f"damaged_{name}_*")]) == 2
 
 
@@ -246,7 +249,8 @@ FILES = ".metadata", "__0_0.distcp"
 
 
 @pytest.mark.parametrize("change", [
-    *(dict(step=step) for step in ("7", "4", -5, 999999, 3, 4.0, True, None, 10**30)), *(dict(files=files) for files in (
+    *(dict(step=step) for step in ("7", "4", -5, 999999, 3, 4.0, True, None, 10**30)),
+    *(dict(files=files) for files in (
         {}, [], None, {"complete": "x"}, *({name: "x"} for name in FILES), {"../../config.json": "x"},
         {"/etc/passwd": "x"}, {"": "x"}, {".": "x"}, {"..": "x"}, {"../step_000000003/complete": "x"})),
     *(dict(counters=counters) for counters in (
@@ -283,8 +287,8 @@ def test_damage_nobody_may_read(out, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", refused)
     with pytest.raises(ValueError, match="resume cannot be read \\(Permission denied: .*complete\\); make it readable"):
         start_without_networks(monkeypatch, out)
-    monkeypatch.setattr(Path, "read_bytes", lambda path: refused(path) if path.name != "metrics.jsonl" else refused(
-        out / SAVES[2] / "metrics.jsonl"))
+    monkeypatch.setattr(Path, "read_bytes", lambda path: refused(
+        out / SAVES[2] / path.name if path.name == "metrics.jsonl" else path))
     shutil.rmtree(out / SAVES[2])
     (out / "metrics.jsonl").write_text("mine")
     shutil.copytree(out / SAVES[1], out / "resume/step_000000070")  # names step 3
@@ -408,8 +412,8 @@ def test_results_are_added_to_results_only(main, trained, tmp_path):
     (tmp_path / "folder").mkdir()
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     flags = ["--task", "depth", "--data", tmp_path] if main is eval_dense.main else []
-    for name, text in {"x.pth": "exists and does not hold results of evaluations; name another file", "list.csv": "exists",
-                       "metrics.jsonl": "exists", "folder": "cannot be written: Is a directory",
+    for name, text in {"x.pth": "exists and does not hold results of evaluations; name another file",
+                       "list.csv": "exists", "metrics.jsonl": "exists", "folder": "cannot be written: Is a directory",
                        "none/x": "cannot be written: No such file"}.items():
         with pytest.raises(ValueError, match=f"--out .*{name} {text}"):
             main([str(a) for a in (ckpt, *flags, "--out", tmp_path / name)])
@@ -454,8 +458,8 @@ def test_damage_in_cached_features(trained, tmp_path, capsys):
     good, (table, ok) = file.read_bytes(), torch.load(file, weights_only=True)
     n = len(table)
     assert torch.equal(support.evaluation.load_table(file, n)[0], table)
-    for content in ((table[1:], ok), (table[1:], ok[1:]), (table.double(), ok), (table.flatten(), ok), (table, ok.int()),
-                    (table * math.nan, ok), (table, ~ok), [1, 2], (table,), dict(table=table), table, "x",
+    for content in ((table[1:], ok), (table[1:], ok[1:]), (table.double(), ok), (table.flatten(), ok),
+                    (table, ok.int()), (table * math.nan, ok), (table, ~ok), [1, 2], (table,), dict(table=table), table, "x",
                     *(bytes(good[:n]) for n in (0, 99, len(good) // 2)), *(flipped(good, rng) for _ in range(9))):
         if isinstance(content, bytes):
             file.write_bytes(content)
@@ -518,7 +522,8 @@ def test_knn_during_training_uses_a_sample(tmp_path, monkeypatch, capsys):
     sources = [support.sources.open_source(f"digits:split={split}") for split in ("TRAIN", "VAL")]
     knns = [train.Knn(train.Config(), torch.device("cpu"), [sources[0], sources[1]]) for _ in range(2)]
     said = capsys.readouterr().err.splitlines()[:2]
-    assert said[0].startswith("note: k-NN during training uses 1,000 of the 1,437 images of digits") and "100 of" in said[1]
+    assert "100 of the" in said[1]
+    assert said[0].startswith("note: k-NN during training uses 1,000 of the 1,437 images of digits")
     for first, second, whole, n in zip(knns[0].sources, knns[1].sources, sources, (1000, 100)):
         assert len(first) == n == len(set(first.rows)) and (first.rows == second.rows).all()
         for i in (0, n - 1):
@@ -530,3 +535,11 @@ def test_knn_during_training_uses_a_sample(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.count("note: k-NN during training") == 2
     monkeypatch.setattr(train, "KNN_SAMPLE", (1437, 360))
     assert train.Knn(train.Config(), torch.device("cpu"), [sources[0], None]).sources == [sources[0], None]
+
+
+@pytest.mark.parametrize("line", ['{"step": "x", "loss": 1}', '{"step": 1, "loss": "x"}', '{"step": 1, "knn": 5}', "5",
+                                  '{"step": 1, "loss": [1]}', '{"step": 1e999, "loss": 1}', "[" * 10**5])
+def test_curves_of_damaged_metrics(line, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(line + '\n{"step": 2, "loss": 1.0}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl, line 1, is not a training record"):
+        visualize.read_run(str(tmp_path))
