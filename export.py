@@ -187,7 +187,8 @@ def features(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         raise ValueError("--batch-size must be 1 or more")
-    if args.out.suffix != ".npz" and (args.out.suffix and not args.out.is_dir() or args.out.is_file()):
+    stacked, out = args.out.suffix == ".npz", args.out
+    if out.is_dir() if stacked else out.is_file() or out.suffix and not out.is_dir():
         raise ValueError(f"--out {args.out} must be a file that ends in .npz, or a folder")
     device = pick_device(args.device)
     path, ckpt = read(args.model)
@@ -200,7 +201,7 @@ def features(argv: list[str]) -> None:
     loader = make_loader(dataset, 0 if few else worker_count(args.num_workers), batch_size=None)
     batches = same_size_batches(loader, paths, args.images, args.batch_size)
     results = image_features(model, batches, rules, device, DTYPES[args.dtype], args.model)
-    if args.out.suffix == ".npz":
+    if stacked:
         n = write_stacked(args.out, results)
     else:
         n = write_each(args.out, results, os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in paths]))

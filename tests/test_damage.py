@@ -459,8 +459,9 @@ def test_damage_in_cached_features(trained, tmp_path, capsys):
     n = len(table)
     assert torch.equal(support.evaluation.load_table(file, n)[0], table)
     for content in ((table[1:], ok), (table[1:], ok[1:]), (table.double(), ok), (table.flatten(), ok),
-                    (table, ok.int()), (table * math.nan, ok), (table, ~ok), [1, 2], (table,), dict(table=table), table, "x",
-                    *(bytes(good[:n]) for n in (0, 99, len(good) // 2)), *(flipped(good, rng) for _ in range(9))):
+                    (table, ok.int()), (table * math.nan, ok), (table, ~ok), [1, 2], (table,), dict(table=table),
+                    table, "x", *(bytes(good[:n]) for n in (0, 99, len(good) // 2)),
+                    *(flipped(good, rng) for _ in range(9))):
         if isinstance(content, bytes):
             file.write_bytes(content)
         else:
@@ -514,6 +515,9 @@ def test_export_refuses_its_inputs(trained, tmp_path):
         with pytest.raises(ValueError, match="is one of the files to be read; choose another name"):
             export.main(argv)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "folder.npz").mkdir()
+    with pytest.raises(ValueError, match="folder.npz must be a file that ends in .npz, or a folder"):
+        export.main(["features", str(tmp_path / "a.png"), "--model", "m", "--out", str(tmp_path / "folder.npz")])
 
 
 def test_knn_during_training_uses_a_sample(tmp_path, monkeypatch, capsys):
