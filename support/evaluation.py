@@ -92,10 +92,10 @@ class Sample(Source):
         return len(self.rows)
 
     def describe(self, i: int) -> str:
-        return self.source.describe(self.rows[i])
+        return self.source.describe(int(self.rows[i]))
 
     def image(self, i: int) -> Tensor:
-        return self.source.image(self.rows[i])
+        return self.source.image(int(self.rows[i]))
 
 
 def at_most(source: Source | None, n: int) -> Source | None:

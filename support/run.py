@@ -51,6 +51,8 @@ def check_output(cfg, resume: bool, overwrite: bool, changeable: set[str]) -> No
     except OSError as error:
         raise ValueError(f"--out {out} cannot be read ({root_cause(error)}); make it readable, or choose another folder"
                          ) from None
+    if theirs is None and settings_in(out / "config.json"):
+        raise ValueError(f"--out {out} holds a config.json that is not of a training run; choose another --out")
     if theirs is None and not os.path.lexists(out / "config.json"):
         if resume:
             raise ValueError(f"--resume: {out} holds no run; omit the flag to start one")
@@ -81,9 +83,15 @@ def check_settings(out: Path, theirs: dict | None, cfg, changeable: set[str]) ->
 def stored_settings(out: Path) -> dict | None:
     """The settings of the run in --out: those in config.json or, if it is missing or damaged, those of the newest save;
     None if neither has any. Raises OSError for files that cannot be read."""
-    saves = (read_complete(save) for save in saves_in(out / "resume"))
-    found = itertools.chain([read_json(out / "config.json")], (s.get("config") for s in saves if isinstance(s, dict)))
-    return next((config for config in found if isinstance(config, dict) and "data" in config), None)
+    complete = (read_complete(save) for save in saves_in(out / "resume"))
+    found = itertools.chain([settings_in(out / "config.json")], (c.get("config") for c in complete if type(c) is dict))
+    return next((config for config in found if type(config) is dict and "data" in config), None)
+
+
+def settings_in(path: Path) -> dict:
+    """The content of a config.json; {} if there is none, or a damaged one."""
+    content = read_json(path)
+    return content if isinstance(content, dict) else {}
 
 
 def restarted() -> bool:
@@ -102,7 +110,7 @@ def claim_output(cfg, overwrite: bool) -> None:
         make_way(out / name)
     for name in ("eval", "nonfinite"):
         make_way(out / name, folder=True)
-    if saves_in(out / "resume") and not isinstance(read_json(out / "config.json"), dict):
+    if saves_in(out / "resume") and "data" not in settings_in(out / "config.json"):
         print(f"note: {out}/config.json is missing or damaged; it is written again", file=sys.stderr, flush=True)
     write_json(out / "config.json", dataclasses.asdict(cfg))
 

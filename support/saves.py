@@ -222,11 +222,9 @@ def is_whole(save: Path) -> bool:
         return False
 
 
-def delete_save(save: Path) -> None:
-    """The name goes first, so that nothing half-deleted is ever taken for a save."""
-    doomed = save.with_name(f"partial_{uuid.uuid4().hex}")
-    save.rename(doomed)
-    doomed.unlink() if doomed.is_symlink() else shutil.rmtree(doomed, ignore_errors=True)
+def without_name(save: Path) -> Path:
+    """Renames a save that is to be deleted, so that nothing half-deleted is ever taken for one."""
+    return save.rename(save.with_name(f"partial_{uuid.uuid4().hex}"))
 
 
 class Saver:
@@ -361,7 +359,7 @@ class Saver:
             lost = "" if saves_in(self.folder) else "; the saves that were in it are lost"
             claim_output(self.cfg, overwrite=False)
             self.say(f"note: {out if lost else out / 'config.json'} had disappeared and was created again{lost}")
-        for path in self.folder.glob("partial*"):  # left by a run that was killed
+        for path in self.folder.glob("partial_" + "[0-9a-f]" * 32):  # left by a run that was killed
             shutil.rmtree(path, ignore_errors=True)
         folder = self.folder / f"partial_{uuid.uuid4().hex}"
         folder.mkdir(parents=True)
@@ -387,15 +385,14 @@ class Saver:
                 set_aside(self.folder / name, "is damaged")
         self.damaged = []
         final = self.folder / save_name(step)
-        if final.is_dir() and not final.is_symlink():
-            delete_save(final)
-        elif os.path.lexists(final):
+        doomed = [without_name(final)] if final.is_dir() and not final.is_symlink() else []
+        if os.path.lexists(final):
             set_aside(final, "is in the way of a save")
         folder.rename(final)
         make_durable(self.folder)
         older = [save for save in saves_in(self.folder) if step_of(save) < step and is_whole(save)]
-        for save in older[self.cfg.keep - 1 :]:
-            delete_save(save)
+        for save in doomed + [without_name(save) for save in older[self.cfg.keep - 1 :]]:
+            save.unlink() if save.is_symlink() else shutil.rmtree(save, ignore_errors=True)
 
     def write_checkpoints(self) -> None:
         """Writes ckpt.pth and the exports that are due."""

@@ -165,7 +165,8 @@ def test_damage_anywhere_in_out(seed, n, trained, tmp_path, monkeypatch):
             assert len(text) < 400 and "\n" not in text and any(why in text for why in (
                 f"{out} cannot be written (", "resume, where the saves should be, is not a folder",
                 "holds a different run", "config.json is damaged; --resume", "holds no run; omit the flag",
-                "so it is not a training run", "holds no save with a name like", "no save in")), text
+                "so it is not a training run", "not of a training run", "holds no save with a name like",
+                "no save in")), text
             assert "config.json is damaged" not in text or not untouched
             assert "different run" not in text or (out / "config.json").is_file()
             assert "no save in" not in text or not untouched
@@ -245,6 +246,15 @@ def test_damage_of_the_settings(content, out, monkeypatch):
         assert start_without_networks(monkeypatch, out, "--resume")[0].start == 4
 
 
+def test_damage_nothing_to_the_settings_of_others(tmp_path, monkeypatch):
+    """--out that names the folder of a model from elsewhere: its config.json stays, whatever the flags."""
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
+    for flags in ([], ["--resume"], ["--overwrite"]):
+        with pytest.raises(ValueError, match="holds a config.json that is not of a training run; choose another --out"):
+            start_without_networks(monkeypatch, tmp_path, *flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 FILES = ".metadata", "__0_0.distcp"
 
 
@@ -298,6 +308,8 @@ def test_damage_nobody_may_read(out, monkeypatch):
 def test_damage_by_copies_of_saves(out, monkeypatch, capsys):
     """Whatever they are called, they are never used, counted among --keep, or deleted; and nothing in the way of a save
     or an export is lost."""
+    become_folder(out / "resume/partial_results", None)
+    (out / "resume/partial_0123456789abcdef0123456789abcdef").mkdir()  # of a save that was interrupted
     notes, strange = "step_000000001", ["step_000000070.bak", "step_best", "step_70", "step_0000000005", "notes"]
     for name in strange:
         shutil.copytree(out / SAVES[0], out / "resume" / name)
@@ -307,8 +319,8 @@ def test_damage_by_copies_of_saves(out, monkeypatch, capsys):
     (out / "eval/training_5").write_text("mine")
     train_main(*FLAGS, "--steps", 6, "--keep", 2, "--resume", "--out", out)
     names = {path.name for path in (out / "resume").iterdir()}
-    assert names - {*strange, notes, "step_000000009"} == {"step_000000004", "step_000000006"} | {
-        name for name in names if name.startswith("damaged_step_000000006_")} and len(names) == 10
+    assert names - {*strange, notes, "partial_results", "step_000000009"} == {"step_000000004", "step_000000006"} | {
+        name for name in names if name.startswith("damaged_step_000000006_")} and len(names) == 11
     assert all(content_of(out / "resume" / name).keys() == {*FILES, "complete"} for name in strange)
     assert (out / "eval/training_5/teacher_checkpoint.pth").is_file() and len([*out.glob("eval/damaged_*")]) == 1
     capsys.readouterr()
