@@ -47,13 +47,13 @@ def check_output(cfg, resume: bool, overwrite: bool, changeable: set[str]) -> No
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
     try:
-        theirs = stored_settings(out)
+        stored = stored_settings(out)
     except OSError as error:
         raise ValueError(f"--out {out} cannot be read ({root_cause(error)}); make it readable, or choose another folder"
                          ) from None
-    if theirs is None and settings_in(out / "config.json"):
+    if not stored and settings_in(out / "config.json"):
         raise ValueError(f"--out {out} holds a config.json that is not of a training run; choose another --out")
-    if theirs is None and not os.path.lexists(out / "config.json"):
+    if not stored and not os.path.lexists(out / "config.json"):
         if resume:
             raise ValueError(f"--resume: {out} holds no run; omit the flag to start one")
         if foreign := [name for name in OUTPUTS if (out / name).exists()]:
@@ -63,29 +63,29 @@ def check_output(cfg, resume: bool, overwrite: bool, changeable: set[str]) -> No
         raise ValueError(f"{out}/resume, where the saves should be, is not a folder; put the folder back, or start "
                          "over with --overwrite")
     elif not (resume or overwrite):
-        check_settings(out, theirs, cfg, changeable)
+        check_settings(out, stored, cfg, changeable)
 
 
-def check_settings(out: Path, theirs: dict | None, cfg, changeable: set[str]) -> None:
+def check_settings(out: Path, stored: list[dict], cfg, changeable: set[str]) -> None:
     """Raises ValueError if the run in --out has other settings than this one."""
-    if theirs is None:
+    if not stored:
         raise ValueError(f"{out}/config.json is damaged; --resume continues the run with these settings")
     mine, defaults = (json.loads(json.dumps(dataclasses.asdict(c))) for c in (cfg, type(cfg)()))
-    theirs = defaults | theirs  # older versions had fewer fields
-    changed = [f"{k} {textwrap.shorten(str(theirs[k]), 200)} -> {v}" for k, v in mine.items()
-               if theirs[k] != v and k not in changeable]
-    if changed:
-        some = ", ".join(changed[:12]) + " …" * (len(changed) > 12)
+    theirs = [defaults | settings for settings in stored]  # older versions had fewer fields
+    changed = [[f"{k} {textwrap.shorten(str(t[k]), 200)} -> {v}" for k, v in mine.items()
+                if t[k] != v and k not in changeable] for t in theirs]
+    if all(changed):
+        some = ", ".join(changed[0][:12]) + " …" * (len(changed[0]) > 12)
         raise ValueError(f"--out {out} holds a different run ({some}); choose another --out, or --overwrite it, or "
                          "--resume it with the new values")
 
 
-def stored_settings(out: Path) -> dict | None:
-    """The settings of the run in --out: those in config.json or, if it is missing or damaged, those of the newest save;
-    None if neither has any. Raises OSError for files that cannot be read."""
+def stored_settings(out: Path) -> list[dict]:
+    """The settings of the run in --out: those in config.json, unless it is missing or damaged, and those of the newest
+    save, whose run they were. Raises OSError for files that cannot be read."""
     complete = (read_complete(save) for save in saves_in(out / "resume"))
-    found = itertools.chain([settings_in(out / "config.json")], (c.get("config") for c in complete if type(c) is dict))
-    return next((config for config in found if type(config) is dict and "data" in config), None)
+    of_save = next((content.get("config") for content in complete if isinstance(content, dict)), None)
+    return [s for s in (settings_in(out / "config.json"), of_save) if isinstance(s, dict) and "data" in s]
 
 
 def settings_in(path: Path) -> dict:

@@ -168,7 +168,7 @@ def test_damage_anywhere_in_out(seed, n, trained, tmp_path, monkeypatch):
                 "so it is not a training run", "not of a training run", "holds no save with a name like",
                 "no save in")), text
             assert "config.json is damaged" not in text or not untouched
-            assert "different run" not in text or (out / "config.json").is_file()
+            assert "different run" not in text or not untouched
             assert "no save in" not in text or not untouched
         else:
             assert run.start in ({0} if not untouched else {*unharmed}) and run.start >= max(untouched, default=0)
@@ -244,6 +244,21 @@ def test_damage_of_the_settings(content, out, monkeypatch):
         with pytest.raises(ValueError, match="config.json is damaged; --resume continues the run with these settings"):
             start_without_networks(monkeypatch, out)
         assert start_without_networks(monkeypatch, out, "--resume")[0].start == 4
+
+
+def test_damage_of_one_setting(out, monkeypatch):
+    """The command of the newest save goes on, whatever config.json says, and so does that of config.json, whose run may
+    not have saved yet; no other."""
+    path = out / "config.json"
+    settings = json.loads(path.read_text())
+    for changed in (dict(lr=10**400), dict(seed=[7]), dict(arch=None, mean="x\n" * 999)):
+        path.write_text(json.dumps(settings | changed))
+        with pytest.raises(ValueError, match="holds a different run \\(.* -> .*\\); choose another"):
+            start_without_networks(monkeypatch, out, "--seed", 1)
+        assert start_without_networks(monkeypatch, out)[0].start == 4
+        assert json.loads(path.read_text()) == settings | dict(out=str(out))
+    path.write_text(json.dumps(settings | dict(seed=1)))
+    assert start_without_networks(monkeypatch, out, "--seed", 1)[0].start == 4
 
 
 def test_damage_nothing_to_the_settings_of_others(tmp_path, monkeypatch):
