@@ -83,9 +83,9 @@ def check_settings(out: Path, stored: list[dict], cfg, changeable: set[str]) -> 
 def stored_settings(out: Path) -> list[dict]:
     """The settings of the run in --out: those in config.json, unless it is missing or damaged, and those of the newest
     save, whose run they were. Raises OSError for files that cannot be read."""
-    complete = (read_complete(save) for save in saves_in(out / "resume"))
-    of_save = next((content.get("config") for content in complete if isinstance(content, dict)), None)
-    return [s for s in (settings_in(out / "config.json"), of_save) if isinstance(s, dict) and "data" in s]
+    newest = next(filter(None, map(complete_of, saves_in(out / "resume"))), {})
+    found = settings_in(out / "config.json"), newest.get("config")
+    return [settings for settings in found if isinstance(settings, dict) and "data" in settings]
 
 
 def settings_in(path: Path) -> dict:
@@ -182,6 +182,15 @@ def read_complete(save: Path, step: int | None = None) -> dict | str:
         return f"complete: does not list {min(unlisted)}"
     missing = complete["files"].keys() - there
     return f"{min(missing)}: missing" if missing else complete
+
+
+def complete_of(save: Path) -> dict:
+    """The content of the file `complete` of a save; {} if it is damaged or cannot be read."""
+    try:
+        content = read_complete(save)
+        return content if isinstance(content, dict) else {}
+    except OSError:
+        return {}
 
 
 def is_complete(content) -> bool:

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from support.files import make_durable, replacing, sha256, write_json
 from support.parallel import TIMEOUT, Failed, local_shards, on_all_ranks, root_cause
 from support.run import (
-    OutputLock, claim_output, make_way, read_complete, save_name, saves_in, set_aside, step_of)
+    OutputLock, claim_output, complete_of, make_way, read_complete, save_name, saves_in, set_aside, step_of)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -214,14 +214,6 @@ def check_save(folder: Path, step: int, shapes: dict[str, tuple]) -> None:
         raise ValueError(f"{min(wrong)} was written as {written.get(min(wrong))}, not as {shapes.get(min(wrong))}")
 
 
-def is_whole(save: Path) -> bool:
-    """Whether `complete` of a save is as it should be, and the files are there; their content is not looked at."""
-    try:
-        return isinstance(read_complete(save), dict)
-    except OSError:
-        return False
-
-
 def without_name(save: Path) -> Path:
     """Renames a save that is to be deleted, so that nothing half-deleted is ever taken for one."""
     return save.rename(save.with_name(f"partial_{uuid.uuid4().hex}"))
@@ -390,7 +382,7 @@ class Saver:
             set_aside(final, "is in the way of a save")
         folder.rename(final)
         make_durable(self.folder)
-        older = [save for save in saves_in(self.folder) if step_of(save) < step and is_whole(save)]
+        older = [save for save in saves_in(self.folder) if step_of(save) < step and complete_of(save)]
         for save in doomed + [without_name(save) for save in older[self.cfg.keep - 1 :]]:
             save.unlink() if save.is_symlink() else shutil.rmtree(save, ignore_errors=True)
 
