@@ -64,7 +64,7 @@ def test_data_deep_and_many_channelled_images(tmp_path):
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     Image.fromarray(deep.astype(np.float32)).save(tmp_path / "float.tif")
     for name, channels, text in (("twelve.npy", 3, "12 channels, not 3"), ("float.npy", 12, "uint8 or uint16"),
-                                 ("objects.npy", 1, "allow_pickle"), ("float.tif", 1, "16-bit integers")):
+                                 ("objects.npy", 1, "OBJECT array"), ("float.tif", 1, "16-bit integers")):
         with pytest.raises(ValueError, match=text):
             load(tmp_path / name, channels)
 
