@@ -177,12 +177,13 @@ def open_by_pillow(data: np.ndarray) -> Iterator[Image.Image]:
 def read_by_pillow(data: np.ndarray, channels: int) -> Tensor:
     with open_by_pillow(data) as file:
         check_frame(file)
-        n_pages = getattr(file, "n_frames", 1) if channels not in (1, 3, 4) else 1
-        if n_pages != channels:
-            low = swapped_tiles(file)
-            return read_deep(data, file, low) if low else from_pillow(file, channels)
+        if channels in (1, 3, 4) or getattr(file, "n_frames", 1) != channels:
+            if channels == 1:
+                file.draft("L", None)  # from a JPEG, the gray that the other decoders return
+            swapped = swapped_tiles(file)
+            return read_deep(data, file, swapped) if swapped else from_pillow(file, channels)
         pages = []
-        for i in range(n_pages):
+        for i in range(channels):
             file.seek(i)
             check_frame(file)
             pages.append(as_channels(from_pillow(file, 1), 1))

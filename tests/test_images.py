@@ -1,13 +1,21 @@
 import gzip
 import io
+import multiprocessing
 import random
+import resource
+import struct
+import sys
+import time
+import tracemalloc
+import types
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
 import data
 import support.evaluation
@@ -74,7 +82,7 @@ def test_data_decompression_bombs_are_refused(tmp_path, monkeypatch):
     Image.new("1", (20_000, 10_000)).save(tmp_path / "bomb.png")
     Image.new("L", (12_000, 12_000)).save(tmp_path / "bomb.jpg")
     Image.new("L", (20_000, 3)).save(tmp_path / "long.jpg")
-    monkeypatch.setattr(torchvision.io, "decode_jpeg", lambda *args, **kwargs: pytest.fail("decoded"))
+    monkeypatch.setattr(support.images, "jpeg_decoder", lambda: lambda *args, **kwargs: pytest.fail("decoded"))
     for name in ("bomb.png", "bomb.jpg"):
         with pytest.raises(Exception, match="MAX_PIXELS|decompression bomb"):
             load(tmp_path / name)
@@ -89,18 +97,275 @@ def test_data_decompression_bombs_are_refused(tmp_path, monkeypatch):
     source = support.sources.open_source(str(tmp_path / "long.txt"))
     image, ok = support.evaluation.EvalImages(source, 64, 48)[0]
     assert ok and image.shape == (3, 48, 48)
-    monkeypatch.setattr(support.images, "MAX_BYTES", 10**6)
-    (tmp_path / "zip.jpg").write_bytes(gzip.compress(png(1) + bytes(10**7)))
-    assert load(tmp_path / "zip.jpg").shape == (3, 8, 8)  # of which no more was unpacked than the bound
 
 
-def test_data_decodes_without_torchvision_too(tmp_path, monkeypatch):
-    """torchvision 0.29 announces that its decoders will go; Pillow takes over."""
-    write_images(tmp_path, ["a.jpg"])
-    image = load(tmp_path / "a.jpg")
-    monkeypatch.delattr(torchvision.io, "decode_jpeg")
-    monkeypatch.delattr(torchvision.io, "ImageReadMode")
-    assert_close(load(tmp_path / "a.jpg").float(), image.float(), 2)
+def jpeg_of_size(width: int, height: int, before: bytes = b"") -> bytes:
+    """A JPEG whose header claims this size; `before` follows the first marker."""
+    content = bytearray(encoded(Image.new("L", (16, 16)), "JPEG"))
+    at = content.index(b"\xff\xc0")
+    content[at + 5 : at + 9] = struct.pack(">HH", height, width)
+    return bytes(content[:2] + before + content[2:])
+
+
+def encoded(image: Image.Image, form: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, **options)
+    return file.getvalue()
+
+
+def decode(content: bytes, channels: int = 3) -> torch.Tensor:
+    return support.images.decode(np.frombuffer(bytearray(content), np.uint8), channels)
+
+
+def segment(content: bytes) -> bytes:
+    """Of a JPEG: Exif or XMP data."""
+    return b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    """Of a PNG."""
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png_with(*chunks: bytes, image: Image.Image = Image.new("RGB", (8, 8))) -> bytes:
+    content = encoded(image, "PNG")
+    return content[:33] + b"".join(chunks) + content[33:]
+
+
+def npy(shape: str, kind: str = "|u1") -> bytes:
+    header = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(64)
+
+
+def tiff_tile(side: int) -> bytes:
+    """16 x 16 pixels in a tile of this side."""
+    values = {256: 16, 257: 16, 258: 8, 259: 5, 262: 1, 277: 1, 284: 1, 322: side, 323: side, 324: 146, 325: 100}
+    tags = b"".join(struct.pack("<HHLL", tag, 4, 1, value) for tag, value in values.items())
+    return b"II*\0" + struct.pack("<LH", 8, len(values)) + tags + bytes(300)
+
+
+def test_data_sizes_are_checked_before_any_decoder(monkeypatch):
+    """Whatever lies between the segments of a JPEG, whatever a header claims."""
+    fake = b"\xff\xc0\x00\x0b\x08\x00\x10\x00\x10\x01\x01\x11\x00"  # 16 x 16
+    fill = [b"", b"\xff", b"\xff" * 9, b"\xff\x01", b"\xff\xd0", b"\xff\xe0\x00\x00", b"\xff\xe5\x00\x01",
+            b"\xff\x00\xff\x00", b"\xff" + b"\xff\xe5" + struct.pack(">H", len(fake) + 2) + fake]
+    files = {f"jpeg {i}": jpeg_of_size(30000, 30000, before) for i, before in enumerate(fill)}
+    assert decode(jpeg_of_size(16, 16, fill[-1])).shape == (3, 16, 16)
+    small = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    webp = bytearray(encoded(small[0], "WEBP", save_all=True, append_images=small[1:]))
+    webp[24:30] = (11999).to_bytes(3, "little") * 2
+    gif = bytearray(encoded(small[0], "GIF"))
+    gif[6:10] = struct.pack("<HH", 60000, 60000)
+    bmp = bytearray(encoded(small[0], "BMP"))
+    bmp[18:26] = struct.pack("<ii", 12000, -12000)
+    ihdr = chunk(b"IHDR", struct.pack(">IIBBBBB", 12000, 12000, 8, 2, 0, 0, 0))
+    files |= {"webp": bytes(webp), "gif": bytes(gif), "bmp": bytes(bmp), "tile": tiff_tile(30000),
+              "png": png_with()[:8] + ihdr + png_with()[33:], "ppm": b"P6 12000 12000 255\n" + bytes(99)}
+    monkeypatch.setattr(support.images, "jpeg_decoder", lambda: lambda *args, **kwargs: pytest.fail("decoded"))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+    for name, content in files.items():
+        for channels in (1, 3, 4, 5):
+            with pytest.raises(Exception, match="MAX_PIXELS|decompression bomb"):
+                decode(content, channels)
+    scans = encoded(Image.new("RGB", (64, 64)), "JPEG", progressive=True)
+    last = scans.rindex(b"\xff\xda")
+    for channels in (3, 4):
+        with pytest.raises(ValueError, match="MAX_SCANS"):
+            decode(scans[:-2] + scans[last:-2] * 100 + scans[-2:], channels)
+
+
+def test_data_what_unpacks_is_bounded(monkeypatch):
+    """Memory is not taken for what a header or a compressed stream claims; large but honest text is read."""
+    zeros = bytes(20_000_000)
+    packed = zlib.compress(zeros)
+    honest = zlib.compress(bytes(1_500_000))
+    image = encoded(Image.new("RGB", (8, 8)), "PNG")
+    monkeypatch.setattr(support.images, "MAX_UNPACKED", 2_000_000)
+    files = {"gzip": (gzip.compress(zeros), "MAX_UNPACKED"), "after": (gzip.compress(image + zeros), "MAX_UNPACKED"),
+             "zTXt": (png_with(chunk(b"zTXt", b"a\0\0" + packed)), "too large"),
+             "iTXt": (png_with(chunk(b"iTXt", b"a\0\1\0\0\0" + packed)), "too large"),
+             "iCCP": (png_with(chunk(b"iCCP", b"a\0\0" + packed)), "too large"),
+             "many": (png_with(*[chunk(b"zTXt", b"%d\0\0" % i + honest) for i in range(50)]), "Too much memory"),
+             **{shape: (npy(shape), "smaller|too large") for shape in ("(100000, 100000)", "(99999999999,)", "(9" + "9" * 30 + ", 3)")}}
+    exif = b"II*\0" + struct.pack("<LH", 8, 20_000) + b"".join(
+        struct.pack("<HHLL", i, 7, 200_000, 0) for i in range(20_000))  # 20,000 times the same bytes
+    files["Exif"] = png_with(chunk(b"eXIf", exif)), None
+    tracemalloc.start()
+    for name, (content, text) in files.items():
+        tracemalloc.reset_peak()
+        before, _ = tracemalloc.get_traced_memory()
+        if text is None:
+            assert decode(content).shape == (3, 8, 8)
+        else:
+            with pytest.raises(Exception, match=text):
+                decode(content)
+        assert tracemalloc.get_traced_memory()[1] - before < 10_000_000 + 3 * len(content), name
+    tracemalloc.stop()
+    for content in (gzip.compress(image), png_with(chunk(b"zTXt", b"a\0\0" + honest)),
+                    png_with(chunk(b"iTXt", b"a\0\1\0\0\0" + honest)), png_with(chunk(b"tEXt", b"a\0" + b"x" * 1_500_000)),
+                    png_with(chunk(b"iCCP", b"a\0\0" + honest))):
+        assert decode(content).shape == (3, 8, 8)
+
+
+DECODERS = {"torchcodec": lambda: pytest.importorskip("torchcodec.decoders").decode_jpeg,
+            "torchvision": lambda: torchvision.io.decode_jpeg, "pillow": lambda: None}
+
+
+@pytest.fixture(params=DECODERS)
+def decoder(request, monkeypatch):
+    function = DECODERS[request.param]()
+    monkeypatch.setattr(support.images, "jpeg_decoder", lambda: function)
+
+
+def test_data_jpeg_decoders_give_the_same(tmp_path, decoder):
+    """Bit by bit."""
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 256, (9, 7, 3), dtype=np.uint8)).resize((50, 61), Image.Resampling.BICUBIC)
+    for mode in ("RGB", "L", "CMYK"):
+        for options in ({}, {"progressive": True}, {"quality": 30}):
+            content = encoded(smooth.convert(mode), "JPEG", **options)
+            for channels, name in ((1, "GRAY"), (3, "RGB")):
+                expected = torchvision.io.decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), name)
+                assert torch.equal(decode(content, channels), expected), (mode, options, name)
+            assert decode(content, 4).shape == (4, 61, 50)
+            with pytest.raises(Exception):
+                decode(content[: len(content) // 2])
+
+
+def test_data_order_of_jpeg_decoders(monkeypatch):
+    """torchcodec if it can be loaded, then torchvision while it has a decoder, then Pillow."""
+    def chosen():
+        support.images.jpeg_decoder.cache_clear()
+        return support.images.jpeg_decoder()
+
+    other = types.ModuleType("torchcodec.decoders")
+    other.decode_jpeg = lambda data, mode: torch.zeros(len(mode) if mode == "RGB" else 1, 2, 2, dtype=torch.uint8)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torchcodec", types.ModuleType("torchcodec"))
+        patch.setitem(sys.modules, "torchcodec.decoders", other)
+        assert chosen() is other.decode_jpeg and decode(jpeg_of_size(16, 16), 1).shape == (1, 2, 2)
+        del other.decode_jpeg  # an early version
+        assert chosen() is torchvision.io.decode_jpeg
+        patch.setitem(sys.modules, "torchcodec.decoders", None)  # not installed
+        assert chosen() is torchvision.io.decode_jpeg
+        patch.delattr(torchvision.io, "decode_jpeg")
+        assert chosen() is None and decode(jpeg_of_size(16, 16)).shape == (3, 16, 16)
+    support.images.jpeg_decoder.cache_clear()
+
+
+def exif_data(orientation: int, order: str) -> bytes:
+    start = struct.pack(order + "2sHL", b"II" if order == "<" else b"MM", 42, 8)
+    return b"Exif\0\0" + start + struct.pack(order + "HHHLHHL", 1, 0x0112, 3, 1, orientation, 0, 0)
+
+
+def oriented_files(orientation: int):
+    """(name, content), of every format that can say how the camera was held."""
+    rgb = Image.fromarray(np.kron(np.random.default_rng(0).integers(0, 256, (3, 4, 3)), np.ones((8, 8, 1))).astype("u1"))
+    deep = Image.fromarray(np.asarray(rgb.convert("L")).astype(np.uint16) * 257)
+    xmp = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta tiff:Orientation="%d"/>'
+    for order in "<>":
+        exif = exif_data(orientation, order)
+        for mode in ("L", "RGB", "CMYK"):
+            jpeg = encoded(rgb.convert(mode), "JPEG")
+            for name, segments in {"exif": [exif], "xmp first": [xmp % (orientation % 8 + 1), exif],
+                                   "xmp without": [xmp[:29] + b"<x/>", exif], "only xmp": [xmp % orientation]}.items():
+                yield f"jpeg {name} {mode} {order}", jpeg[:2] + b"".join(map(segment, segments)) + jpeg[2:]
+        for image in (rgb, deep, *map(rgb.convert, ("L", "P", "RGBA", "LA", "1"))):
+            yield f"png {image.mode} {order}", encoded(image, "PNG", exif=exif)
+            if image.mode in ("RGB", "RGBA", "L"):
+                yield f"webp {image.mode} {order}", encoded(image, "WEBP", lossless=True, exif=exif[6:])
+                yield f"avif {image.mode} {order}", encoded(image, "AVIF", exif=exif)
+    for image in (rgb, deep, *map(rgb.convert, ("L", "P", "RGBA"))):
+        for compression in (None, "tiff_lzw"):
+            yield f"tiff {image.mode} {compression}", encoded(image, "TIFF", tiffinfo={0x0112: orientation},
+                                                             compression=compression)
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", f'<x tiff:Orientation="{orientation}"/>')
+    yield "png xmp", encoded(rgb, "PNG", pnginfo=info)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_data_images_are_turned_as_by_pillow(orientation, decoder):
+    for name, content in oriented_files(orientation):
+        with Image.open(io.BytesIO(content)) as file:
+            turned = ImageOps.exif_transpose(file)
+        for channels in (1, 3):
+            deep = turned.mode.startswith("I")
+            expected = torch.from_numpy(np.array(turned if deep else turned.convert("L" if channels == 1 else "RGB")))
+            expected = expected[None] if expected.ndim == 2 else expected.permute(2, 0, 1)
+            image = decode(content, channels)
+            assert image.shape == (channels, *expected.shape[1:]), name
+            assert_close(image.float(), expected.float().expand_as(image), 3 if "jpeg" in name else 1)
+        assert decode(content, 4).shape == (4, *expected.shape[1:]), name
+
+
+def test_data_damaged_exif_turns_nothing(decoder):
+    image = encoded(Image.new("RGB", (16, 8)), "JPEG")
+    for exif in (b"", b"II", b"XX*\0", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff\x01\x12\x00\x03", exif_data(9, "<")[6:]):
+        assert decode(image[:2] + segment(b"Exif\0\0" + exif) + image[2:]).shape == (3, 8, 16), exif
+
+
+def test_data_16_bit_color_keeps_all_bits():
+    """Of PNG, interlaced or not, and of TIFF in both byte orders."""
+    pixels = np.random.default_rng(0).integers(0, 65536, (6, 8, 4), dtype=np.uint16)
+    for c in (3, 4):
+        rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels[..., :c])
+        ihdr = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 6, 16, 2 if c == 3 else 6, 0, 0, 0))
+        files = [b"\x89PNG\r\n\x1a\n" + ihdr + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")]
+        for order, start in (("<", b"II*\0"), (">", b"MM\0*")):
+            values = {256: 8, 257: 6, 258: 0, 259: 1, 262: 2, 273: 200, 277: c, 278: 6, 279: 6 * 8 * c * 2, 284: 1, 338: 2}
+            values |= {258: 180}
+            tags = b"".join(struct.pack(order + "HHL", tag, 4 if tag in (256, 257, 258, 273, 279) else 3, 1) +
+                            struct.pack(order + ("L" if tag in (256, 257, 258, 273, 279) else "H2x"), value)
+                            for tag, value in values.items() if tag != 338 or c == 4)
+            n = len(tags) // 12
+            tags = tags.replace(struct.pack(order + "HHLL", 258, 4, 1, 180), struct.pack(order + "HHLL", 258, 3, c, 180))
+            head = start + struct.pack(order + "LH", 8, n) + tags + struct.pack(order + "L", 0)
+            files.append(head.ljust(180, b"\0") + (struct.pack(order + "H", 16) * c).ljust(20, b"\0") +
+                         pixels[..., :c].astype(order + "u2").tobytes())
+        for content in files:
+            image = decode(content, c)
+            assert image.dtype == torch.uint16
+            assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels[..., :c]), content[:4]
+
+
+@pytest.mark.filterwarnings("error")
+def test_data_transparent_images_lie_on_white(recwarn):
+    """In every mode that knows transparency: alpha channels, one transparent color, palettes; 8 and 16 bits. With 4
+    channels alpha stays. Nothing is printed."""
+    rgba = np.zeros((6, 8, 4), np.uint8)
+    rgba[..., :3], rgba[..., 3] = (200, 100, 50), 255
+    rgba[:, :4] = (0, 255, 0, 0)  # garbage below
+    image = Image.fromarray(rgba)
+    keyed = Image.fromarray(rgba[..., :3])
+    gray = Image.fromarray(np.where(rgba[..., 3] == 0, 7, 100).astype(np.uint8))
+    palette = image.quantize(4)
+    deep = Image.fromarray(np.where(rgba[..., 3] == 0, 7, 40000).astype(np.uint16))
+    deep_rgb = np.where(rgba[..., 3:] == 0, (1, 2, 3), (40000, 1, 2)).astype(">u2")
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in deep_rgb))
+    files = {"rgba png": encoded(image, "PNG"), "webp": encoded(image, "WEBP", lossless=True, exact=True),
+             "la": encoded(image.convert("LA"), "PNG"), "gif": encoded(image, "GIF"), "avif": encoded(image, "AVIF"),
+             "tif": encoded(image, "TIFF"), "rgb key": encoded(keyed, "PNG", transparency=(0, 255, 0)),
+             "gray key": encoded(gray, "PNG", transparency=7), "deep key": encoded(deep, "PNG", transparency=7),
+             "palette bytes": encoded(palette, "PNG"),
+             "palette index": encoded(keyed.quantize(2), "PNG", transparency=keyed.quantize(2).getpixel((0, 0))),
+             "deep rgb key": b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 6, 16, 2, 0, 0, 0)) +
+             chunk(b"tRNS", struct.pack(">HHH", 1, 2, 3)) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")}
+    for name, content in files.items():
+        for channels in (1, 3):
+            shown = decode(content, channels)
+            white = 65535 if shown.dtype == torch.uint16 else 255
+            assert shown.shape == (channels, 6, 8) and (shown[:, :, :4].int() == white).all(), (name, channels)
+            assert (shown[:, :, 4:].int() < 0.85 * white).all(), (name, channels)
+        alpha = decode(content, 4)[3].int()
+        assert (alpha[:, :4] == 0).all() and (alpha[:, 4:] == white).all(), name
+    half = decode(encoded(Image.new("RGBA", (1, 1), (0, 100, 255, 128)), "PNG"))
+    assert half.flatten().tolist() == [127, 177, 255]  # 255 - (255 - color) * 128 / 255
+    assert torch.equal(support.images.as_channels(torch.tensor([9, 8, 7, 65535], dtype=torch.uint16)[:, None, None], 3),
+                       torch.tensor([9, 8, 7], dtype=torch.uint16)[:, None, None])
+    assert decode(png_with(chunk(b"tRNS", bytes(3) + b"\x80\xff"), image=keyed.quantize(8))).shape == (3, 6, 8)
+    large = Image.new("1", (11000, 11000))
+    assert decode(encoded(large, "PNG")).shape == (3, 11000, 11000) and not recwarn.list
 
 
 def mutated_files(folder: Path, n: int) -> None:
