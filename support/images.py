@@ -33,7 +33,9 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "AVIF")  # what P
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".bmp", ".gif", ".tif",
             ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".npy")  # of files in these formats and NumPy's
 MARKER = re.compile(rb"\xff+[^\x00\xff]", re.DOTALL)  # of a JPEG segment, after fill bytes
-ORIENTATION = re.compile(rb"\x01\x12\x00|\x12\x01.\x00|tiff:Orientation", re.DOTALL)  # in Exif, in XMP
+SCAN_OR_END = re.compile(rb"\xff[\xda\xd9]")
+ORIENTATION = re.compile(rb"""\x12\x01.{6}[\2-\x08] | \x01\x12.{6}(\0\0)?\0[\2-\x08] | tiff:Orientation(="|>)[2-8]""",
+                         re.DOTALL | re.VERBOSE)  # other than upright, in Exif of either byte order or in XMP
 SWAPPED = {f"{mode};16{order}": f"{mode};16{other}" for mode in ("RGB", "RGBA", "RGBX")
            for order, other in ("BL", "LB", "NB")}  # Pillow's names for 16-bit color, and for its other byte order
 
@@ -128,31 +130,35 @@ def read_jpeg(data: np.ndarray, channels: int) -> Tensor:
     turning = check_jpeg(data.tobytes())
     if channels not in (1, 3) or not (decoder := jpeg_decoder()):
         return read_by_pillow(data, channels)
-    unturned = data.copy() if turning else data
-    unturned[turning] = 0xEF  # a marker without meaning: torchcodec turns the image, but only by the first segment
+    unturned = data
+    if turning:
+        unturned = data.copy()
+        unturned[turning] = 0xEF  # a marker without meaning: torchcodec turns the image, but only by the first segment
     try:
         image = decoder(torch.from_numpy(unturned), mode="RGB" if channels == 3 else "GRAY")
     except RuntimeError:
         return read_by_pillow(data, channels)
-    if turning:
-        with open_by_pillow(data) as file:
-            image = upright(image, file)
-    return image
+    if not turning:
+        return image
+    with open_by_pillow(data) as file:
+        return upright(image, file)
 
 
 def check_jpeg(data: bytes) -> list[int]:
     """Goes through the segments as libjpeg does, skipping what lies between them. Raises ValueError if there are too
     many pixels or scans. Returns where the markers of segments are that tell the orientation."""
-    at, turning = 2, []
+    at, turning, progressive, components = 2, [], False, b""
     while found := MARKER.search(data, at):
         at = found.end()
         marker, length = data[at - 1], int.from_bytes(data[at : at + 2], "big")
         if marker == 0xDA:  # the first scan, with which the header ends
-            if data.count(b"\xff\xda", at, data.find(b"\xff\xd9", at)) >= MAX_SCANS:
-                raise ValueError("more scans than MAX_SCANS in support/images.py")
+            if progressive or components != data[at + 2 : at + 3]:  # others have no second one
+                if [*SCAN_OR_END.findall(data, at), b"\xff\xd9"].index(b"\xff\xd9") >= MAX_SCANS:
+                    raise ValueError("more scans than MAX_SCANS in support/images.py")
             break
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             check_size(int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 3 : at + 5], "big"))
+            progressive, components = marker % 4 == 2, data[at + 7 : at + 8]
         if marker == 0xE1 and ORIENTATION.search(data, at, at + length):
             turning.append(at - 1)
         if marker != 0x01 and not 0xD0 <= marker <= 0xD9:  # these have no content
@@ -199,11 +205,11 @@ def check_frame(file: Image.Image) -> None:
 def swapped_tiles(file: Image.Image) -> list[tuple]:
     """The tiles of an open file with 16-bit color, as if it had the other byte order; [] for other files."""
     swapped = []
-    for *place, args in file.tile:
-        name, *others = args if args and isinstance(args, tuple) else (args,)
+    for tile in file.tile:  # (codec, extents, offset, args)
+        name, *others = tile[3] if tile[3] and isinstance(tile[3], tuple) else (tile[3],)
         if name not in SWAPPED:
             return []
-        swapped.append((*place, (SWAPPED[name], *others)))
+        swapped.append(tile._replace(args=(SWAPPED[name], *others)))
     return swapped
 
 
