@@ -32,7 +32,6 @@ MAX_SCANS = 100  # of a JPEG, which has 1, or about 10 if progressive: 14 bytes 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "AVIF")  # what Pillow may detect, whatever the file name
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".bmp", ".gif", ".tif",
             ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".npy")  # of files in these formats and NumPy's
-MARKER = re.compile(rb"\xff+[^\x00\xff]", re.DOTALL)  # of a JPEG segment, after fill bytes
 SCAN_OR_END = re.compile(rb"\xff[\xda\xd9]")
 ORIENTATION = re.compile(rb"""\x12\x01.{6}[\2-\x08] | \x01\x12.{6}(\0\0)?\0[\2-\x08] | tiff:Orientation(="|>)[2-8]""",
                          re.DOTALL | re.VERBOSE)  # other than upright, in Exif of either byte order or in XMP
@@ -72,10 +71,11 @@ def decode(data: np.ndarray, channels: int = 3) -> Tensor:
     """The bytes of an image file, uint8 (n,), as an upright image (channels, H, W): uint8, or uint16 for 16-bit gray
     and for 16-bit color of PNG and TIFF files.
 
-    Gray is repeated and color converted to gray, as `channels` requires. Transparent images lie on white, as in browsers
-    and catalogs: the colors of transparent pixels are often garbage. With 4 channels alpha is kept, or set to opaque.
-    Other numbers of channels are read from .npy arrays (H, W, C) and from the pages of a TIFF. Raises ValueError if
-    decoding would take too much memory or time, and whatever the decoder raises if the file cannot be decoded.
+    Gray is repeated and color converted to gray, as `channels` requires. Transparent images are put on white, as in
+    browsers and catalogs; the colors of transparent pixels are often garbage. With 4 channels alpha is kept, or set to
+    opaque. Other numbers of channels are read from .npy arrays (H, W, C) and from the pages of a TIFF. Raises
+    ValueError if decoding would take too much memory or time, and whatever the decoder raises if the file cannot be
+    decoded.
     """
     if data[:2].tobytes() == b"\x1f\x8b":  # some files of ImageNet-22k are gzipped
         data = unpack(data)
@@ -113,8 +113,8 @@ def read_npy(data: np.ndarray) -> Tensor:
 
 @functools.cache
 def jpeg_decoder() -> Callable | None:
-    """torchcodec's if installed, else torchvision's while it has one (0.29 announces its end), else None: Pillow's is
-    slower. The first two give equal bits."""
+    """torchcodec's if it is installed, else torchvision's while there is one (0.29 announces its end), else None:
+    Pillow gives the same bits, but takes longer."""
     try:
         from torchcodec.decoders import decode_jpeg
     except (ImportError, OSError, RuntimeError):  # absent, or its libraries cannot be loaded
@@ -146,19 +146,22 @@ def read_jpeg(data: np.ndarray, channels: int) -> Tensor:
 
 def check_jpeg(data: bytes) -> list[int]:
     """Goes through the segments as libjpeg does, skipping what lies between them. Raises ValueError if there are too
-    many pixels or scans. Returns where the markers of segments are that tell the orientation."""
-    at, turning, progressive, components = 2, [], False, b""
-    while found := MARKER.search(data, at):
-        at = found.end()
-        marker, length = data[at - 1], int.from_bytes(data[at : at + 2], "big")
-        if marker == 0xDA:  # the first scan, with which the header ends
-            if progressive or components != data[at + 2 : at + 3]:  # others have no second one
+    many pixels or scans. Returns where the markers are of segments with an orientation."""
+    at, turning, components, progressive = 2, [], b"", False
+    while 0 < (at := data.find(b"\xff", at) + 1) < len(data):
+        marker = data[at]
+        if marker in (0x00, 0xFF):  # not a marker, or a fill byte before one
+            continue
+        at += 1
+        if marker == 0xDA:  # the first scan, with which the header ends. Others follow only in these cases:
+            if progressive or components != data[at + 2 : at + 3]:
                 if [*SCAN_OR_END.findall(data, at), b"\xff\xd9"].index(b"\xff\xd9") >= MAX_SCANS:
                     raise ValueError("more scans than MAX_SCANS in support/images.py")
             break
+        length = int.from_bytes(data[at : at + 2], "big")
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             check_size(int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 3 : at + 5], "big"))
-            progressive, components = marker % 4 == 2, data[at + 7 : at + 8]
+            components, progressive = data[at + 7 : at + 8], marker % 4 == 2
         if marker == 0xE1 and ORIENTATION.search(data, at, at + length):
             turning.append(at - 1)
         if marker != 0x01 and not 0xD0 <= marker <= 0xD9:  # these have no content

@@ -323,7 +323,8 @@ def deep_tiff(pixels: np.ndarray, order: str, deflate: bool = False) -> bytes:
     content = pixels.astype(order + "u2").tobytes()
     content = zlib.compress(content) if deflate else content
     tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, c, 200), (259, 4, 1, 8 if deflate else 1), (262, 4, 1, 2),
-            (273, 4, 1, 208), (277, 4, 1, c), (278, 4, 1, height), (279, 4, 1, len(content))] + [(338, 4, 1, 2)] * (c == 4)
+            (273, 4, 1, 208), (277, 4, 1, c), (278, 4, 1, height), (279, 4, 1, len(content))]
+    tags += [(338, 4, 1, 2)] * (c == 4)  # the fourth is alpha
     header = struct.pack(order + "2sHLH", b"II" if order == "<" else b"MM", 42, 8, len(tags))
     header += b"".join(struct.pack(order + "HHLL", *tag) for tag in tags)
     return header.ljust(200, b"\0") + struct.pack(order + "4H", *[16] * 4) + content
@@ -471,8 +472,8 @@ def fuzz_originals() -> dict[str, list[bytes]]:
 
 
 def damaged(content: bytes, others: list[bytes], rng: np.random.Generator) -> bytes:
-    """Cut off, or with flipped bits, foreign bytes or huge numbers, most of them near the start, where headers are. Most
-    checksums of a PNG are made right again, so that the damage gets past them."""
+    """Cut off, or with flipped bits, foreign bytes or huge numbers, mostly near the start, where headers are. The
+    checksums of most PNGs are made right again, so that the damage gets past them."""
     content = bytearray(content)
     for i in rng.integers(0, 99, size=int(rng.integers(1, 4))):
         place = int(rng.integers(min(len(content), 200) if rng.random() < 0.7 else len(content)))
