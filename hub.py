@@ -50,7 +50,7 @@ from heads import CLASSES, RANGES, RECIPES, DPTHead, Dense, LinearDepthHead, Rec
 from mask2former import Mask2Former
 from model import ARCHS, FORMAT, DinoVisionTransformer, load_backbone, load_strictly, read_checkpoint
 from support.cli import Parser, nearest, run, run_subcommand
-from support.run import replacing
+from support.files import replacing
 
 URL = "https://dl.fbaipublicfiles.com/dinov2"
 RELEASED = tuple(f"dinov2_vit{size}14{reg}" for size in "sblg" for reg in ("", "_reg"))
