@@ -13,7 +13,6 @@ import math
 import os
 import re
 import stat
-import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator

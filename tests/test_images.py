@@ -23,7 +23,7 @@ import data
 import support.evaluation
 import support.images
 import support.sources
-from tests.common import assert_close, png, write_images
+from tests.common import assert_close
 
 
 def test_data_odd_image_files(tmp_path):
@@ -303,10 +303,13 @@ def test_data_images_are_turned_as_by_pillow(orientation, decoder):
         assert decode(content, 4).shape == (4, *expected.shape[1:]), name
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_data_damaged_exif_turns_nothing(decoder):
+    """And prints nothing, though Pillow would warn."""
     image = encoded(Image.new("RGB", (16, 8)), "JPEG")
     for exif in (b"", b"II", b"XX*\0", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff\x01\x12\x00\x03",
-                 exif_data(9, "<")[6:]):
+                 exif_data(9, "<")[6:],
+                 exif_data(6, "<")[6:16] + exif_data(6, "<")[16:30].replace(b"\1\0\0\0", b"\xff\0\0\0")):
         assert decode(image[:2] + segment(b"Exif\0\0" + exif) + image[2:]).shape == (3, 8, 16), exif
 
 
