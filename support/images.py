@@ -220,7 +220,9 @@ def read_deep(data: np.ndarray, file: Image.Image, swapped: list[tuple]) -> Tens
     high = np.asarray(file)
     with open_by_pillow(data) as low:
         low.tile = swapped
-        pixels = high.astype(np.uint16) << 8 | np.asarray(low)
+        pixels = high.astype(np.uint16)
+        pixels <<= 8
+        pixels |= np.asarray(low)
     return upright(from_deep(pixels, file.info.get("transparency")), file)
 
 
@@ -291,9 +293,9 @@ def as_channels(image: Tensor, channels: int) -> Tensor:
 def on_white(image: Tensor) -> Tensor:
     """RGBA (4, H, W) -> RGB (3, H, W)."""
     white = 65535 if image.dtype == torch.uint16 else 255
-    alpha = image[3].float() / white
-    if alpha.min() == 1:
+    if (image[3] == white).all():
         return image[:3]
+    alpha = image[3].float() / white
     return torch.stack([(white - (white - color.float()) * alpha).round().to(image.dtype) for color in image[:3]])
 
 
