@@ -383,6 +383,12 @@ def test_data_transparent_images_lie_on_white(recwarn):
     assert decode(encoded(large, "PNG")).shape == (3, 11000, 11000) and not recwarn.list
 
 
+def test_data_endings_are_those_of_all_formats():
+    """But for .pfm, of floats."""
+    registered = {ending for ending, form in Image.registered_extensions().items() if form in support.images.FORMATS}
+    assert registered - {".pfm"} == set(support.images.SUFFIXES) - {".mpo", ".npy"}
+
+
 def mutated_files(folder: Path, n: int) -> None:
     """n image files of all formats, three of four of them damaged in some way."""
     rng = np.random.default_rng(0)
