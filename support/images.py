@@ -29,8 +29,8 @@ MAX_BYTES = 2**30  # larger files are refused as well
 MAX_UNPACKED = 2**27  # bytes that a gzipped file, or a text or color profile within a PNG, may unpack to
 MAX_SCANS = 100  # of a JPEG, which has 1, or about 10 if progressive: 14 bytes can cost a pass over all pixels
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "AVIF")  # what Pillow may detect, whatever the file name
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".bmp", ".gif", ".tif",
-            ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".npy")  # of files in these formats and NumPy's
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".avifs", ".bmp", ".gif",
+            ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".npy")  # of files in these formats and NumPy's
 SCAN_OR_END = re.compile(rb"\xff[\xda\xd9]")
 ORIENTATION = re.compile(rb"""\x12\x01.{6}[\2-\x08] | \x01\x12.{6}(\0\0)?\0[\2-\x08] | tiff:Orientation(="|>)[2-8]""",
                          re.DOTALL | re.VERBOSE)  # other than upright, in Exif of either byte order or in XMP
