@@ -6,22 +6,36 @@
 
 Apache License 2.0.
 """
+import contextlib
+import functools
 import io
+import math
 import os
+import re
 import stat
-import struct
+import warnings
 import zlib
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 2**27  # larger images are refused, so that a small file cannot fill the memory; Pillow's limit is 2**27.4
 MAX_BYTES = 2**30  # larger files are refused as well
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # the formats Pillow may detect, whatever the file name
+MAX_UNPACKED = 2**27  # bytes that a gzipped file, or a text or color profile within a PNG, may unpack to
+MAX_SCANS = 100  # of a JPEG, which has 1, or about 10 if progressive: 14 bytes can cost a pass over all pixels
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "AVIF")  # what Pillow may detect, whatever the file name
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".avifs", ".bmp", ".gif",
+            ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".npy")  # of files in these formats and NumPy's
+SCAN_OR_END = re.compile(rb"\xff[\xda\xd9]")
+ORIENTATION = re.compile(rb"""\x12\x01.{6}[\2-\x08] | \x01\x12.{6}(\0\0)?\0[\2-\x08] | tiff:Orientation(="|>)[2-8]""",
+                         re.DOTALL | re.VERBOSE)  # other than upright, in Exif of either byte order or in XMP
+SWAPPED = {f"{mode};16{order}": f"{mode};16{other}" for mode in ("RGB", "RGBA", "RGBX")
+           for order, other in ("BL", "LB", "NB")}  # Pillow's names for 16-bit color, and for its other byte order
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -53,24 +67,32 @@ def read_file(path: str) -> np.ndarray:
 
 
 def decode(data: np.ndarray, channels: int = 3) -> Tensor:
-    """The bytes of an image file, uint8 (n,), as an upright image (channels, H, W): uint8, or uint16 for 16-bit gray.
+    """The bytes of an image file, uint8 (n,), as an upright image (channels, H, W): uint8, or uint16 for 16-bit gray
+    and for 16-bit color of PNG and TIFF files.
 
-    Gray is repeated, alpha dropped or set to opaque, color converted to gray, as `channels` requires. Other numbers of
-    channels are read from .npy arrays (H, W, C), which may also hold 16-bit color, and from the pages of a TIFF. Raises
-    whatever the decoder raises if the file cannot be decoded.
+    Gray is repeated and color converted to gray, as `channels` requires. Transparent images are put on white, as in
+    browsers and catalogs; the colors of transparent pixels are often garbage. With 4 channels alpha is kept, or set to
+    opaque. Other numbers of channels are read from .npy arrays (H, W, C) and from the pages of a TIFF. Raises
+    ValueError if decoding would take too much memory or time, and whatever the decoder raises if the file cannot be
+    decoded.
     """
     if data[:2].tobytes() == b"\x1f\x8b":  # some files of ImageNet-22k are gzipped
-        data = np.frombuffer(bytearray(zlib.decompressobj(31).decompress(data, MAX_BYTES)), np.uint8)
+        data = unpack(data)
     kind = data[:6].tobytes()
     if not kind:
         raise ValueError("empty file")
     if kind == b"\x93NUMPY":
-        image = from_array(np.load(io.BytesIO(data), allow_pickle=False))
-    elif kind.startswith(b"\xff\xd8\xff") and channels in (1, 3):  # a damaged PNG would crash torchvision's decoder
-        image = read_jpeg(data, channels)
+        image = read_npy(data)
     else:
-        image = read_by_pillow(data, channels)
+        image = (read_jpeg if kind.startswith(b"\xff\xd8\xff") else read_by_pillow)(data, channels)
     return as_channels(image, channels)
+
+
+def unpack(data: np.ndarray) -> np.ndarray:
+    unpacked = zlib.decompressobj(31).decompress(data, MAX_UNPACKED + 1)
+    if len(unpacked) > MAX_UNPACKED:
+        raise ValueError("gzipped, of more bytes than MAX_UNPACKED in support/images.py")
+    return np.frombuffer(bytearray(unpacked), np.uint8)
 
 
 def check_size(width: int, height: int) -> None:
@@ -78,56 +100,168 @@ def check_size(width: int, height: int) -> None:
         raise ValueError(f"{width} x {height} pixels, more than MAX_PIXELS in support/images.py")
 
 
-def read_jpeg(data: np.ndarray, channels: int) -> Tensor:
-    """By torchvision, which is faster; by Pillow if torchvision refuses the file, or no longer has a decoder (0.29
-    announces so)."""
-    at = 2
-    while at + 9 < len(data) and data[at] == 0xFF:  # the segments, up to the one with the size
-        marker, length, _, height, width = struct.unpack_from(">xBHBHH", data, at)
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            check_size(width, height)
-            break
-        at += 2 + length
-    else:
-        return read_by_pillow(data, channels)
-    try:
-        from torchvision.io import ImageReadMode, decode_jpeg  # half a second to import; much of the code needs no JPEG
+def read_npy(data: np.ndarray) -> Tensor:
+    """A view of `data`: no memory is taken, whatever shape the header claims."""
+    file = io.BytesIO(data[: 2**16])
+    major, _ = np.lib.format.read_magic(file)
+    header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = header(file)
+    pixels = np.frombuffer(data, dtype, math.prod(shape), file.tell()).reshape(shape, order="F" if fortran else "C")
+    return from_array(pixels.astype(dtype.newbyteorder("="), copy=False))
 
-        return decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY,
-                           apply_exif_orientation=True)
-    except (RuntimeError, ImportError):
+
+@functools.cache
+def jpeg_decoder() -> Callable | None:
+    """torchcodec's if it is installed, else torchvision's while there is one (0.29 announces its end), else None:
+    Pillow gives the same bits, but takes longer."""
+    try:
+        from torchcodec.decoders import decode_jpeg
+    except (ImportError, OSError, RuntimeError):  # absent, or its libraries cannot be loaded
+        try:
+            from torchvision.io import decode_jpeg  # half a second to import; much of the code needs no JPEG
+        except ImportError:
+            return None
+    return decode_jpeg
+
+
+def read_jpeg(data: np.ndarray, channels: int) -> Tensor:
+    """By jpeg_decoder(), or by Pillow if there is none or it refuses the file."""
+    turning = check_jpeg(data.tobytes())
+    if channels not in (1, 3) or not (decoder := jpeg_decoder()):
         return read_by_pillow(data, channels)
+    unturned = data
+    if turning:
+        unturned = data.copy()
+        unturned[turning] = 0xEF  # a marker without meaning: torchcodec turns the image, but only by the first segment
+    try:
+        image = decoder(torch.from_numpy(unturned), mode="RGB" if channels == 3 else "GRAY")
+    except RuntimeError:
+        return read_by_pillow(data, channels)
+    if not turning:
+        return image
+    with open_by_pillow(data) as file:
+        return upright(image, file)
+
+
+def check_jpeg(data: bytes) -> list[int]:
+    """Goes through the segments as libjpeg does, skipping what lies between them. Raises ValueError if there are too
+    many pixels or scans. Returns where the markers are of segments with an orientation."""
+    at, turning, components, progressive = 2, [], b"", False
+    while 0 < (at := data.find(b"\xff", at) + 1) < len(data):
+        marker = data[at]
+        if marker in (0x00, 0xFF):  # not a marker, or a fill byte before one
+            continue
+        at += 1
+        if marker == 0xDA:  # the first scan, with which the header ends. Others follow only in these cases:
+            if progressive or components != data[at + 2 : at + 3]:
+                if [*SCAN_OR_END.findall(data, at), b"\xff\xd9"].index(b"\xff\xd9") >= MAX_SCANS:
+                    raise ValueError("more scans than MAX_SCANS in support/images.py")
+            break
+        length = int.from_bytes(data[at : at + 2], "big")
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            check_size(int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 3 : at + 5], "big"))
+            components, progressive = data[at + 7 : at + 8], marker % 4 == 2
+        if marker == 0xE1 and ORIENTATION.search(data, at, at + length):
+            turning.append(at - 1)
+        if marker != 0x01 and not 0xD0 <= marker <= 0xD9:  # these have no content
+            at += length
+    return turning
+
+
+@contextlib.contextmanager
+def open_by_pillow(data: np.ndarray) -> Iterator[Image.Image]:
+    """Without a warning on the screen: what matters of them is checked here."""
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_UNPACKED  # Pillow's refuse valid files
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            file = Image.open(io.BytesIO(data), formats=FORMATS)
+        except (UnidentifiedImageError, KeyError):  # a message that differs from run to run; no AVIF before Pillow 11.3
+            raise ValueError("cannot identify the image format") from None
+        with file:
+            yield file
 
 
 def read_by_pillow(data: np.ndarray, channels: int) -> Tensor:
-    try:
-        file = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError:
-        raise ValueError("cannot identify the image format") from None  # Pillow's message differs from run to run
-    with file:
-        check_size(*file.size)
-        n_pages = getattr(file, "n_frames", 1) if channels not in (1, 3, 4) else 1
-        if n_pages != channels:
-            return from_pillow(file, channels)
+    with open_by_pillow(data) as file:
+        check_frame(file)
+        if channels in (1, 3, 4) or getattr(file, "n_frames", 1) != channels:
+            if channels == 1:
+                file.draft("L", None)  # from a JPEG, the gray that the other decoders return
+            swapped = swapped_tiles(file)
+            return read_deep(data, file, swapped) if swapped else from_pillow(file, channels)
         pages = []
-        for i in range(n_pages):
+        for i in range(channels):
             file.seek(i)
-            check_size(*file.size)
-            pages.append(from_pillow(file, 1))
+            check_frame(file)
+            pages.append(as_channels(from_pillow(file, 1), 1))
         return torch.cat(pages)
 
 
+def check_frame(file: Image.Image) -> None:
+    check_size(*file.size)
+    tags = getattr(file, "tag_v2", {})  # of a TIFF, where a small image may lie in one huge tile
+    check_size(tags.get(322, 1), tags.get(323, 1))
+
+
+def swapped_tiles(file: Image.Image) -> list[tuple]:
+    """The tiles of an open file with 16-bit color, as if it had the other byte order; [] for other files."""
+    swapped = []
+    for tile in file.tile:  # (codec, extents, offset, args)
+        name, *others = tile[3] if tile[3] and isinstance(tile[3], tuple) else (tile[3],)
+        if name not in SWAPPED:
+            return []
+        swapped.append(tile._replace(args=(SWAPPED[name], *others)))
+    return swapped
+
+
+def read_deep(data: np.ndarray, file: Image.Image, swapped: list[tuple]) -> Tensor:
+    """16-bit color, of which Pillow returns the high bytes: from the other byte order, it returns the low ones."""
+    high = np.asarray(file)
+    with open_by_pillow(data) as low:
+        low.tile = swapped
+        pixels = high.astype(np.uint16)
+        pixels <<= 8
+        pixels |= np.asarray(low)
+    return upright(from_deep(pixels, file.info.get("transparency")), file)
+
+
+def from_deep(pixels: np.ndarray, transparent: int | tuple | None) -> Tensor:
+    """uint16 (H, W) or (H, W, C) -> (C, H, W), or (4, H, W) if one value or color is transparent."""
+    image = from_array(pixels)
+    if transparent is None:
+        return image
+    alpha = (pixels.reshape(*pixels.shape[:2], -1) != transparent).any(-1) * np.uint16(65535)
+    return torch.cat([image.expand(3, -1, -1), torch.from_numpy(alpha)[None]])
+
+
 def from_pillow(image: Image.Image, channels: int) -> Tensor:
-    """An image, or the current page of an open file: gray if it is or if `channels` is 1, RGBA if that is 4, else RGB;
-    uint16 for 16-bit gray."""
+    """An image, or the current page of an open file, upright: gray if it is or if `channels` is 1, RGBA if that is 4 or
+    something is transparent, else RGB; uint16 for 16-bit gray."""
+    image.load()
+    transparent = image.info.get("transparency")
     if image.mode[0] in "IF":  # 16-bit gray is I;16, in older versions I
         pixels = np.asarray(image)
         if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
             raise ValueError(f"pixels of type {pixels.dtype} outside of 0 to 65535; save them as 16-bit integers")
-        return torch.from_numpy(pixels.astype(np.uint16))[None]
-    gray = channels == 1 or image.mode in ("1", "L")
-    image = ImageOps.exif_transpose(image).convert("L" if gray else "RGBA" if channels == 4 else "RGB")
-    return from_array(np.array(image))
+        return upright(from_deep(pixels.astype(np.uint16), transparent), image)
+    if channels == 4 or transparent is not None or image.mode[-1] in "Aa":
+        mode = "RGBA"
+    else:
+        mode = "L" if channels == 1 or image.mode in ("1", "L") else "RGB"
+    return upright(from_array(np.array(image.convert(mode))), image)
+
+
+def upright(image: Tensor, file: Image.Image) -> Tensor:
+    """(c, H, W) turned as ImageOps.exif_transpose() turns `file`, but damaged Exif data turn nothing."""
+    try:
+        orientation = file.getexif().get(0x0112, 1)
+    except Exception:  # of any kind
+        return image
+    if orientation in (5, 6, 7, 8):
+        image = image.transpose(1, 2)
+    flipped = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}.get(orientation)
+    return image.flip(flipped) if flipped else image
 
 
 def from_array(pixels: np.ndarray) -> Tensor:
@@ -143,6 +277,8 @@ def as_channels(image: Tensor, channels: int) -> Tensor:
     c = len(image)
     if c == channels:
         return image
+    if c == 4 and channels in (1, 3):
+        return as_channels(on_white(image), channels)
     if channels == 4 and c in (1, 3):
         opaque = torch.full_like(image[:1], 65535 if image.dtype == torch.uint16 else 255)
         return torch.cat([image.expand(3, -1, -1), opaque])
@@ -151,9 +287,16 @@ def as_channels(image: Tensor, channels: int) -> Tensor:
     if c == 3 and channels == 1:
         weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
         return (image.float() * weights).sum(0, keepdim=True).round().to(image.dtype)
-    if c == 4 and channels == 3:
-        return image[:3]
     raise ValueError(f"it has {c} channels, not {channels}")
+
+
+def on_white(image: Tensor) -> Tensor:
+    """RGBA (4, H, W) -> RGB (3, H, W)."""
+    white = 65535 if image.dtype == torch.uint16 else 255
+    if (image[3] == white).all():
+        return image[:3]
+    alpha = image[3].float() / white
+    return torch.stack([(white - (white - color.float()) * alpha).round().to(image.dtype) for color in image[:3]])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

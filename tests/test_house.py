@@ -11,7 +11,7 @@ SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("support/*.py"), *ROOT.glob("ke
 PROGRAM = [path for path in SOURCES if not path.name.startswith(("test_", "conftest"))]
 OURS = {path.stem for path in PROGRAM} | {"support"}
 PACKAGES = {"torch", "torchvision", "numpy", "tqdm", "sklearn", "PIL"}
-OPTIONAL = {"safetensors", "onnx", "onnxscript", "onnxruntime", "scipy"}  # imported only where asked for
+OPTIONAL = {"safetensors", "onnx", "onnxscript", "onnxruntime", "scipy", "torchcodec"}  # imported only where asked for
 LEAVES = {"model", "losses", "data", "heads", "mask2former"}
 SUPPORT = {path.stem for path in PROGRAM if path.parent.name == "support"}
 EVENING = ("model.py", "losses.py", "data.py", "train.py", "eval_knn.py")
