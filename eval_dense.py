@@ -52,7 +52,7 @@ from support.draw import (
     save_png, sheet, stack, to_rgb, zoom)
 from support.evaluation import ResumeFile, add_record, add_result_flags, check_writable, no_bar, results_stem, say
 from support.images import FORMATS, check_size, read_image
-from support.parallel import join_processes, leave_processes, pick_device, worker_count, world
+from support.parallel import from_rank_0, join_processes, leave_processes, pick_device, worker_count, world
 from support.files import write_file
 from support.sources import SPLIT_FOLDERS, Source, image_paths
 
@@ -512,7 +512,7 @@ class DenseEvaluation:
         self.rules, self.model_hash = hub.image_rules(backbone, ckpt), hub.weights_hash(backbone)
         join_processes(self.device)
         self.workers = worker_count(args.num_workers, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        self.train, self.val = self.open_data()
+        self.train, self.val = from_rank_0(self.open_data)
         if self.trains:
             self.choose_recipe()
             self.network = Dense(backbone, self.new_head(backbone.embed_dim))

@@ -795,7 +795,7 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         if dist.is_initialized():
             dist.destroy_process_group()
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        sys.exit(print(f"error: {last_line(error)}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(print("\nstopped before the first step", file=sys.stderr) or 130)
     try:

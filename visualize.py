@@ -48,7 +48,7 @@ import heads
 import hub
 from data import normalize, to_float
 from eval_knn import neighbors as nearest_rows
-from support.cli import Parser, run, run_subcommand
+from support.cli import Parser, printable, run, run_subcommand
 from support.draw import (
     GAP, LEGEND_WIDTH, LINE_HEIGHT, MAX_IMAGES, PALETTE, SHEET_WIDTH, Curve, Tile, color_bar, depth_bar, depth_colors,
     draw_curves, evenly_spaced, heat_colors, images_per_row, in_rows, label_colors, legend, mark_point, picture_names,
@@ -125,7 +125,7 @@ def usable_images(read, names: list[str], at_most: int = MAX_IMAGES):
             if path in names:
                 raise
             reason = str(error)
-            tqdm.write(f"left out: {reason}", file=sys.stderr)
+            tqdm.write(f"left out: {printable(reason)}", file=sys.stderr)
             continue
         n_usable += 1
         yield image
@@ -487,7 +487,7 @@ def show_neighbors(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {args.out} would overwrite an image of {train}; choose another")
     own = None
     if paths:
-        queries = Queries([read_image(p, config["in_chans"]) for p in paths], [Path(p).name for p in paths])
+        queries = Queries([read_image(p, config["in_chans"]) for p in paths], [printable(Path(p).name) for p in paths])
     else:
         queries, rows = sample_queries(open_source(val, config["in_chans"]) if val else source, args.queries, args.seed)
         own = None if val else rows
@@ -505,7 +505,8 @@ def neighbor_sheet(source: Source, queries: Queries, cosines: list, rows: list) 
     labels, answers = source.labels, None
     if labels is not None and queries.labels is not None:
         labels, answers = common_labels(source, queries)
-    name_of = lambda label: str(source.classes[label] if source.classes else label) if label >= 0 else ""  # noqa: E731
+    classes = source.classes or range(1 + max(labels.max(), 0) if labels is not None else 0)
+    name_of = lambda label: printable(str(classes[label])) if label >= 0 else ""  # noqa: E731
     table = []
     for q, (values, neighbors) in enumerate(zip(cosines, rows)):
         answer = -1 if answers is None else int(answers[q])

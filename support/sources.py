@@ -1,9 +1,10 @@
 """Where images come from. A source is named by one string:
 
     /any/folder                   all images below it; class sub-folders give labels, train/ and val/ sub-folders splits
-    photos.txt                    a text file with one image path per line, optionally followed by a tab and a label
+    photos.txt                    a text file with one image per line: a path, or columns of a CSV or TSV, with a label
     /data/shards/*.tar            tar shards (WebDataset), also x-{000..099}.tar, with labels from .cls members; 16 are
-                                  read at a time, front to back, and mixed; :interleave=0 reads in fully random order
+                                  read at a time, front to back, and mixed; :interleave=0 reads in fully random order;
+                                  :image=left.jpg reads only these, where a sample has several images
     ImageNet:split=TRAIN:root=/data/imagenet[:extra=/data/extra]       train/<wnid>/*.JPEG, val/<wnid>/*.JPEG, test/
     ImageNet22k:root=/data/in22k[:extra=/data/extra]                   <wnid>.tar
     CIFAR10, CIFAR100, MNIST, FashionMNIST[:root=…][:download=yes]     as torchvision stores them
@@ -15,15 +16,13 @@
     python -m support.sources check /my/photos     # reads every image, lists those it cannot; exit code 1 if any
     python -m support.sources extra ImageNet:root=/data/imagenet:extra=/data/extra     # official metadata, also of 22k
 
-Listings are made once, cached in ~/.cache/dinov2 and mapped into memory. Apache License 2.0.
+How folders, lists and tars are listed: support/listings.py. Apache License 2.0.
 """
 import bisect
 import csv
-import errno
 import functools
 import glob
 import gzip
-import hashlib
 import importlib.util
 import itertools
 import math
@@ -33,27 +32,24 @@ import re
 import shlex
 import signal
 import sys
-import tarfile
 import traceback
 import zlib
-from array import array
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from support.cli import Parser, at_least, nearest, run
-from support.images import MAX_BYTES, as_channels, decode, from_array, from_pillow, read_file, short_reason
-from support.parallel import Failed, on_all_ranks, worker_count
-from support.files import write_file
+from support.cli import Parser, at_least, nearest, printable, run
+from support.images import MAX_BYTES, SUFFIXES, as_channels, decode, from_array, from_pillow, read_file, short_reason
+from support.listings import (
+    MAX_CLASSES, Damaged, cached_listing, hidden, list_folder, list_tars, note, read_list, stamp, tar_members)
+from support.parallel import in_turns, on_all_ranks, worker_count, world
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
 SPLIT_FOLDERS = {"TRAIN": ("train", "training"), "VAL": ("val", "valid", "validation", "test")}
 
 
@@ -64,9 +60,9 @@ SPLIT_FOLDERS = {"TRAIN": ("train", "training"), "VAL": ("val", "valid", "valida
 class Source:
     """Numbered images; subclasses define len(), and how to read image i. `labels` (n,) integers, -1 for none, or None;
     `classes`: the names of the labels, or None if labels are plain numbers; `name` for messages; `fingerprint`, equal
-    on all machines that see the same images."""
+    on all machines that see the same images; `notes` on what was understood or left out; `why_unlabeled`, if known."""
 
-    name, labels, classes, fingerprint = "", None, None, 0
+    name, labels, classes, fingerprint, notes, why_unlabeled = "", None, None, 0, (), ""
     spec, channels = "", 3  # as given to open_source
 
     def describe(self, i: int) -> str:
@@ -99,7 +95,7 @@ class Source:
 
 
 def reopen(spec: str, channels: int, fingerprint: int) -> Source:
-    source = open_source(spec, channels)
+    source = open_quietly(spec, channels)
     if source.fingerprint != fingerprint:
         raise ValueError(f"{source.name} has changed while the run was starting; start it again")
     return source
@@ -226,9 +222,10 @@ class ImageFiles(Source):
 
     def __init__(self, root: Path, listing: dict):
         self.root, self.name = str(root), str(root)
-        self.names, self.ends = listing["names"].numpy(), listing["ends"].numpy()
-        self.fingerprint = listing["fingerprint"]
-        self.labels = listing["labels"].numpy() if len(listing["labels"]) else None
+        self.names, self.ends = listing["names"], listing["ends"]
+        self.fingerprint, self.notes = listing["fingerprint"], listing["notes"]
+        self.why_unlabeled, self.left_out = listing["why_unlabeled"], listing["left_out"]
+        self.labels = listing["labels"] if len(listing["labels"]) else None
         self.classes = listing["classes"] or None
 
     def __len__(self) -> int:
@@ -313,6 +310,7 @@ class Mix(Source):
 
     def __init__(self, sources: list[Source], weights: list[Fraction] | None):
         self.sources, self.name = sources, " + ".join(s.name for s in sources)
+        self.notes = [line for s in sources for line in s.notes]
         self.first = [0, *itertools.accumulate(len(s) for s in sources)]
         self.fingerprint = zlib.crc32(str([(len(s), s.fingerprint) for s in sources]).encode())
         self.quota = None  # cumulated number of samples per round from each source
@@ -361,11 +359,19 @@ CODE = r"(.+\.py):(\w+)"  # file and function
 
 
 def open_source(spec: str, channels: int = 3) -> Source:
-    """The source that `spec` names (see the top of this file). Raises ValueError with the fix in the message."""
+    """The source that `spec` names (see the top of this file). Raises ValueError with the fix in the message. Notes say
+    what was left out, and how a list was understood."""
+    source = open_quietly(spec, channels)
+    for text in source.notes:
+        note(text)
+    return source
+
+
+def open_quietly(spec: str, channels: int) -> Source:
     parts = split_mixture(spec)
     try:
         if len(parts) > 1 or parts[0][1]:
-            source = Mix([open_source(part, channels) for part, _ in parts], [w for _, w in parts if w])
+            source = Mix([open_quietly(part, channels) for part, _ in parts], [w for _, w in parts if w])
         else:
             source = open_single(spec)
     except OSError as error:
@@ -395,7 +401,7 @@ def open_single(spec: str) -> Source:
     if name.endswith(".py") or re.fullmatch(CODE, name):
         opener, keys = open_dataset, ()
     else:
-        opener, keys = NAMED.get(name, (open_path, ("interleave",) if name.endswith(".tar") else ("split",)))
+        opener, keys = NAMED.get(name, (open_path, ("interleave", "image") if name.endswith(".tar") else ("split",)))
     if unknown := options.keys() - set(keys):
         raise ValueError(f"--data {spec!r}: unknown key {min(unknown)!r}; {name} takes {', '.join(keys) or 'none'}"
                          + nearest(name, NAMED) * (name not in NAMED))
@@ -425,27 +431,23 @@ def eval_specs(spec: str, train: str = "", val: str = "") -> tuple[str, str | No
     return tuple(specs) if all(has) else (train or spec, None)
 
 
-def open_on_all_ranks(specs: list[str | None], channels: int) -> list["Source | None"]:
-    """open_source() of each spec, None for None; on rank 0 first, so that the others find its listings. Raises
-    ValueError on all ranks if one of them cannot open them, or if they do not see the same files."""
-    sources = []
-    try:
-        for first in (True, False):
-            mine = specs if first == (dist.get_rank() == 0) else []
-            on_all_ranks(lambda: sources.extend(None if spec is None else open_source(spec, channels) for spec in mine))
+def open_on_all_ranks(specs: list[str | None], channels: int) -> list[Source | None]:
+    """open_source() of each spec, None for None. One process of each machine opens them first, so that the others find
+    its listings. Raises ValueError on all ranks if one of them cannot open them, or if they do not see the same files.
+    """
+    sources = in_turns(lambda: [None if spec is None else open_source(spec, channels) for spec in specs])
+    if world()[1] > 1:
         seen = on_all_ranks(lambda: [(len(s), s.fingerprint) if s is not None else 0 for s in sources])
-    except Failed as error:
-        raise ValueError(str(error)) from None
-    if any(other != seen[0] for other in seen):
-        raise ValueError(f"the machines see different files in {specs}; give all of them the same copy")
+        if any(other != seen[0] for other in seen):
+            raise ValueError(f"the machines see different files in {specs}; give all of them the same copy")
     return sources
 
 
 def check_readable(source) -> None:
-    """Raises ValueError if none of ten images can be read."""
-    for i in range(0, len(source), max(len(source) // 10, 1)):
+    """Raises ValueError if none of ten images can be read. They are drawn at random, always the same."""
+    for i in range(min(10, len(source))):
         try:
-            return source.image(i)
+            return source.image(shuffled(i, len(source), key=1))
         except Exception as error:  # decoders raise anything on damaged files
             reason = short_reason(error)
     if isinstance(source, ImageFiles) and os.path.isfile(source.name):
@@ -483,7 +485,7 @@ def open_dataset(name: str, options: dict[str, str]) -> TorchDataset:
         module_spec.loader.exec_module(module)
         make = vars(module).get(match[2])
         dataset = make and make()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         at = f" at line {lines[-1]} of {path}" if lines else ""
         raise ValueError(f"--data {name}: {type(error).__name__}{at}: {short_reason(error)}") from None
@@ -514,6 +516,9 @@ def open_torchvision(name: str, options: dict[str, str]) -> InMemory:
     if name.endswith("MNIST") and not download:
         prefix = "train" if split == "TRAIN" else "t10k"
         arrays = [read_idx(root, name, f"{prefix}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
+        if len(arrays[0]) != len(arrays[1]):
+            raise ValueError(f"{root} has {len(arrays[0])} images of {name} {split}, but {len(arrays[1])} labels; copy "
+                             "or download them again")
         return InMemory(*arrays, f"{name} {split}")
     import torchvision  # takes half a second to import
 
@@ -532,7 +537,7 @@ def read_idx(root: Path, dataset: str, name: str) -> np.ndarray:
         if path.is_file():
             try:
                 with (gzip.open if suffix else open)(path, "rb") as file:
-                    raw = file.read()
+                    raw = file.read(MAX_BYTES)  # a small .gz may unpack to any size
                 shape = np.frombuffer(raw, ">i4", count=raw[3], offset=4)  # raw[3] is the number of dimensions
                 return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy()
             except (OSError, EOFError, IndexError, ValueError):
@@ -552,19 +557,26 @@ def open_imagenet(name: str, options: dict[str, str]) -> Source:
         raise ValueError(f"{folder} does not exist; ImageNet's root must hold the folders train and val")
     if "extra" not in options:
         return open_folder(folder)
-    return ImageNetEntries(root, load_entries(options, f"entries-{split}.npy", "actual_index"), split)
+    numbers = ("actual_index",) if split == "TEST" else ("actual_index", "class_index")
+    return ImageNetEntries(root, load_entries(options, f"entries-{split}.npy", numbers), split)
 
 
-def load_entries(options: dict[str, str], name: str, column: str) -> np.ndarray:
+def load_entries(options: dict[str, str], name: str, numbers: tuple[str, ...]) -> np.ndarray:
+    """An official table, mapped into memory: columns of unsigned integers, named by `numbers`, and class_id. Raises
+    ValueError for any other file, and for impossible numbers of classes."""
     path = Path(options["extra"]).expanduser() / name
     fix = "write it by python -m support.sources extra"
     if not path.is_file():
         raise ValueError(f"{path} does not exist; leave out :extra= to do without, or {fix}")
     try:
         entries = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError):
-        entries = np.empty(0)
-    if column not in (entries.dtype.names or ()):
+        kinds = {column: kind.kind for column, (kind, *_) in (entries.dtype.fields or {}).items()}
+        fits = (entries.ndim == 1 and len(entries) > 0 and kinds.get("class_id") == "U"
+                and all(kinds.get(column) == "u" for column in numbers)
+                and ("class_index" not in numbers or int(entries["class_index"].max()) < MAX_CLASSES))
+    except Exception:  # NumPy raises anything on damaged headers
+        fits = False
+    if not fits:
         raise ValueError(f"{path} is damaged, or not such a table; {fix}")
     return entries
 
@@ -582,19 +594,23 @@ def open_imagenet22k(name: str, options: dict[str, str]) -> InTars:
         source.labels, source.classes = source.shard, [Path(t).stem for t in tars]
         return source
     path = Path(options["extra"]).expanduser() / "entries.npy"
-    entries = load_entries(options, "entries.npy", "start_offset")
+    entries = load_entries(options, "entries.npy", ("class_index", "start_offset", "end_offset"))
 
     def convert() -> dict:
         shard, start = entries["class_index"].astype(np.int32), entries["start_offset"].astype(np.int64) + 512
-        wnids = {int(c): str(entries["class_id"][row]) for c, row in zip(*np.unique(shard, return_index=True))}
-        columns = dict(shard=shard, start=start, size=entries["end_offset"] - start)  # 512: the member's header
-        return dict(stamps={str(path): os.stat(path).st_mtime_ns}, wnids=wnids, fingerprint=zlib.crc32(start),
-                    **{name: torch.from_numpy(column) for name, column in columns.items()})
+        size = entries["end_offset"].astype(np.int64) - start  # 512: the member's header
+        if size.min() < 0 or (np.diff(shard) < 0).any():
+            raise ValueError(f"{path} is damaged: an image of negative size, or rows out of order; copy it again")
+        wnids = [""] * (int(shard.max()) + 1)
+        for row in np.unique(shard, return_index=True)[1]:
+            wnids[shard[row]] = str(entries["class_id"][row])
+        return dict(stamps={str(path): stamp(path)}, wnids=wnids, fingerprint=zlib.crc32(start), shard=shard,
+                    start=start, size=size)
 
     table = cached_listing(f"entries {path.resolve()}", convert)
-    tars = [str(root / f"{table['wnids'].get(c, '')}.tar") for c in range(max(table["wnids"]) + 1)]
-    columns = [table[name].numpy() for name in ("shard", "start", "size")]
-    return InTars(str(root), tars, *columns, table["fingerprint"], labels=columns[0])
+    tars = [str(root / f"{wnid}.tar") for wnid in table["wnids"]]
+    return InTars(str(root), tars, table["shard"], table["start"], table["size"], table["fingerprint"],
+                  labels=table["shard"])
 
 
 def open_path(name: str, options: dict[str, str]) -> Source:
@@ -603,7 +619,7 @@ def open_path(name: str, options: dict[str, str]) -> Source:
         interleave = options.get("interleave", "16")
         if not interleave.isdecimal():
             raise ValueError(f"--data {name!r}: interleave is the number of tars to read in turn, or 0")
-        return open_tars(name, expand_tars(str(path)), int(interleave))
+        return open_tars(name, expand_tars(str(path)), int(interleave), options.get("image", ""))
     if path.is_file():
         if options:
             raise ValueError(f"--data {name!r}: a list has no splits; name another list")
@@ -631,61 +647,6 @@ def expand_tars(pattern: str) -> list[str]:
     return tars
 
 
-NAMED = {  # name: (function that opens it, the keys it takes)
-    "digits": (open_digits, ("split",)), "ImageNet": (open_imagenet, ("split", "root", "extra")),
-    "ImageNet22k": (open_imagenet22k, ("root", "extra")),
-    **{name: (open_torchvision, ("split", "root", "download"))
-       for name in ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST")}}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Listings: made once, with a progress bar, then cached in ~/.cache/dinov2 and mapped into memory
-
-
-def cached_listing(what: str, make) -> dict:
-    """make()'s tables: {"stamps": {path: mtime in ns}, name: tensor or plain data}. They are made again once the time
-    of a path has changed."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dinov2"
-    path = folder / f"{hashlib.sha1(os.fsencode(what)).hexdigest()[:16]}.listing3"
-    try:
-        listing = torch.load(path, mmap=True, weights_only=True)
-        if all(os.stat(p).st_mtime_ns == t for p, t in listing["stamps"].items()):
-            return listing
-    except Exception:  # there is none, it is damaged, or a path is gone: list again
-        pass
-    listing = make()
-    try:
-        write_file(path, functools.partial(torch.save, listing))
-        return torch.load(path, mmap=True, weights_only=True)
-    except (OSError, ValueError) as error:
-        print(f"the listing could not be cached ({error}); each start, and each worker, may have to list again",
-              file=sys.stderr)
-        return listing
-
-
-class ListingBuilder:
-    """Collects file names and labels into the tables of a listing."""
-
-    def __init__(self):
-        self.names, self.ends, self.labels = bytearray(), array("q", [0]), array("i")
-
-    def add(self, name: str, label: int) -> None:
-        self.names += os.fsencode(name)
-        self.ends.append(len(self.names))
-        self.labels.append(label)
-
-    def tables(self, classes: dict[str, int] | None) -> dict:
-        """`classes` maps names to the labels used so far, which are renumbered in the order of the names; "" is no
-        label."""
-        names = sorted(c for c in classes or () if c)
-        numbers = {name: i for i, name in enumerate(names)}
-        renumbered = np.array([numbers.get(c, -1) for c in classes or ()], np.int32)
-        labels = renumbered[np.array(self.labels, np.int32)] if classes else renumbered
-        tables = dict(names=torch.frombuffer(self.names or bytearray(1), dtype=torch.uint8), classes=names,
-                      ends=torch.from_numpy(np.array(self.ends)), labels=torch.from_numpy(labels))
-        return tables | dict(fingerprint=zlib.crc32(tables["labels"].numpy(), zlib.crc32(self.names)))
-
-
 def open_folder(root: Path) -> ImageFiles:
     """All images below `root`, the files of each folder in the order of their names, before its sub-folders. Their
     first sub-folder is their label, if every image is in one and there are at least two."""
@@ -696,48 +657,13 @@ def open_folder(root: Path) -> ImageFiles:
         raise ValueError(f"{error.filename} may not be read by this user; move it or change its mode") from None
     if len(source) == 0:
         tars = f"; its tar files are named {root}/*.tar" if any(root.glob("*.tar")) else ""
-        raise ValueError(f"{root} holds no image ({', '.join(SUFFIXES)}){tars}")
+        left_out = f"; left out: {source.left_out}" if source.left_out else ""
+        raise ValueError(f"{root} holds no image ({', '.join(SUFFIXES)}){left_out}{tars}")
     return source
 
 
-def list_folder(root: Path) -> dict:
-    listing, classes, stamps, seen = ListingBuilder(), {}, {}, set()
-    todo, links, linked = [""], [], False
-    with tqdm(desc=f"listing {root}", unit=" images", disable=None) as bar:
-        while todo or links:
-            linked = linked or not todo  # links come last: a folder is listed by its real name, if it has one
-            folder = todo.pop() if todo else links.pop(0)
-            info = os.stat(root / folder)
-            if linked and (info.st_dev, info.st_ino) in seen:  # two links to one folder, or one that leads back up
-                continue
-            seen.add((info.st_dev, info.st_ino))
-            stamps[str(root / folder)] = info.st_mtime_ns
-            files, folders = [], []
-            for entry in os.scandir(root / folder):
-                if entry.name.startswith(".") or links_to_itself(entry):  # hidden, such as the ._ files of macOS
-                    continue
-                if entry.is_dir():
-                    (links if entry.is_symlink() else folders).append(os.path.join(folder, entry.name))
-                elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():  # a file, or a link to one
-                    files.append(os.path.join(folder, entry.name))
-            for name in sorted(files):
-                listing.add(name, classes.setdefault(folder.split(os.sep)[0], len(classes)))
-            todo += sorted(folders, reverse=True)
-            links.sort()
-            bar.update(len(files))
-    labeled = len(classes) > 1 and "" not in classes
-    return dict(stamps=stamps, **listing.tables(classes if labeled else None))
-
-
-def links_to_itself(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_symlink() and not os.stat(entry.path)
-    except OSError as error:
-        return error.errno == errno.ELOOP
-
-
 def open_list(path: Path) -> ImageFiles:
-    """A text file with one path per line, absolute or relative to the file, and optionally a tab and a label."""
+    """A text file with one image per line; paths are absolute or relative to the file."""
     path = path.resolve()
     source = ImageFiles(path.parent, cached_listing(f"list {path}", lambda: read_list(path)))
     source.name = str(path)
@@ -746,66 +672,17 @@ def open_list(path: Path) -> ImageFiles:
     return source
 
 
-def read_list(path: Path) -> dict:
-    listing, classes, unlabeled = ListingBuilder(), {}, 0
-    stamps = {str(path): os.stat(path).st_mtime_ns}
-    try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-            for line in tqdm(file, desc=f"reading {path}", unit=" images", disable=None):
-                name, _, label = line.strip("\r\n").partition("\t")
-                if name.strip():
-                    unlabeled += not label
-                    listing.add(name, classes.setdefault(label, len(classes)))
-                if "\0" in name:
-                    raise ValueError
-    except (ValueError, PermissionError):
-        raise ValueError(f"{path} is not readable as text; --data takes a folder, or a list with one image path per "
-                         "line") from None
-    return dict(stamps=stamps, **listing.tables(classes if unlabeled < len(listing.labels) else None))
-
-
-def open_tars(name: str, tars: list[str], interleave: int) -> InTars:
+def open_tars(name: str, tars: list[str], interleave: int, image: str = "") -> InTars:
     tars = [os.path.abspath(tar) for tar in tars]
-    table = cached_listing("\n".join(["tars", *tars]), lambda: list_tars(tars))
+    table = cached_listing("\n".join(["tars", image, *tars]), lambda: list_tars(tars, image))
     if len(table["shard"]) == 0:
-        raise ValueError(f"{name}: there is no image in {tars[0]}" + " or the others" * (len(tars) > 1))
-    labels = table["labels"].numpy() if len(table["labels"]) else None
-    return InTars(name, tars, *(table[key].numpy() for key in ("shard", "start", "size")), table["fingerprint"],
-                  labels, interleave=interleave)
-
-
-def list_tars(tars: list[str]) -> dict:
-    """Where the images are, found by jumping from header to header; labels from the .cls members of the same name."""
-    columns, stamps = {"shard": array("i"), "start": array("q"), "size": array("q"), "labels": array("i")}, {}
-    for j, path in enumerate(tqdm(tars, desc="listing tars", unit="tar", disable=None)):
-        stamps[path], keys, labels, end = os.stat(path).st_mtime_ns, [], {}, 0
-        try:
-            with tarfile.open(path, "r:") as tar:
-                while (member := tar.next()) is not None:
-                    tar.members.clear()  # it would keep them all
-                    end = member.offset_data + member.size
-                    key, _, suffix = member.name.rpartition("/")[2].partition(".")
-                    key = member.name[: len(member.name) - len(suffix)]
-                    if member.isreg() and member.name.lower().endswith(SUFFIXES):
-                        keys.append(key)
-                        for column, value in zip(columns.values(), (j, member.offset_data, member.size)):
-                            column.append(value)
-                    elif member.isreg() and suffix == "cls":
-                        labels[key] = int(tar.extractfile(member).read())
-            if os.path.getsize(path) < end + 512:
-                raise tarfile.ReadError("its end is missing")
-        except tarfile.TarError as error:
-            if not keys:
-                raise ValueError(f"{path} is not a plain tar file ({error}); unpack it if it is compressed") from None
-            print(f"{path} is damaged after {len(keys)} images ({error}); the rest of it is skipped", file=sys.stderr)
-        except ValueError:
-            raise ValueError(f"{path}: the label {member.name} is not a number") from None
-        columns["labels"].extend(labels.get(key, -1) for key in keys)
-    tables = {name: torch.from_numpy(np.array(column)) for name, column in columns.items()}
-    if (tables["labels"] < 0).all():
-        tables["labels"] = tables["labels"][:0]
-    fingerprint = functools.reduce(lambda crc, table: zlib.crc32(table.numpy(), crc), tables.values(), 0)
-    return dict(stamps=stamps, fingerprint=fingerprint, **tables)
+        left_out = f"; left out: {table['left_out']}" if table["left_out"] else ""
+        raise ValueError(f"{name}: there is no image in {tars[0]}" + " or the others" * (len(tars) > 1) + left_out)
+    labels = table["labels"] if len(table["labels"]) else None
+    source = InTars(name, tars, *(table[key] for key in ("shard", "start", "size")), table["fingerprint"], labels,
+                    interleave=interleave)
+    source.notes, source.why_unlabeled = table["notes"], ": its tar files have no .cls members"
+    return source
 
 
 def image_paths(names: list[str]) -> list[str]:
@@ -816,9 +693,18 @@ def image_paths(names: list[str]) -> list[str]:
         if not os.path.exists(name):
             raise ValueError(f"no such image or folder: {name}")
         folder = open_folder(Path(name)) if os.path.isdir(name) else None
+        for text in folder.notes if folder else ():
+            note(text)
         for path in [name] if folder is None else map(folder.describe, range(len(folder))):
             paths.setdefault(os.path.realpath(path), path)
     return list(paths.values())
+
+
+NAMED = {  # name: (function that opens it, the keys it takes)
+    "digits": (open_digits, ("split",)), "ImageNet": (open_imagenet, ("split", "root", "extra")),
+    "ImageNet22k": (open_imagenet22k, ("root", "extra")),
+    **{name: (open_torchvision, ("split", "root", "download"))
+       for name in ("CIFAR10", "CIFAR100", "MNIST", "FashionMNIST")}}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -853,7 +739,8 @@ def extra_of_imagenet(root: Path, split: str) -> dict[str, np.ndarray]:
     source = open_folder(root / split.lower())
     paths = [Path(source.describe(i)) for i in range(len(source))]
     if strange := [path for path in paths if not re.fullmatch(r".+_\d+", path.stem)]:
-        raise ValueError(f"{strange[0]} is not named like an ImageNet file, such as n01440764_10.JPEG; move it away")
+        raise ValueError(f"{printable(str(strange[0]))} is not named like an ImageNet file, such as n01440764_10.JPEG; "
+                         "move it away")
     numbers = [int(path.stem.rpartition("_")[2]) for path in paths]
     if split == "TEST":
         rows = [(number, 2**32 - 1, "", "") for number in sorted(numbers)]
@@ -883,12 +770,13 @@ def extra_of_imagenet22k(root: Path) -> dict[str, np.ndarray]:
             starts, names = [512 * int(block) for block, _ in lines], [name for _, name in lines]
         else:
             try:
-                with tarfile.open(tar, "r:") as file:
-                    members = [member for member in file.getmembers() if member.isreg()]
-            except tarfile.TarError as error:
+                with open(tar, "rb") as file:
+                    members = [m for m in tar_members(file, os.path.getsize(tar)) if m.kind == "file" and
+                               not hidden(m.name.rpartition("/")[2])]
+            except Damaged as error:
                 raise ValueError(f"{tar} is damaged ({error}); copy it again") from None
-            starts, names = [m.offset for m in members], [m.name for m in members]
-            starts.append(members[-1].offset_data + -(-members[-1].size // 512) * 512 if members else 0)
+            starts, names = [m.start - 512 for m in members], [m.name for m in members]
+            starts.append(members[-1].start + -(-members[-1].size // 512) * 512 if members else 0)
         for name, start, end in zip(names, starts, starts[1:]):
             if name != "n06470073_47249.JPEG":  # known to be damaged; the official tables leave it out as well
                 rows.append((j, tar.stem, start, end, name))
@@ -969,7 +857,7 @@ def main(argv: list[str] | None = None) -> None:
         print(*(f"--{name} {' '.join(f'{v:.4g}' for v in values)}" for name, values in (("mean", mean), ("std", std))))
     else:
         rows = read_all(source, range(len(source)), args.num_workers)
-        bad = [f"{source.describe(i)}\t{reason}" for i, _, reason in rows if reason]
+        bad = [f"{printable(source.describe(i))}\t{printable(reason)}" for i, _, reason in rows if reason]
         print(*bad, sep="\n", end="\n" * bool(bad))
         print(f"{len(bad):,} of {len(source):,} images of {source.name} cannot be read")
         sys.exit(bool(bad))
