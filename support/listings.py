@@ -161,9 +161,9 @@ class LeftOut(Counter):
 
     def __str__(self) -> str:
         """"120 .heic, 3 .tga", the most frequent first, at most five; "" if there are none."""
-        most = [f"{n:,} {what}" for what, n in self.most_common(5)]
-        rest = self.total() - sum(n for _, n in self.most_common(5))
-        return ", ".join(most + [f"{rest:,} others"] * (rest > 0))
+        most = sorted(self.items(), key=lambda item: (-item[1], item[0]))
+        rest = sum(n for _, n in most[5:])
+        return ", ".join([f"{n:,} {what}" for what, n in most[:5]] + [f"{rest:,} others"] * (rest > 0))
 
     def notes(self, where: str, n_images: int) -> list[str]:
         return [f"{where}: {n_images:,} images; left out: {self}"] if self else []
@@ -207,16 +207,21 @@ def list_folder(root: Path) -> dict:
 def scan(path: Path, folder: str, others: LeftOut) -> tuple[list[str], list[str], list[str]]:
     """The images, the folders and the links to folders in a folder, as paths below `folder`. `others` counts the rest.
     """
-    files, folders, links = [], [], []
+    files, folders, links, prefix = [], [], [], os.path.join(folder, "")
     for entry in os.scandir(path):
-        if hidden(entry.name) or links_to_itself(entry):
+        name, is_image = entry.name, entry.name.lower().endswith(SUFFIXES)
+        if hidden(name):
             continue
-        if entry.is_dir():
-            (links if entry.is_symlink() else folders).append(os.path.join(folder, entry.name))
-        elif not (name := entry.name.lower()).endswith(SUFFIXES):
-            others.add(name)
-        elif entry.is_file():  # a file, or a link to one
-            files.append(os.path.join(folder, entry.name))
+        if is_image and entry.is_file(follow_symlinks=False):  # nearly all of them
+            files.append(prefix + name)
+        elif links_to_itself(entry):
+            others["links that lead nowhere"] += 1
+        elif entry.is_dir():
+            (links if entry.is_symlink() else folders).append(prefix + name)
+        elif not is_image:
+            others.add(name.lower())
+        elif entry.is_file():  # a link to one
+            files.append(prefix + name)
         elif entry.is_symlink():
             others["links that lead nowhere"] += 1
     return files, folders, links
@@ -234,6 +239,7 @@ def links_to_itself(entry: os.DirEntry) -> bool:
 
 
 MAX_LINE = 2**16  # characters
+PROBED = 32  # lines from which the layout is guessed
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 SEPARATORS = {"\t": "tabs", "": "", ",": "commas", ";": "semicolons", " ": "spaces"}  # "": a line is a path
 LABEL_NAMES = ("label", "labels", "class", "class_name", "classname", "category", "target", "class_id", "category_id",
@@ -319,7 +325,7 @@ def split_line(line: str, separator: str) -> list[str]:
 def guess_layout(path: Path) -> Layout | None:
     """The layout in which the first lines of a list name the most files that exist, then the most with the ending of an
     image. None for an empty list. Raises ValueError if no column does."""
-    lines = [line for (_, line), _ in zip(text_lines(path), range(32))]
+    lines = [line for (_, line), _ in zip(text_lines(path), range(PROBED))]
     best, found = (0, 0), None
     for separator in SEPARATORS:
         rows = [split_line(line, separator) for line in lines]
@@ -336,7 +342,7 @@ def guess_layout(path: Path) -> Layout | None:
         return None
     separator, column, rows = found
     first = rows[0][column] if len(rows[0]) > column else ""
-    named = len(rows) > 1 and not first.lower().endswith(SUFFIXES) and not is_there(path, first)
+    named = len(rows) > 1 and not re.search(r"[./\\]", first) and not is_there(path, first)
     return Layout(separator, column, label_column(column, rows, named), max(map(len, rows)), rows[0] if named else [])
 
 
@@ -525,7 +531,7 @@ def list_tar(path: str, others: LeftOut) -> tuple[list[tuple[str, int, int]], di
 
 def read_label(path: str, file, member: Member) -> int:
     try:
-        label = int(read_at(file, member.start, min(member.size, MAX_LABEL + 1)))
+        label = int(read_at(file, member.start, member.size) if member.size <= MAX_LABEL else "")
     except Damaged:
         raise
     except ValueError:
@@ -549,14 +555,14 @@ class Several:
     Chooses those whose name ends as `image` says, "all" for all; by default key.jpg before key.seg.png."""
 
     def __init__(self, image: str):
-        self.image, self.endings, self.n_samples, self.kept = image.lower().lstrip("."), Counter(), 0, Counter()
+        self.image, self.endings, self.n_samples, self.read = image.lower().lstrip("."), Counter(), 0, set()
 
-    def choose(self, images: list[tuple]) -> list[tuple]:
+    def choose(self, images: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
         """Those of one tar to read."""
         if self.image == "all":
             return images
         keys, samples = [], {}
-        for name, *_ in images:
+        for name, _, _ in images:
             folder, slash, base = name.rpartition("/")
             key, _, ending = base.partition(".")
             keys.append((folder + slash + key, ending.lower()))
@@ -564,33 +570,31 @@ class Several:
         if self.image:
             self.count(ending for _, ending in keys)
             return [item for item in images if item[0].lower().endswith(f".{self.image}")]
-        kept = []
-        for item, (key, ending) in zip(images, keys):
-            all_of_it = samples[key]
-            if len(all_of_it) == 1:
-                kept.append(item)
-                continue
-            self.count([ending])
-            plain = [e for e in all_of_it if "." not in e]
-            if not plain or ending == min(plain, key=lambda e: SUFFIXES.index(f".{e}")):
-                kept.append(item)
-                self.kept[ending] += 1
-        self.n_samples += sum(len(endings) > 1 for endings in samples.values())
-        return kept
+        chosen = {key: preferred(endings) for key, endings in samples.items() if len(endings) > 1}
+        self.n_samples += len(chosen)
+        self.count(ending for key, ending in keys if key in chosen)
+        self.read = self.read.union(*chosen.values()) if len(self.read) < 1000 else self.read
+        return [item for item, (key, ending) in zip(images, keys) if ending in chosen.get(key, (ending,))]
 
     def count(self, endings) -> None:
         for ending in endings:
-            if len(self.endings) < 1000 or ending in self.endings:
+            if len(self.endings) < 1000 or ending in self.endings:  # names may merely have dots
                 self.endings[ending] += 1
 
     def __str__(self) -> str:
         return ", ".join(f"{n:,} .{ending}" for ending, n in self.endings.most_common(5))
 
     def notes(self, where: str) -> list[str]:
-        """Nothing where names merely have dots: no ending comes twice."""
-        if self.image or not self.n_samples or self.n_samples > 1 and self.endings.most_common(1)[0][1] == 1:
+        """None where names merely have dots: no ending comes twice, and all are read."""
+        left = [ending for ending in self.endings if ending not in self.read]
+        if self.image or not self.n_samples or not left and max(self.endings.values()) == 1:
             return []
-        read = f"those named .{', .'.join(e for e, _ in self.kept.most_common(5))}" if (
-            self.kept.total() < self.endings.total()) else "all"
+        read = f"only those named .{' or .'.join(sorted(self.read)[:5])}" if left else "all"
         return [f"{where}: {self.n_samples:,} samples have several images ({self}), of which {read} are read; to "
-                f"choose, add :image={self.endings.most_common()[-1][0]} or :image=all"]
+                f"choose, add :image={(left or sorted(self.endings))[-1]} or :image=all"]
+
+
+def preferred(endings: set[str]) -> set[str]:
+    """Which images of a sample to read: one that is named by its key alone, where there is one; else all."""
+    plain = sorted((ending for ending in endings if "." not in ending), key=lambda e: SUFFIXES.index(f".{e}"))
+    return set(plain[:1]) or endings
