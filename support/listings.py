@@ -280,9 +280,9 @@ def list_notes(path: Path, layout: Layout | None, tables: dict, n_unlabeled: int
     """What was understood, unless the list is one of plain paths."""
     said, n = [], len(tables["labels"]) or len(tables["ends"]) - 1
     if tables["classes"]:
-        column = repr(layout.header[layout.label]) if layout.header else f"the {ordinal(layout.label)}"
-        said = [f"{len(tables['classes']):,} classes, from " + (f"the column {column}" if layout.header else
-                                                                f"{column} column")]
+        named = layout.label < len(layout.header)
+        column = f"column {layout.header[layout.label]!r}" if named else f"{ordinal(layout.label)} column"
+        said = [f"{len(tables['classes']):,} classes, from the {column}"]
         said += [f"{n_unlabeled:,} without a label"] * (n_unlabeled > 0)
     if layout and layout.header:
         said.append(f"the first line, {' '.join(layout.header)!r}, is a header")

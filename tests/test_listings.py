@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import random
 import resource
-import shutil
 import signal
 import sys
 import tarfile
@@ -568,8 +567,6 @@ def fuzz(make, folder: Path, n: int, tell) -> None:
         except ValueError as error:
             assert "\n" not in printable(str(error))
         signal.alarm(0)
-        if make is not fuzzed_cache:
-            shutil.rmtree(folder / "cache", ignore_errors=True)
     tell.put(opened)
 
 
