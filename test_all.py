@@ -1307,7 +1307,7 @@ def test_train_counts_and_lists_bad_images(tmp_path, cache, capsys):
     assert metrics(tmp_path / "two")[-1]["bad_samples"] == counted
     for i in range(12):
         (tmp_path / "p" / f"{i:02}.png").write_bytes(b"")
-    os.rename(tmp_path / "p" / "11.png", os.fsencode(tmp_path) + b"/p/\xff\n\t.png")  # no UTF-8, no single line
+    os.rename(tmp_path / "p" / "11.png", os.fsencode(tmp_path) + b"/p/\xff\n\t\x1b.png")  # no UTF-8, no single line
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         train.main([str(a) for a in [*flags[:-1], tmp_path / "bad"]])

@@ -11,6 +11,7 @@ import csv
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -265,8 +266,8 @@ def read_list(path: Path) -> dict:
         rows = list_rows(path, layout) if layout else ()
         for name, label in tqdm(rows, desc=f"reading {path}", unit=" images", disable=None):
             listing.add(name, classes.setdefault(label, len(classes)))
-            if not name.lower().endswith(SUFFIXES):
-                others.add(name.lower())
+            if not (lower := name.lower()).endswith(SUFFIXES):
+                others.add(lower)
     except (UnicodeError, PermissionError):
         raise ValueError(f"{path} is not readable as text; --data takes a folder, or a list with one image path per "
                          "line") from None
@@ -300,26 +301,24 @@ def text_lines(path: Path):
     with open(path, "rb") as file:
         utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as Windows writes it
     with open(path, encoding="utf-16" if utf16 else "utf-8-sig", errors="surrogateescape") as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE), ""), 1):
+        for number, line in enumerate(iter(functools.partial(file.readline, MAX_LINE), ""), 1):
             if "\0" in line:
                 raise UnicodeError
             if len(line) == MAX_LINE:
                 raise ValueError(f"{path}, line {number}, is longer than {MAX_LINE:,} characters; write one path per "
                                  "line")
-            if line := line.strip("\r\n"):
-                if not line.isspace():
-                    yield number, line
+            if (line := line.strip(" \r\n")) and not line.isspace():
+                yield number, line
 
 
 def split_line(line: str, separator: str) -> list[str]:
     """The columns of a line, without spaces around them and without quotes."""
-    if separator == " ":
-        return [line.strip()] if line.lower().rstrip().endswith(SUFFIXES) else line.rsplit(None, 1)
     if '"' in line:  # each line for itself: a quote that is never closed must not swallow the rest of the file
-        fields = next(csv.reader([line], delimiter=separator or "\x1f", skipinitialspace=True))
-    else:
-        fields = line.split(separator) if separator else [line]
-    return [field.strip() for field in fields]
+        line = csv.reader([line], delimiter=separator or "\x1f", skipinitialspace=True)
+        return [field.strip() for field in next(line)]
+    if not separator or separator == " " and line.lower().endswith(SUFFIXES):
+        return [line]
+    return line.rsplit(None, 1) if separator == " " else [field.strip() for field in line.split(separator)]
 
 
 def guess_layout(path: Path) -> Layout | None:
@@ -360,18 +359,18 @@ def label_column(path: int, rows: list[list[str]], named: bool) -> int | None:
 
 def list_rows(path: Path, layout: Layout):
     """Yields (path, label), the label "" if there is none."""
-    for k, (number, line) in enumerate(text_lines(path)):
-        if k == 0 and layout.header:
-            continue
-        fields, label, where = split_line(line, layout.separator), layout.label, f"{path}, line {number}, "
-        if len(fields) <= layout.path or not fields[layout.path]:
-            raise ValueError(f"{where}{line[:80]!r}, has no path in the {ordinal(layout.path)} column, as the first "
-                             "lines have; mend or remove it")
-        if any(fields[layout.n_columns :]):
-            raise ValueError(f"{where}{line[:80]!r}, has {len(fields)} columns, the first lines at most "
-                             f"{layout.n_columns}, separated by {SEPARATORS[layout.separator]}; put a path or label "
-                             "with such a sign in quotes")
-        yield fields[layout.path], "" if label is None or label >= len(fields) else fields[label]
+    separator, column, label, n_columns, header = layout
+    for number, line in itertools.islice(text_lines(path), bool(header), None):
+        fields = split_line(line, separator)
+        n = len(fields)
+        if n <= column or not fields[column]:
+            raise ValueError(f"{path}, line {number}, {line[:80]!r}, has no path in the {ordinal(column)} column, as the "
+                             "first lines have; mend or remove it")
+        if n > n_columns and any(fields[n_columns:]):
+            raise ValueError(f"{path}, line {number}, {line[:80]!r}, has {n} columns, the first lines at most "
+                             f"{n_columns}, separated by {SEPARATORS[separator]}; put a path or label with such a sign "
+                             "in quotes")
+        yield fields[column], "" if label is None or label >= n else fields[label]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

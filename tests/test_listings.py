@@ -237,6 +237,7 @@ LISTS = {  # content: (paths, labels by name, what is said)
     "a/1.png 3\nb 2.png 12": (["3", "12"], "2 classes, from the second column"),
     "path,label\na/1.png,cat\nb 2.png,dog": (["cat", "dog"], "2 images, 2 classes, from the column 'label'; the first line"),
     ",width,Label,file\n0,640,cat,a/1.png\n1,480,dog,b 2.png": (["cat", "dog"], "2 classes, from the column 'Label'"),
+    "\tpath\tlabel\n0\ta/1.png\tcat\n1\tb 2.png\tdog": (["cat", "dog"], "2 classes, from the column 'label'"),
     "a/1.png,cat,0.9\nb 2.png,dog,0.7": (["cat", "dog"], "2 classes, from the second column"),
     "7\ta/1.png\n12\tb 2.png": (["7", "12"], "2 classes, from the first column"),
     '"a/1.png","cat, small"\n"b 2.png","dog ""Rex"""': (["cat, small", 'dog "Rex"'], "2 classes"),
