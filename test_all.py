@@ -1315,7 +1315,8 @@ def test_train_counts_and_lists_bad_images(tmp_path, cache, capsys):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and re.match(r"error: \d+% of the images .* --max-bad-share", error)
     assert (tmp_path / "bad/resume/step_000000007").exists()  # 112 samples; fewer prove nothing
-    assert len((tmp_path / "bad/bad_samples.txt").read_bytes().splitlines()) == 12
+    listed = (tmp_path / "bad/bad_samples.txt").read_bytes()
+    assert len(listed.splitlines()) == 12 and rb"/p/\xff\n\t\x1b.png" in listed
     train_main(*flags[:-1], tmp_path / "bad", "--max-bad-share", 0.9)
 
 

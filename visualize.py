@@ -487,7 +487,7 @@ def show_neighbors(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {args.out} would overwrite an image of {train}; choose another")
     own = None
     if paths:
-        queries = Queries([read_image(p, config["in_chans"]) for p in paths], [printable(Path(p).name) for p in paths])
+        queries = Queries([read_image(p, config["in_chans"]) for p in paths], [Path(p).name for p in paths])
     else:
         queries, rows = sample_queries(open_source(val, config["in_chans"]) if val else source, args.queries, args.seed)
         own = None if val else rows
@@ -511,7 +511,7 @@ def neighbor_sheet(source: Source, queries: Queries, cosines: list, rows: list) 
     for q, (values, neighbors) in enumerate(zip(cosines, rows)):
         answer = -1 if answers is None else int(answers[q])
         table.append([Tile(zoom(to_rgb(queries.image(q)), side), "query",
-                           name_of(answer) or Path(queries.describe(q)).name)])
+                           name_of(answer) or printable(Path(queries.describe(q)).name))])
         for cosine, i in zip(values, neighbors):
             label = -1 if labels is None else int(labels[i])
             frame = PALETTE[2 if label == answer else 1] if min(label, answer) >= 0 else ""

@@ -414,7 +414,7 @@ def tar_members(file, total: int):
             name = records.get("path") or long_name or member_name(block)
             sparse = kind == b"S" or any(key.startswith("GNU.sparse.") for key in records)
             if "size" in records:
-                size = number(records["size"].encode(), at - 512, 10)
+                size = number(os.fsencode(records["size"]), at - 512, 10)
             more = kind == b"S" and block[482]  # maps of holes, between header and data
             while more and at + 512 <= total:
                 more = read_at(file, at, 512)[504]

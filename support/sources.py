@@ -206,6 +206,9 @@ class TorchDataset(Source):
         if labels.dtype.kind not in "iub" or labels.shape != (len(self),):
             raise ValueError(f"evaluations need one integer per image, but the labels of {self.name} are "
                              f"{labels.dtype} {labels.shape}")
+        if labels.max() >= MAX_CLASSES:
+            raise ValueError(f"the labels of {self.name} go up to {labels.max()}; number the classes from 0 to at most "
+                             f"{MAX_CLASSES - 1:,}")
         return labels.astype(np.int64)
 
     def label(self, i: int):
@@ -759,7 +762,7 @@ def extra_of_imagenet(root: Path, split: str) -> dict[str, np.ndarray]:
 
 def extra_of_imagenet22k(root: Path) -> dict[str, np.ndarray]:
     """From root/blocks/<wnid>.log, the output of `tar -tR`, where it exists; else from the tar itself."""
-    tars = sorted(root.glob("*.tar"))
+    tars = sorted(tar for tar in root.glob("*.tar") if not hidden(tar.name))
     if not tars:
         raise ValueError(f"{root} holds no <wnid>.tar")
     rows = []
