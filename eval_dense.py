@@ -72,7 +72,7 @@ class Pairs(Source):
         self.name, self.items, self.task, self.dataset, self.classes = name, items, task, dataset, classes
         self.depth_scale = {"nyu": 1000.0, "kitti": 256.0}.get(dataset, depth_scale)
         names = "\n".join(f"{photo} {target}" for photo, target in items)
-        self.fingerprint = hashlib.sha256(f"{dataset} {self.depth_scale} {names}".encode("utf-8", "surrogateescape")).hexdigest()
+        self.fingerprint = hashlib.sha256(os.fsencode(f"{dataset} {self.depth_scale} {names}")).hexdigest()
 
     def __len__(self) -> int:
         return len(self.items)

@@ -505,13 +505,12 @@ def neighbor_sheet(source: Source, queries: Queries, cosines: list, rows: list) 
     labels, answers = source.labels, None
     if labels is not None and queries.labels is not None:
         labels, answers = common_labels(source, queries)
-    classes = source.classes or range(1 + max(labels.max(), 0) if labels is not None else 0)
-    name_of = lambda label: printable(str(classes[label])) if label >= 0 else ""  # noqa: E731
+    name_of = lambda label: str(source.classes[label] if source.classes else label) if label >= 0 else ""  # noqa: E731
     table = []
     for q, (values, neighbors) in enumerate(zip(cosines, rows)):
         answer = -1 if answers is None else int(answers[q])
         table.append([Tile(zoom(to_rgb(queries.image(q)), side), "query",
-                           name_of(answer) or printable(Path(queries.describe(q)).name))])
+                           name_of(answer) or Path(queries.describe(q)).name)])
         for cosine, i in zip(values, neighbors):
             label = -1 if labels is None else int(labels[i])
             frame = PALETTE[2 if label == answer else 1] if min(label, answer) >= 0 else ""

@@ -364,8 +364,8 @@ def list_rows(path: Path, layout: Layout):
         fields = split_line(line, separator)
         n = len(fields)
         if n <= column or not fields[column]:
-            raise ValueError(f"{path}, line {number}, {line[:80]!r}, has no path in the {ordinal(column)} column, as the "
-                             "first lines have; mend or remove it")
+            raise ValueError(f"{path}, line {number}, {line[:80]!r}, has no path in the {ordinal(column)} column, as "
+                             "the first lines have; mend or remove it")
         if n > n_columns and any(fields[n_columns:]):
             raise ValueError(f"{path}, line {number}, {line[:80]!r}, has {n} columns, the first lines at most "
                              f"{n_columns}, separated by {SEPARATORS[separator]}; put a path or label with such a sign "

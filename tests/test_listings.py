@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 
+import eval_knn
 import support.cli
 import support.listings
 import support.sources
@@ -121,10 +122,10 @@ END = bytes(1024)
     (GOOD + header("b.png", 2**88 - 1) + END, "damaged after 1 images (its end is missing"),
     (GOOD + header("long", 2**33, b"L") + END, "damaged after 1 images (a header of 8,589,934,592 bytes"),
     (GOOD + header("pax", 2**21, b"x") + bytes(2**21) + END, "damaged after 1 images (a header of 2,097,152 bytes"),
-    (GOOD + header("pax", 21, b"x") + padded(b"21 size=999999999999\n") + header("b.png", 0) + END, "its end is missing"),
+    (GOOD + header("pax", 21, b"x") + padded(b"21 size=999999999999\n") + header("b.png", 0) + END, "end is missing"),
     (GOOD + header("pax", 11, b"x") + padded(b"11 size=-1\n") + header("b.png", 0) + END, "no number"),
-    (GOOD + header("pax", 30, b"x") + padded(b"30 GNU.sparse.size=8000000000\n") + header("b.png", 512) + bytes(512) + END,
-     "left out: 1 sparse members"),
+    (GOOD + header("pax", 30, b"x") + padded(b"30 GNU.sparse.size=8000000000\n") + header("b.png", 512) + padded(b"x") +
+     END, "left out: 1 sparse members"),
     (GOOD + header("a.cls", 512, b"S") + bytes(512) + END, "left out: 1 sparse members"),
     (GOOD + header("b.png", 0, b"2") + header("c.png", 0, b"1") + END, "left out: 2 link members"),
     (GOOD + GOOD[:-512], "its end is missing")], ids=range(12))
@@ -188,7 +189,7 @@ def test_one_of_several_images_of_a_sample(tmp_path, cache, capsys):
     assert opened([".2019.png", ".2020.png"], n=1)[0] == 2
     write_tar(tmp_path / "y.tar", {f"IMG.{k}.png": png(k) for k in range(5)})  # merely dots in names
     assert len(open_source(f"{tmp_path}/y.tar")) == 5 and told(capsys) == ""
-    with pytest.raises(ValueError, match=r"no image of .* is named \*\.top\.png; there are 2 \.left\.png, 2 \.right\.png"):
+    with pytest.raises(ValueError, match=r"no image of .* is named \*\.top\.png; there are 2 \.left\.png, 2 \.right\."):
         opened([".left.png", ".right.png"], ":image=top.png")
 
 
@@ -235,7 +236,7 @@ LISTS = {  # content: (paths, labels by name, what is said)
     "a/1.png , cat\n b 2.png ,dog \n\n": (["cat", "dog"], "2 classes, from the second column"),
     "a/1.png;3\nb 2.png;12": (["3", "12"], "2 classes, from the second column"),
     "a/1.png 3\nb 2.png 12": (["3", "12"], "2 classes, from the second column"),
-    "path,label\na/1.png,cat\nb 2.png,dog": (["cat", "dog"], "2 images, 2 classes, from the column 'label'; the first line"),
+    "path,label\na/1.png,cat\nb 2.png,dog": (["cat", "dog"], "2 classes, from the column 'label'; the first line"),
     ",width,Label,file\n0,640,cat,a/1.png\n1,480,dog,b 2.png": (["cat", "dog"], "2 classes, from the column 'Label'"),
     "\tpath\tlabel\n0\ta/1.png\tcat\n1\tb 2.png\tdog": (["cat", "dog"], "2 classes, from the column 'label'"),
     "a/1.png,cat,0.9\nb 2.png,dog,0.7": (["cat", "dog"], "2 classes, from the second column"),
@@ -407,7 +408,7 @@ def test_a_tar_of_the_same_time_and_another_size_is_listed_anew(tmp_path, cache)
 
 
 def four_processes(argv: list[str]) -> None:
-    """Of two machines, each with a cache of its own unless `how` says otherwise. Each line of listed.txt is a listing."""
+    """Of two machines, each with a cache of its own unless `how` says otherwise. listed.txt gets a line per listing."""
     folder, how = Path(argv[0]), argv[1]
     rank = int(os.environ["RANK"])
     machine = rank // 2
@@ -433,7 +434,21 @@ def four_processes(argv: list[str]) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("how,listed", [("own", [0, 2]), ("shared", [0]), ("unwritable", [0, 2, 3]), ("failing", [0, 2])])
+def count_listings() -> None:
+    list_folder = support.sources.list_folder
+    support.sources.list_folder = lambda root: print("listing", root) or list_folder(root)
+
+
+def test_an_evaluation_lists_once(trained, tmp_path, cache):
+    for split in ("train", "val"):
+        write_images(tmp_path / "p" / split, [f"{c}/{i}.png" for c in "ab" for i in range(2)])
+    text = Launched(tmp_path / "log", eval_knn.main, trained / "ckpt.pth", "--train", tmp_path / "p", "--device", "cpu",
+                    "--num-workers", "0", "--out", tmp_path / "o.jsonl", world=2, before=count_listings).wait()
+    assert text.count("listing ") == 2, text  # of two folders
+
+
+@pytest.mark.parametrize("how,listed", [("own", [0, 2]), ("shared", [0]), ("unwritable", [0, 2, 3]),
+                                        ("failing", [0, 2])])
 def test_each_machine_lists_once(how, listed, tmp_path):
     write_images(tmp_path / "p", ["1.png", "2.png"])
     text = Launched(tmp_path / "log", four_processes, tmp_path, how, world=4).wait()
@@ -449,12 +464,14 @@ def test_each_machine_lists_once(how, listed, tmp_path):
 # Tables of NumPy
 
 
-FIELDS = [("class_index", "<u4"), ("class_id", "U3"), ("start_offset", "<u4"), ("end_offset", "<u4"), ("filename", "U5")]
+FIELDS = [("class_index", "<u4"), ("class_id", "U3"), ("start_offset", "<u4"), ("end_offset", "<u4"),
+          ("filename", "U5")]
 
 
 @pytest.mark.parametrize("rows,fields", [
     ([(2**32 - 1, "n01", 0, 1024, "a")], FIELDS), ([(2**20, "n01", 0, 1024, "a")], FIELDS),
-    ([(0, "n01", 1024, 512, "a")], FIELDS), ([(1, "n02", 0, 1024, "a"), (0, "n01", 0, 1024, "a")], FIELDS), ([], FIELDS),
+    ([(0, "n01", 1024, 512, "a")], FIELDS), ([(1, "n02", 0, 1024, "a"), (0, "n01", 0, 1024, "a")], FIELDS),
+    ([], FIELDS),
     ([(0.0, "n01", 0, 1024, "a")], [("class_index", "<f4"), *FIELDS[1:]]), ([(0, 1024)], [FIELDS[0], FIELDS[2]])],
     ids=range(7))
 def test_official_tables_with_impossible_numbers(rows, fields, tmp_path, cache):
@@ -466,7 +483,9 @@ def test_official_tables_with_impossible_numbers(rows, fields, tmp_path, cache):
 def test_official_tables_larger_than_their_file(tmp_path, cache):
     np.save(tmp_path / "entries.npy", np.array([(0, "n01", 0, 1024, "a")], FIELDS))
     content = (tmp_path / "entries.npy").read_bytes()
-    (tmp_path / "entries.npy").write_bytes(content.replace(b"'shape': (1,), }" + b" " * 12, b"'shape': (2000000000000,), }"[:28]))
+    shape, claimed = b"'shape': (1,), }" + b" " * 12, b"'shape': (2000000000000,), }"
+    assert len(shape) == len(claimed) and shape in content
+    (tmp_path / "entries.npy").write_bytes(content.replace(shape, claimed))
     with pytest.raises(ValueError, match="entries.npy is damaged"):
         open_source(f"ImageNet22k:root={tmp_path}:extra={tmp_path}")
 
