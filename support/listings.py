@@ -242,7 +242,8 @@ def links_to_itself(entry: os.DirEntry) -> bool:
 MAX_LINE = 2**16  # characters
 PROBED = 32  # lines from which the layout is guessed
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
-SEPARATORS = {"\t": "tabs", "": "", ",": "commas", ";": "semicolons", " ": "spaces"}  # "": a line is a path
+SEPARATORS = {"\t": "tabs", "": "", ",": "commas", ";": "semicolons",  # "": a line is a path
+              " ": "a space", "  ": "spaces"}  # one before the label, after a path that may contain some; between all
 LABEL_NAMES = ("label", "labels", "class", "class_name", "classname", "category", "target", "class_id", "category_id",
                "y")  # of columns, in lower case
 
@@ -314,11 +315,13 @@ def text_lines(path: Path):
 def split_line(line: str, separator: str) -> list[str]:
     """The columns of a line, without spaces around them and without quotes."""
     if '"' in line:  # each line for itself: a quote that is never closed must not swallow the rest of the file
-        line = csv.reader([line], delimiter=separator or "\x1f", skipinitialspace=True)
-        return [field.strip() for field in next(line)]
+        fields = next(csv.reader([line], delimiter=separator[:1] or "\x1f", skipinitialspace=True))
+        return [field.strip() for field in fields]
     if not separator or separator == " " and line.lower().endswith(SUFFIXES):
         return [line]
-    return line.rsplit(None, 1) if separator == " " else [field.strip() for field in line.split(separator)]
+    if separator.isspace() and separator != "\t":
+        return line.rsplit(None, 1) if separator == " " else line.split()
+    return [field.strip() for field in line.split(separator)]
 
 
 def guess_layout(path: Path) -> Layout | None:

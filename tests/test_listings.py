@@ -236,6 +236,8 @@ LISTS = {  # content: (paths, labels by name, what is said)
     "a/1.png , cat\n b 2.png ,dog \n\n": (["cat", "dog"], "2 classes, from the second column"),
     "a/1.png;3\nb 2.png;12": (["3", "12"], "2 classes, from the second column"),
     "a/1.png 3\nb 2.png 12": (["3", "12"], "2 classes, from the second column"),
+    "a/1.png cat 0.9\nx,y.png dog 0.7": (["cat", "dog"], "2 classes, from the second column"),
+    "3 a/1.png\n12 x,y.png": (["3", "12"], "2 classes, from the first column"),
     "path,label\na/1.png,cat\nb 2.png,dog": (["cat", "dog"], "2 classes, from the column 'label'; the first line"),
     ",width,Label,file\n0,640,cat,a/1.png\n1,480,dog,b 2.png": (["cat", "dog"], "2 classes, from the column 'Label'"),
     "\tpath\tlabel\n0\ta/1.png\tcat\n1\tb 2.png\tdog": (["cat", "dog"], "2 classes, from the column 'label'"),
