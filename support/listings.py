@@ -63,7 +63,8 @@ def cached_listing(what: str, make) -> dict:
     except ValueError as error:
         note(f"{error}, so each process lists; XDG_CACHE_HOME can name another folder than {folder}")
         return listing
-    return read_listing(path) or listing
+    written = read_listing(path)  # or what another machine, with other files of that name, has just written
+    return written if written and written["stamps"] == listing["stamps"] else listing
 
 
 def stamp(path: str) -> list[int]:
@@ -345,19 +346,23 @@ def guess_layout(path: Path) -> Layout | None:
     separator, column, rows = found
     first = rows[0][column] if len(rows[0]) > column else ""
     named = len(rows) > 1 and not re.search(r"[./\\]", first) and not is_there(path, first)
-    return Layout(separator, column, label_column(column, rows, named), max(map(len, rows)), rows[0] if named else [])
+    n_columns = max(*map(len, rows), 1 + (separator == "\t"))  # labels after tabs may come later
+    label = label_column(column, n_columns, rows[0] * named, rows[-1])
+    return Layout(separator, column, label, n_columns, rows[0] * named)
 
 
 def is_there(path: Path, name: str) -> bool:
     return bool(name) and os.path.isfile(os.path.join(path.parent, name))
 
 
-def label_column(path: int, rows: list[list[str]], named: bool) -> int | None:
-    """Which column holds the labels: one that the header calls so, else the one after the paths, else the first."""
-    others = [i for i in range(max(map(len, rows))) if i != path]
-    names = [name.lower() for name in rows[0]] if named else []
+def label_column(path: int, n_columns: int, header: list[str], row: list[str]) -> int | None:
+    """Which column holds the labels: one that the header calls so, else the one after the paths, else the first; none
+    that names an image in `row`, such as a mask."""
+    names = [name.lower() for name in header]
     by_name = [names.index(name) for name in LABEL_NAMES if name in names and names.index(name) != path]
-    return (by_name + [i for i in others if i == path + 1] + others + [None])[0]
+    others = [i for i in (path + 1, 0) if i < n_columns and i != path
+              and not (i < len(row) and row[i].lower().endswith(SUFFIXES))]
+    return (by_name + others + [None])[0]
 
 
 def list_rows(path: Path, layout: Layout):

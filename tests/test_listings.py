@@ -238,6 +238,7 @@ LISTS = {  # content: (paths, labels by name, what is said)
     "a/1.png 3\nb 2.png 12": (["3", "12"], "2 classes, from the second column"),
     "a/1.png cat 0.9\nx,y.png dog 0.7": (["cat", "dog"], "2 classes, from the second column"),
     "3 a/1.png\n12 x,y.png": (["3", "12"], "2 classes, from the first column"),
+    "a/1.png\tmask1.png\nb 2.png\tmask2.png": (None, ""),
     "path,label\na/1.png,cat\nb 2.png,dog": (["cat", "dog"], "2 classes, from the column 'label'; the first line"),
     ",width,Label,file\n0,640,cat,a/1.png\n1,480,dog,b 2.png": (["cat", "dog"], "2 classes, from the column 'Label'"),
     "\tpath\tlabel\n0\ta/1.png\tcat\n1\tb 2.png\tdog": (["cat", "dog"], "2 classes, from the column 'label'"),
@@ -274,6 +275,11 @@ def test_numbers_of_a_list_stay_in_their_order(tmp_path, cache):
     (tmp_path / "l.txt").write_text("".join(f"{i}.jpg\t{i}\n" for i in range(12)))
     source = open_source(str(tmp_path / "l.txt"))
     assert source.labels.tolist() == [*range(12)] and source.classes == [str(i) for i in range(12)]
+
+
+def test_a_list_may_have_labels_late_only(tmp_path, cache):
+    (tmp_path / "l.txt").write_text("a.jpg\n" * 40 + "b.jpg\tcat\n")
+    assert open_source(str(tmp_path / "l.txt")).labels.tolist() == [-1] * 40 + [0]
 
 
 @pytest.mark.parametrize("content,text", [
