@@ -103,7 +103,7 @@ def read_listing(path: Path) -> dict | None:
     try:
         if not path.is_file():
             return None
-        data = np.memmap(path, np.uint8, "r").view(np.ndarray)
+        data = np.memmap(path, np.uint8, "c").view(np.ndarray)  # private, as torch takes no read-only arrays
     except (OSError, ValueError):  # not readable by this user; empty
         return None
     if hashlib.sha256(data[32:]).digest() != data[:32].tobytes():
@@ -158,7 +158,7 @@ class LeftOut(Counter):
         """`name` in lower case."""
         ending = os.path.splitext(name)[1]
         if ending not in BESIDE and name not in UNNAMED:
-            ending = ending if re.fullmatch(r"\.(?=\d*[a-z])\w{1,9}", ending) else "without an ending known here"
+            ending = ending if re.fullmatch(r"\.(?=\d*[a-z])\w{1,9}", ending) else "without a known extension"
             self[ending if len(self) < 100 or ending in self else "others"] += 1
 
     def __str__(self) -> str:
@@ -217,7 +217,7 @@ def scan(path: Path, folder: str, others: LeftOut) -> tuple[list[str], list[str]
         if is_image and entry.is_file(follow_symlinks=False):  # nearly all of them
             files.append(prefix + name)
         elif links_to_itself(entry):
-            others["links that lead nowhere"] += 1
+            others["broken links"] += 1
         elif entry.is_dir():
             (links if entry.is_symlink() else folders).append(prefix + name)
         elif not is_image:
@@ -225,7 +225,7 @@ def scan(path: Path, folder: str, others: LeftOut) -> tuple[list[str], list[str]
         elif entry.is_file():  # a link to one
             files.append(prefix + name)
         elif entry.is_symlink():
-            others["links that lead nowhere"] += 1
+            others["broken links"] += 1
     return files, folders, links
 
 
@@ -289,7 +289,7 @@ def list_notes(path: Path, layout: Layout | None, tables: dict, n_unlabeled: int
         said += [f"{n_unlabeled:,} without a label"] * (n_unlabeled > 0)
     if layout and layout.header:
         said.append(f"the first line, {' '.join(layout.header)!r}, is a header")
-    said += [f"not the endings of images, but tried all the same: {others}"] * bool(others)
+    said += [f"tried although they do not end like images: {others}"] * bool(others)
     return [f"{path}: {n:,} images, {'; '.join(said)}"] if said else []
 
 

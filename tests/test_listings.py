@@ -207,8 +207,8 @@ def test_left_out_files_are_told(tmp_path, cache, capsys):
     (tmp_path / "p/gone.png").symlink_to("nowhere")
     for _ in range(2):  # also when the listing comes from the cache
         assert len(open_source(str(tmp_path / "p"))) == 3
-        assert told(capsys) == (f"note: {tmp_path}/p: 3 images; left out: 6 .heic, 1 .tga, 1 links that lead "
-                                    "nowhere, 1 without an ending known here\n")
+        assert told(capsys) == (f"note: {tmp_path}/p: 3 images; left out: 6 .heic, 1 .tga, 1 broken links, "
+                                    "1 without a known extension\n")
     for name in ("1.JFIF", "2.jfif.png", "3.Jpeg"):
         (tmp_path / "p" / name).unlink()
     with pytest.raises(ValueError, match=r"holds no image \(.*; left out: 6 \.heic"):
@@ -222,7 +222,7 @@ def test_left_out_files_are_told(tmp_path, cache, capsys):
     write_images(tmp_path, ["b.png"])
     (tmp_path / "list.txt").write_text("a.heic\nb.png\n")
     assert len(open_source(f"{tmp_path}/list.txt")) == 2
-    assert told(capsys).endswith("2 images, not the endings of images, but tried all the same: 1 .heic\n")
+    assert told(capsys).endswith("2 images, tried although they do not end like images: 1 .heic\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -287,6 +287,7 @@ def test_data_listing_is_shared_and_small(tmp_path, cache):
         source.describe(i) for i in range(6)]
     maps = Path("/proc/self/maps")
     assert not maps.exists() or ".listing" in maps.read_text()
+    torch.from_numpy(source.labels)  # without a warning that it is read-only
 
 
 def test_data_unreadable_sources_end_the_run(tmp_path, cache):
