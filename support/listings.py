@@ -316,7 +316,8 @@ def text_lines(path: Path):
 def split_line(line: str, separator: str) -> list[str]:
     """The columns of a line, without spaces around them and without quotes."""
     if '"' in line:  # each line for itself: a quote that is never closed must not swallow the rest of the file
-        fields = next(csv.reader([line], delimiter=separator[:1] or "\x1f", skipinitialspace=True))
+        spaced = separator[:1] == " "  # of which Python 3.13 allows no others to be skipped
+        fields = next(csv.reader([line], delimiter=separator[:1] or "\x1f", skipinitialspace=not spaced))
         return [field.strip() for field in fields]
     if not separator or separator == " " and line.lower().endswith(SUFFIXES):
         return [line]
