@@ -93,7 +93,7 @@ def read_sample(source: ImageSource, s: int, seed: int, bad: list, labels=None) 
                 bad.append((source.describe(i), str(error).partition("\n")[0].expandtabs(1) or repr(error)))
             failures += 1
             if failures == 50:
-                raise Unreadable(f"50 images in a row could not be read, the last {bad[-1][0]}: {bad[-1][1]}")
+                raise Unreadable(f"50 images in a row could not be read, the last {bad[-1][0]!r}: {bad[-1][1]}")
         i = source.replacement(i, random.Random(f"{seed}/replace/{s}/{attempt}"))
 
 

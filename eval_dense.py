@@ -52,8 +52,8 @@ from support.draw import (
     save_png, sheet, stack, to_rgb, zoom)
 from support.evaluation import ResumeFile, add_record, add_result_flags, check_writable, no_bar, results_stem, say
 from support.images import FORMATS, check_size, read_image
-from support.parallel import join_processes, leave_processes, pick_device, worker_count, world
 from support.files import refuse_inputs, write_file
+from support.parallel import from_rank_0, join_processes, leave_processes, pick_device, worker_count, world
 from support.sources import SPLIT_FOLDERS, Source, image_paths
 
 IGNORE = 255  # the label of pixels that do not count
@@ -72,7 +72,7 @@ class Pairs(Source):
         self.name, self.items, self.task, self.dataset, self.classes = name, items, task, dataset, classes
         self.depth_scale = {"nyu": 1000.0, "kitti": 256.0}.get(dataset, depth_scale)
         names = "\n".join(f"{photo} {target}" for photo, target in items)
-        self.fingerprint = hashlib.sha256(f"{dataset} {self.depth_scale} {names}".encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(os.fsencode(f"{dataset} {self.depth_scale} {names}")).hexdigest()
 
     def __len__(self) -> int:
         return len(self.items)
@@ -512,7 +512,7 @@ class DenseEvaluation:
         self.rules, self.model_hash = hub.image_rules(backbone, ckpt), hub.weights_hash(backbone)
         join_processes(self.device)
         self.workers = worker_count(args.num_workers, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        self.train, self.val = self.open_data()
+        self.train, self.val = from_rank_0(self.open_data)
         if self.trains:
             self.choose_recipe()
             self.network = Dense(backbone, self.new_head(backbone.embed_dim))

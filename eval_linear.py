@@ -380,7 +380,7 @@ def evaluate_linear(e: Evaluation) -> tuple[dict, dict]:
                          f"{n_classes - 1}")
     real, tests = read_real(args.real, e.val) if args.real else [], []  # find mistakes before training
     for spec, classes in zip(args.test, args.test_classes or ["auto"] * len(args.test), strict=True):
-        source = e.open(spec)
+        source, = e.open(spec)
         tests.append((spec, source, class_columns(source, e.train, classes)))
     probe = Probe(e, n_classes)
     measured, best = probe.validate() if args.head else probe.train()

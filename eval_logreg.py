@@ -293,7 +293,7 @@ def sweep(solve, cs, rows: Tensor, held_out: tuple[Tensor, Tensor], metric: str)
 def evaluate_logreg(e: Evaluation) -> dict:
     """The whole protocol on the images of an open evaluation. Returns the result."""
     args = e.args
-    finetune = e.open(args.finetune) if args.finetune else None  # find mistakes before extracting features
+    finetune, = e.open(args.finetune or None)  # find mistakes before extracting features
     common_labels(e.train, finetune)
     x, labels = e.labeled(e.train, e.train_labels)
     test = held_out = e.labeled(e.val, e.val_labels)

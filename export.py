@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data import make_loader, normalize, to_float
 from hub import image_rules, load, read
 from model import DinoVisionTransformer
-from support.cli import DTYPES, Parser, run, run_subcommand
+from support.cli import DTYPES, Parser, printable, run, run_subcommand
 from support.evaluation import check_finite
 from support.images import FITS, FittedImages
 from support.parallel import pick_device, worker_count
@@ -239,7 +239,7 @@ def same_size_batches(loader, paths: list[str], named: list[str], batch_size: in
             raise ValueError(reason)
         if image is None:
             left_out += 1
-            print(f"left out: {reason}", file=sys.stderr)
+            print(f"left out: {printable(reason)}", file=sys.stderr)
             continue
         if images and (len(images) == batch_size or (image.shape, image.dtype) != (images[0].shape, images[0].dtype)):
             yield names, torch.stack(images)

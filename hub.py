@@ -49,7 +49,7 @@ from data import MEAN, STD
 from heads import CLASSES, RANGES, RECIPES, DPTHead, Dense, LinearDepthHead, Recipe, SegmentationHead, colors
 from mask2former import Mask2Former
 from model import ARCHS, FORMAT, DinoVisionTransformer, load_backbone, load_strictly, read_checkpoint
-from support.cli import Parser, nearest, run, run_subcommand
+from support.cli import Parser, nearest, printable, run, run_subcommand
 from support.files import replacing
 
 URL = "https://dl.fbaipublicfiles.com/dinov2"
@@ -645,7 +645,7 @@ def info(argv: list[str]) -> None:
         lines["linear head"] = f"{classes} classes, {width:,} features: {' or '.join(fits)}, and the mean patch"
     else:
         lines |= describe_backbone(path, ckpt)
-    print(*(f"{name:<12} {value}" for name, value in lines.items()), sep="\n")
+    print(*(f"{name:<12} {printable(str(value))}" for name, value in lines.items()), sep="\n")
 
 
 def describe_dense_head(path: str, ckpt: dict) -> dict[str, str]:

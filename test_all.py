@@ -1316,7 +1316,7 @@ def test_train_counts_and_lists_bad_images(tmp_path, cache, capsys):
     assert metrics(tmp_path / "two")[-1]["bad_samples"] == counted
     for i in range(12):
         (tmp_path / "p" / f"{i:02}.png").write_bytes(b"")
-    os.rename(tmp_path / "p" / "11.png", os.fsencode(tmp_path) + b"/p/\xff\n\t.png")  # no UTF-8, no single line
+    os.rename(tmp_path / "p" / "11.png", os.fsencode(tmp_path) + b"/p/\xff\n\t\x1b.png")  # no UTF-8, no single line
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         train.main([str(a) for a in [*flags[:-1], tmp_path / "bad"]])
@@ -1324,7 +1324,8 @@ def test_train_counts_and_lists_bad_images(tmp_path, cache, capsys):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and re.match(r"error: \d+% of the images .* --max-bad-share", error)
     assert (tmp_path / "bad/resume/step_000000007").exists()  # 112 samples; fewer prove nothing
-    assert len((tmp_path / "bad/bad_samples.txt").read_bytes().splitlines()) == 12
+    listed = (tmp_path / "bad/bad_samples.txt").read_bytes()
+    assert len(listed.splitlines()) == 12 and rb"/p/\xff\n\t\x1b.png" in listed
     train_main(*flags[:-1], tmp_path / "bad", "--max-bad-share", 0.9)
 
 

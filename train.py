@@ -803,7 +803,7 @@ def main(argv: list[str] | None = None) -> None:
             run = set_up(argv)
     except (ValueError, Lost) as error:
         leave_processes(wait_for_others=False)
-        sys.exit(print(f"error: {error}", file=sys.stderr) or (1 if isinstance(error, Lost) else 2))
+        sys.exit(print(f"error: {last_line(error)}", file=sys.stderr) or (1 if isinstance(error, Lost) else 2))
     except KeyboardInterrupt:
         sys.exit(print("\nstopped before the first step", file=sys.stderr) or 130)
     try:

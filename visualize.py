@@ -48,7 +48,7 @@ import heads
 import hub
 from data import normalize, to_float
 from eval_knn import neighbors as nearest_rows
-from support.cli import Parser, run, run_subcommand
+from support.cli import Parser, printable, run, run_subcommand
 from support.draw import (
     GAP, LEGEND_WIDTH, LINE_HEIGHT, MAX_IMAGES, PALETTE, SHEET_WIDTH, Curve, Tile, color_bar, depth_bar, depth_colors,
     draw_curves, evenly_spaced, heat_colors, images_per_row, in_rows, label_colors, legend, mark_point, picture_names,
@@ -125,7 +125,7 @@ def usable_images(read, names: list[str], at_most: int = MAX_IMAGES):
             if path in names:
                 raise
             reason = str(error)
-            tqdm.write(f"left out: {reason}", file=sys.stderr)
+            tqdm.write(f"left out: {printable(reason)}", file=sys.stderr)
             continue
         n_usable += 1
         yield image

@@ -131,6 +131,16 @@ def nearest(name: str, names) -> str:
     return f", did you mean {spelled[close[0]]}?" if close else ""
 
 
+HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # controls, bidi, not UTF-8
+
+
+def printable(text: str) -> str:
+    """A text with names of others in it, such as those of files, in one line that no terminal obeys: control characters
+    and bytes that are not UTF-8 become escapes such as \\n, \\x1b and \\xff."""
+    return HIDDEN.sub(lambda c: f"\\x{ord(c[0]) & 0xFF:02x}" if "\udc80" <= c[0] <= "\udcff" else
+                      c[0].encode("unicode_escape").decode(), text)
+
+
 def run_subcommand(commands: dict[str, Callable], manual: str, argv: list[str] | None):
     """Calls commands[NAME](remaining arguments), or prints the manual. Raises ValueError for an unknown name."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
@@ -144,6 +154,7 @@ def run_subcommand(commands: dict[str, Callable], manual: str, argv: list[str] |
 def run(main: Callable[[], object], interrupted: str = "") -> None:
     """Runs a command. A mistake of the user ends with one line on stderr and exit code 2, the loss of another process
     with 1; Ctrl-C with code 130, after the line `interrupted` if there is one."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 shows escapes
     try:
         with noticing_losses():
             main()
@@ -157,8 +168,10 @@ def run(main: Callable[[], object], interrupted: str = "") -> None:
 
 
 def last_line(error: BaseException) -> str:
-    """The last line of an error's message, without the name of its class: errors from a data-loading worker carry the
-    worker's whole traceback. (images.short_reason() is for damaged images, parallel.root_cause() for failed writes.)"""
+    """An error's message as one line. Errors from a data-loading worker carry the worker's whole traceback: of these
+    the last line, without the name of the class. (images.short_reason() is for damaged images, parallel.root_cause()
+    for failed writes.)"""
     text = str(error).strip() or type(error).__name__
-    last = text.splitlines()[-1]
-    return re.sub(r"^[\w.]+: ", "", last) if "Traceback (most recent call last)" in text else last
+    if "Traceback (most recent call last)" in text:
+        text = re.sub(r"^[\w.]+: ", "", text.split("\n")[-1])
+    return printable(text)

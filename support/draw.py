@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from support.cli import printable
 from support.files import write_file
 
 SHEET_WIDTH, GAP, LINE_HEIGHT, FONT_SIZE = 1560, 12, 23, 14  # width to aim for, space between images, a line of text
@@ -47,6 +48,7 @@ def font(size: int = FONT_SIZE) -> ImageFont.FreeTypeFont:
 
 def shorten(text: str, width: float) -> str:
     """Drops the beginning of a text that is too wide: file names differ at the end."""
+    text = printable(text)
     shorter = (text, *("…" + text[i:] for i in range(1, len(text) + 1)))
     return next((s for s in shorter if font().getlength(s) <= width), "")
 

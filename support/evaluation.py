@@ -33,10 +33,10 @@ from tqdm import tqdm
 import hub
 from data import MEAN, STD, make_loader, normalize, to_device, to_float, widen
 from model import FORMAT
-from support.cli import DTYPES, Parser, at_least
+from support.cli import DTYPES, Parser, at_least, printable
 from support.files import check_sums, write_file
 from support.parallel import join_processes, leave_processes, on_all_ranks, pick_device, worker_count, world
-from support.sources import Source, eval_specs, open_source, without_code
+from support.sources import Source, eval_specs, open_on_all_ranks, without_code
 
 NOT_FINITE = "the checkpoint has diverged, or half precision is too coarse for it (use --dtype fp32)"
 
@@ -44,7 +44,7 @@ NOT_FINITE = "the checkpoint has diverged, or half precision is too coarse for i
 def say(text: str) -> None:
     """Prints on stderr, on rank 0 alone, without disturbing a progress bar."""
     if world()[0] == 0:
-        tqdm.write(text, file=sys.stderr)
+        tqdm.write(printable(text), file=sys.stderr)
 
 
 def no_bar() -> bool | None:
@@ -213,8 +213,8 @@ def common_labels(train_source, val_source) -> tuple:
     a source without labels, or if the second has a class that the first does not have."""
     for source in (train_source, val_source):
         if source is not None and source.labels is None:
-            raise ValueError(f"{source.name} has no labels; evaluation needs one subfolder per class, two or more: "
-                             "name labeled images with --train and --val")
+            raise ValueError(f"{source.name} has no labels{source.why_unlabeled}; evaluation needs one subfolder per "
+                             "class, two or more: name labeled images with --train and --val")
     if val_source is None:
         return train_source.labels, None
     if (train_source.classes is None) != (val_source.classes is None):
@@ -327,7 +327,7 @@ class Evaluation:
             raise ValueError(f"--resize {self.resize} is smaller than --crop {self.crop}; make it at least as large")
         join_processes(self.device)
         self.workers = worker_count(args.num_workers, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        self.train, self.val = [self.open(spec) if spec else None for spec in self.specs]
+        self.train, self.val = self.open(*self.specs)
         self.train_labels, self.val_labels = common_labels(self.train, self.val)
         self.model_hash = hub.weights_hash(self.model)
 
@@ -343,9 +343,10 @@ class Evaluation:
             raise ValueError(f"--val is the same as --train, {train}; leave --val out, or name other images")
         return train, val
 
-    def open(self, spec: str):
+    def open(self, *specs: str | None) -> list[Source | None]:
+        """The sources named, None for None. Raises ValueError on all ranks if one of them cannot open them."""
         try:
-            return open_source(spec, self.config["in_chans"])
+            return open_on_all_ranks(specs, self.config["in_chans"])
         except ValueError as error:
             raise ValueError(str(error).removeprefix("--data ")) from None
 

@@ -251,6 +251,32 @@ def on_all_ranks(work, group=None) -> list:
     return [result for result, _ in gathered]
 
 
+def in_turns(work):
+    """work() on every rank, and its result on this one: rank 0 first, then one process of each other machine, then the
+    rest, who find what those have cached. If it raises on any, raises ValueError on all."""
+    rank, n_ranks = world()
+    if n_ranks == 1:
+        return work()
+    mine, turn = [], 0 if rank == 0 else 1 if os.environ.get("LOCAL_RANK", "0") == "0" else 2
+    try:
+        for now in range(3):
+            on_all_ranks(lambda: mine.append(work()) if now == turn else None)
+    except Failed as error:
+        raise ValueError(str(error)) from None
+    return mine[0]
+
+
+def from_rank_0(work):
+    """On all ranks the result of work() on rank 0. If it raises there, raises ValueError on all."""
+    rank, n_ranks = world()
+    if n_ranks == 1:
+        return work()
+    try:
+        return on_all_ranks(lambda: work() if rank == 0 else None)[0]
+    except Failed as error:
+        raise ValueError(str(error)) from None
+
+
 def root_cause(error: BaseException) -> str:
     """What the operating system said, in one line, if it is to blame: PyTorch wraps "No space left on device" in errors
     of its own. Otherwise the first line of the error. images.short_reason does the same for damaged images,

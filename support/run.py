@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -24,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from support.cli import printable
 from support.files import replacing, write_json
 from support.parallel import Failed, on_all_ranks, root_cause
 
@@ -506,7 +506,7 @@ class Log:
         self.new_bad = []
         self.counters["bad_samples"] += len(new)
         for name, reason in new:
-            self.bad_files.setdefault(re.sub(r"\s", " ", name), reason)  # one line each, even if a name has line breaks
+            self.bad_files.setdefault(printable(name), printable(reason))
         if self.main and len(self.bad_files) > self.n_listed:
             lines = "".join(f"{name}\t{reason}\n" for name, reason in self.bad_files.items())
             with contextlib.suppress(OSError):  # then they are listed with the next ones

@@ -75,15 +75,23 @@ def test_data_imagenet(tmp_path, monkeypatch):
     assert len(support.sources.open_source(train_spec)) == 3
 
 
-def test_data_fashion_mnist_files(tmp_path):
+def test_data_fashion_mnist_files(tmp_path, monkeypatch):
     images = np.arange(2 * 28 * 28, dtype=np.uint8).reshape(2, 28, 28)
     header = b"\0\0\x08\x03" + np.array(images.shape, ">i4").tobytes()
     (tmp_path / "t10k-images-idx3-ubyte").write_bytes(header + images.tobytes())
-    import gzip
     with gzip.open(tmp_path / "t10k-labels-idx1-ubyte.gz", "wb") as file:
         file.write(b"\0\0\x08\x01" + np.array([2], ">i4").tobytes() + bytes([9, 4]))
     source = support.sources.open_source(f"FashionMNIST:split=VAL:root={tmp_path}")
     assert source.labels.tolist() == [9, 4] and torch.equal(source.image(1)[2], torch.from_numpy(images[1]))
+    with gzip.open(tmp_path / "t10k-labels-idx1-ubyte.gz", "wb") as file:
+        file.write(b"\0\0\x08\x01" + np.array([3], ">i4").tobytes() + bytes([9, 4, 1]))
+    with pytest.raises(ValueError, match="2 images of FashionMNIST VAL, but 3 labels"):
+        support.sources.open_source(f"FashionMNIST:split=VAL:root={tmp_path}")
+    monkeypatch.setattr(support.sources, "MAX_BYTES", 1000)
+    with gzip.open(tmp_path / "t10k-labels-idx1-ubyte.gz", "wb") as file:
+        file.write(b"\0\0\x08\x01" + np.array([10**6], ">i4").tobytes() + bytes(10**6))  # not unpacked any further
+    with pytest.raises(ValueError, match="is damaged or no idx file"):
+        support.sources.open_source(f"FashionMNIST:split=VAL:root={tmp_path}")
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> None:
@@ -279,6 +287,7 @@ def test_data_listing_is_shared_and_small(tmp_path, cache):
         source.describe(i) for i in range(6)]
     maps = Path("/proc/self/maps")
     assert not maps.exists() or ".listing" in maps.read_text()
+    torch.from_numpy(source.labels)  # without a warning that it is read-only
 
 
 def test_data_unreadable_sources_end_the_run(tmp_path, cache):
@@ -361,6 +370,9 @@ def dicts():
 def words():
     return Squares(lambda i: (gray(i), "cat"))
 
+def huge():
+    return Squares(lambda i: (gray(i), 2**40))
+
 def stream():
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
@@ -427,8 +439,8 @@ def test_data_torch_dataset_trains_with_spawned_workers(my_data):
     (":floats", "is a Tensor torch.float32 (3, 20, 24); return an image"),
     (":dicts", "is a dict; return an image"), (":stream", "returns a Stream, which has no length"),
     (":empty", "is empty"), (":labeled:split=VAL", "takes none"),
-    (":broken", "NameError at line 58 of {}: name 'missing' is not defined"),
-    (":absent", "--data {0}:absent: FileNotFoundError at line 61 of {0}: [Errno 2] No such file or directory: "
+    (":broken", "NameError at line 61 of {}: name 'missing' is not defined"),
+    (":absent", "--data {0}:absent: FileNotFoundError at line 64 of {0}: [Errno 2] No such file or directory: "
      "'/nonexistent/file.txt'")])
 def test_data_torch_dataset_errors_name_the_fix(name, text, my_data):
     with pytest.raises(ValueError, match=re.escape(text.format(my_data))) as error:
@@ -442,6 +454,8 @@ def test_data_torch_dataset_mistakes_around_the_file(my_data):
         support.sources.open_source("no/such.py:photos")
     with pytest.raises(ValueError, match="a file, FILE.py:FUNCTION, or one of: digits"):
         support.sources.open_source("no/such/folder")
+    with pytest.raises(ValueError, match="labels of .* go up to 1099511627776; number the classes"):
+        support.sources.open_source(f"{my_data}:huge").labels
     for name in ("words", "pairs", "ragged"):
         with pytest.raises(ValueError, match=f"one integer per image, but the labels of {my_data}:{name} are") as error:
             support.sources.open_source(f"{my_data}:{name}").labels
