@@ -40,4 +40,4 @@ def _load_apart(*names):
 
 
 globals().update(_load_apart("model", "heads", "mask2former", "data", "support.cli", "support.parallel",
-                             "support.run", "hub").entry_points())
+                             "support.run", "support.weights", "hub").entry_points())

@@ -16,6 +16,7 @@ This file needs only torch and can be copied on its own. Attributes and paramete
 weights, so loading is strict and renames nothing. Papers: DINOv2 (Oquab et al. 2023, arXiv 2304.07193), ViT
 (Dosovitskiy et al. 2020, arXiv 2010.11929), registers (Darcet et al. 2023, arXiv 2309.16588). Apache License 2.0.
 """
+import re
 import warnings
 from functools import partial
 
@@ -155,12 +156,7 @@ class SwiGLUFFN(nn.Module):
         return self.w3(F.silu(gate) * value)
 
 
-class IdentityFFN(nn.Identity):
-    def __init__(self, dim: int, hidden: int, act_layer=None, bias: bool = True):
-        super().__init__()
-
-
-FFNS = {"mlp": Mlp, "swiglu": SwiGLUFFN, "swiglufused": SwiGLUFFN, "identity": IdentityFFN}
+FFNS = {"mlp": Mlp, "swiglu": SwiGLUFFN, "swiglufused": SwiGLUFFN, "identity": lambda *_, **__: nn.Identity()}
 
 
 class LayerScale(nn.Module):
@@ -246,7 +242,6 @@ def add_to_subset(x: Tensor, shapes: list[tuple[int, int]], branch, rate: float,
 
 class DinoVisionTransformer(nn.Module):
     """The DINOv2 vision transformer; arguments, attributes and parameters have the names of the official release.
-
     Arguments beyond those of a plain ViT:
         img_size: side, or (height, width), in pixels, of the images that the position embedding is for.
         init_values: initial LayerScale; None or 0 for no LayerScale. Training uses 1e-5.
@@ -491,36 +486,47 @@ def read_checkpoint(path: str) -> dict:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"no such checkpoint: {path}") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path} is a folder; name a file in it, such as {path.rstrip('/')}/ckpt.pth") from None
-    except PermissionError:
-        raise ValueError(f"no permission to read {path}") from None
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise ValueError(f"no such checkpoint: {path} ({error.strerror})") from None
     except Exception as error:  # a damaged file can fail in any way
-        if "GLOBAL" in str(error):  # torch.load's word for a class or a function
-            raise ValueError(f"{path} holds pickled code, not just weights: refused, nothing in it was run") from None
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):  # torch.load's word for a class or a function
+            raise ValueError(f"{path} holds pickled code, {found[1]}, not just weights: refused, nothing in it was run"
+                             ) from None
         raise ValueError(f"{path} is truncated or is not a PyTorch checkpoint; copy or download it again") from None
     if not isinstance(ckpt, dict):
         raise ValueError(f"{path} holds a {type(ckpt).__name__}, not a dict of weights")
     return ckpt
 
 
+def is_weight(value) -> bool:
+    """Whether it is a plain floating-point tensor, no larger than what the file holds of it."""
+    return type(value) in (Tensor, nn.Parameter) and value.is_floating_point() and value.layout == torch.strided and (
+        value.nbytes <= value.untyped_storage().nbytes())
+
+
 def load_backbone(path: str, ckpt: dict | None = None, arguments: dict | None = None) -> DinoVisionTransformer:
-    """The backbone of a checkpoint of train.py (the teacher) or of a released DINOv2 file, in eval mode.
+    """The backbone of a checkpoint of train.py (the teacher) or of a released DINOv2 file, in float32, in eval mode.
 
     `ckpt` is the content of the file, if it has been read already; `arguments` override the constructor arguments found
-    in it. Raises ValueError if anything is missing or left over.
+    in it. Raises ValueError if anything is missing, left over, or impossible.
     """
     ckpt = read_checkpoint(path) if ckpt is None else ckpt
-    weights, heads = ckpt.get("teacher", ckpt), ("dino_head.", "ibot_head.")
-    if not isinstance(weights, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in weights.items()):
-        raise ValueError(f"{path} holds no DINOv2 backbone (it starts with: {', '.join(map(str, list(ckpt)[:3]))})")
-    weights = {k.removeprefix("backbone."): v for k, v in weights.items() if not k.startswith(heads)}
-    kwargs = ckpt["model"] if ckpt.get("format") == FORMAT else infer_arguments(path, weights)
-    with torch.device("meta"):
-        model = DinoVisionTransformer(**kwargs | (arguments or {}))
-    load_strictly(model, weights, path)
+    arguments, heads = arguments or {}, ("dino_head.", "ibot_head.")
+    if ckpt.get("format", FORMAT) != FORMAT:
+        raise ValueError(f"{path} has format {ckpt['format']!r}, this code reads {FORMAT}: use the code that wrote it")
+    weights = ckpt["teacher"] if isinstance(ckpt.get("teacher"), dict) else ckpt
+    weights = {str(k).removeprefix("backbone."): v for k, v in weights.items() if not str(k).startswith(heads)}
+    inferred = infer_arguments(path, weights, arguments.get("img_size"))
+    try:
+        kwargs = ckpt["model"] if "format" in ckpt else inferred
+        for key in ("depth", "embed_dim", "patch_size", "in_chans"):
+            if kwargs[key] != inferred[key]:
+                raise ValueError(f"{key} is {kwargs[key]!r}, but {inferred[key]} by the weights")
+        with torch.device("meta"):
+            model = DinoVisionTransformer(**kwargs | arguments)
+    except Exception as error:  # impossible arguments can fail in any way
+        raise ValueError(f"{path} describes an impossible network: {str(error).partition(chr(10))[0]}") from None
+    load_strictly(model, {k: v.float() for k, v in weights.items()}, path)
     return model.eval()
 
 
@@ -528,7 +534,7 @@ def load_strictly(model: nn.Module, weights: dict[str, Tensor], path: str, assig
     """load_state_dict(strict=True) that says in one line what does not fit. Raises ValueError."""
     expected = model.state_dict()
     missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
-    shapes = [k for k in expected.keys() & weights.keys() if expected[k].shape != weights[k].shape]
+    shapes = [k for k in expected.keys() & weights.keys() if expected[k].shape != weights[k].shape or weights[k].is_meta]
     if missing or unexpected or shapes:
         kinds = ((missing, "is missing", "are missing"), (unexpected, "is unexpected", "are unexpected"),
                  (shapes, "has another shape", "have another shape"))
@@ -538,21 +544,29 @@ def load_strictly(model: nn.Module, weights: dict[str, Tensor], path: str, assig
     model.load_state_dict(weights, assign=assign)
 
 
-def infer_arguments(path: str, weights: dict[str, Tensor]) -> dict:
+def infer_arguments(path: str, weights: dict[str, Tensor], img_size=None) -> dict:
     """The constructor arguments of a DINOv2 backbone, from the names and shapes of its weights. What these do not tell
-    is as in the released models: heads 64 wide, and the interpolation of positions that goes with or without registers.
-    Raises ValueError if the weights are not those of a DINOv2 backbone."""
-    blocks = [k.removesuffix(".norm1.weight").split(".")[1:] for k in weights if k.endswith(".norm1.weight")]
-    needed = {"cls_token", "pos_embed", "mask_token", "patch_embed.proj.weight", "norm.weight"}
-    if not blocks or not needed <= weights.keys() or weights["patch_embed.proj.weight"].ndim != 4:
-        raise ValueError(f"{path} holds no DINOv2 backbone (it starts with: {', '.join(list(weights)[:3])})")
+    is as in the released models: a square position table (unless img_size is given), heads 64 wide, and the
+    interpolation of positions that goes with or without registers. Raises ValueError if the weights are not those of a
+    DINOv2 backbone."""
+    blocks = [k.split(".")[1:-2] for k in weights if re.fullmatch(r"blocks(\.\d+){1,2}\.norm1\.weight", k)]
+    needed = dict(cls_token=3, pos_embed=3, mask_token=2) | {"patch_embed.proj.weight": 4, "norm.weight": 1}
+    wrong = [k for k in weights if not is_weight(weights[k])] or [
+        k for k, n in needed.items() if k not in weights or weights[k].ndim != n or not weights[k].numel()]
+    if wrong:
+        raise ValueError(f"{path} holds no DINOv2 backbone: {', '.join(wrong[:5])} missing or of another type or shape "
+                         f"(it starts with: {', '.join(list(weights)[:3])})")
     dim, in_chans, patch = weights["patch_embed.proj.weight"].shape[:3]
-    chunks = len({b[0] for b in blocks}) if len(blocks[0]) == 2 else 0
+    entries = weights["pos_embed"].shape[1] - 1
+    if img_size is None and round(entries**0.5) ** 2 != entries:
+        raise ValueError(f"{path} has a position table of {entries} entries, not a square: give hub.load the size that "
+                         "it is for, img_size=(height, width) in pixels")
+    chunks = len({b[0] for b in blocks}) if blocks and len(blocks[0]) == 2 else 0
     first = f"blocks.{'0.0' if chunks else '0'}."
     ffn = next((f for k, f in (("w12", "swiglu"), ("fc1", "mlp")) if f"{first}mlp.{k}.weight" in weights), "identity")
-    registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
+    registers = weights["register_tokens"].shape[-2] if "register_tokens" in weights else 0
     return dict(
-        img_size=round((weights["pos_embed"].shape[1] - 1) ** 0.5) * patch, patch_size=patch, in_chans=in_chans,
+        img_size=round(entries**0.5) * patch if img_size is None else img_size, patch_size=patch, in_chans=in_chans,
         embed_dim=dim, depth=len(blocks), num_heads=max(dim // 64, 1), block_chunks=chunks, ffn_layer=ffn,
         init_values=1.0 if first + "ls1.gamma" in weights else None, qkv_bias=first + "attn.qkv.bias" in weights,
         proj_bias=first + "attn.proj.bias" in weights,

@@ -1907,8 +1907,8 @@ def bad_checkpoints(folder: Path, good: Path) -> dict[str, tuple[Path, str]]:
     del ckpt["teacher"]["backbone.norm.weight"]
     torch.save(ckpt, folder / "incomplete.pth")
     refused = "holds pickled code"
-    texts = dict(truncated="is truncated or", text="is truncated or", zero="is truncated or", malicious=refused,
-                 pickle="is truncated or",
+    texts = dict(truncated="is truncated;", text="is text, not", zero="is empty;", malicious=refused,
+                 pickle="is a Python pickle that torch.save did not write",
                  foreign="holds no DINOv2 backbone", nested="holds no DINOv2 backbone",
                  tensor="holds no DINOv2 backbone",
                  numbers="holds no DINOv2 backbone", list="holds a list",

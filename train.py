@@ -583,7 +583,7 @@ class TrainState:
         torch.manual_seed(cfg.seed)
         self.student = build_network(cfg, cfg.drop_path_rate)
         if cfg.init:
-            load_strictly(self.student["backbone"], load_backbone(cfg.init).state_dict(), cfg.init, assign=False)
+            load_strictly(self.student["backbone"], hub.load(cfg.init).state_dict(), cfg.init, assign=False)
         with torch.device("meta"):
             self.teacher = build_network(cfg)
         self.teacher.load_state_dict({k: v.clone() for k, v in self.student.state_dict().items()}, assign=True)

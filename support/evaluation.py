@@ -385,7 +385,7 @@ class ResumeFile:
         done = 0
         if self.wanted and self.path.exists():
             try:
-                done = restore(hub.read_pth(str(self.path)))
+                done = restore(hub.read_file(str(self.path)))
             except (ValueError, KeyError, TypeError, RuntimeError):
                 raise ValueError(f"{self.path} is damaged; remove it to start from scratch") from None
         if not all_agree(done, self.device):
