@@ -53,7 +53,7 @@ from support.draw import (
 from support.evaluation import ResumeFile, add_record, add_result_flags, check_writable, no_bar, results_stem, say
 from support.images import FORMATS, check_size, read_image
 from support.parallel import join_processes, leave_processes, pick_device, worker_count, world
-from support.run import write_file
+from support.files import write_file
 from support.sources import SPLIT_FOLDERS, Source, image_paths
 
 IGNORE = 255  # the label of pixels that do not count

@@ -28,7 +28,7 @@ from support.cli import DTYPES, Parser, run, run_subcommand
 from support.evaluation import check_finite
 from support.images import FITS, FittedImages
 from support.parallel import pick_device, worker_count
-from support.run import replacing, write_file
+from support.files import replacing, write_file
 from support.sources import image_paths
 
 

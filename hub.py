@@ -49,7 +49,7 @@ from heads import CLASSES, RANGES, RECIPES, DPTHead, Dense, LinearDepthHead, Rec
 from mask2former import Mask2Former
 from model import ARCHS, DinoVisionTransformer, is_weight, load_backbone, load_strictly, read_checkpoint
 from support.cli import Parser, nearest, run, run_subcommand
-from support.run import replacing
+from support.files import replacing
 from support.weights import (SAFETENSORS, Found, dicts_of_tensors, find_backbone, how_to_extract, kind_of_file,
                              name_of_network, no_backbone, weights_hash)
 

@@ -48,7 +48,8 @@ import train
 import support.draw
 import support.evaluation
 import support.parallel
-import support.run
+import support.files
+import support.saves
 import support.sources
 from tests.common import (CPU, HERE, RELEASED, TINY, Launched, Numbers, Payload, assert_close, everything, exit_code,
                           fill, golden, golden_grid, metrics, photographs, randn, results, same, saved_tensors, saving,
@@ -1368,9 +1369,11 @@ def test_train_survives_half_a_line_of_metrics(trained, tmp_path):
 
 def step_of(cfg: train.Config, step: int = 0):
     """A function that does a step of training, on the batch of this step whenever it is called."""
+    with torch.device("meta"):
+        student, teacher = train.build_network(cfg, cfg.drop_path_rate).train(), train.build_network(cfg).eval()
     torch.manual_seed(cfg.seed)
-    student, teacher = train.build_network(cfg, cfg.drop_path_rate).train(), train.build_network(cfg).eval()
-    teacher.requires_grad_(False).load_state_dict(student.state_dict())
+    support.parallel.materialize(student, CPU, train.initialization(cfg))
+    teacher.requires_grad_(False).load_state_dict(copy.deepcopy(student.state_dict()), assign=True)
     optimizers, centers = train.build_optimizers(student, cfg), train.build_centers(cfg, CPU)
     batches = train.training_batches(cfg, support.sources.open_source(cfg.data, cfg.in_chans), 0, 1)
     n = cfg.gradient_accumulation_steps
@@ -1678,9 +1681,9 @@ def test_resume_from_what_is_whole(trained, tmp_path, capsys):
     support.parallel.start_processes(CPU)
     for name, how in itertools.product(names, harm):
         save = shutil.copytree(whole / "resume/step_000000004", tmp_path / f"{name} {how}")
-        assert support.run.verify(save)["step"] == 4
+        assert support.saves.verify(save)["step"] == 4
         harm[how](save / name)
-        assert support.run.verify(save).startswith(name), (name, how)
+        assert support.saves.verify(save).startswith(name), (name, how)
     dist.destroy_process_group()
     for name, how in zip(names, ("changed", "truncated", "deleted")):
         shutil.rmtree(out, ignore_errors=True)
@@ -1959,7 +1962,7 @@ def test_errors_of_saves(trained, tmp_path):
         if name == "complete":
             continue
         complete = json.loads((save / "complete").read_text())
-        complete["files"][name] = support.run.sha256(save / name)  # whoever can write the one can write the other
+        complete["files"][name] = support.files.sha256(save / name)  # whoever can write the one can write the other
         (save / "complete").write_text(json.dumps(complete))
         with pytest.raises(ValueError, match=text):
             set_up_and_release(*flags, "--out", out)

@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import inspect
 import itertools
 import math
 import os
@@ -29,7 +28,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -38,21 +37,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+import hub
 import losses
 from data import (
     MEAN, STD, Batch, Prefetcher, TrainBatches, Unreadable, augment, augment_at_once, check_groups, keep_memory,
     prepare, train_loader)
 from eval_knn import evaluate_knn, knn_accuracy
-from model import ARCHS, FORMAT, DINOHead, build, init_linear, load_backbone, load_strictly
-from support.cli import Parser, last_line, nearest
+from model import ARCHS, FORMAT, DINOHead, build, check_names_and_shapes, init_parameters
+from support.cli import Parser, check_fields, flag, last_line, nearest
 from support.draw import draw_batch
 from support.parallel import (
     CHECKPOINTING, SHARDINGS, Failed, SharedFlags, all_reduce_in_backward, be_deterministic, full_weights, is_sharded,
-    load_kernel, local_shards, mean_over_processes, n_replicas, on_all_ranks, pick_device, shard, start_processes,
-    worker_count)
+    load_kernel, load_whole, local_shards, materialize, mean_over_processes, n_replicas, on_all_ranks, pick_device,
+    shard, start_processes, worker_count)
 from support.run import (
-    Log, NonFinite, OutputLock, Saver, StopSignals, TooManyBad, check_output, claim_output, load_newest, restarted,
-    same_command, summary, take_output, weights_sha256)
+    Log, NonFinite, OutputLock, StopSignals, TooManyBad, check_output, claim_output, restarted, same_command, summary,
+    take_output)
+from support.saves import Saver, load_newest
 from support.sources import InMemory, check_readable, eval_specs, open_on_all_ranks
 
 
@@ -217,20 +218,7 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; presets: {', '.join(PRESETS)}")
     defaults = Config(**PRESETS[preset])
-    comments, groups = comments_of_config(), {}
-    for field in dataclasses.fields(Config):
-        default, kind = getattr(defaults, field.name), plain_type(field)
-        if kind is bool:
-            options = dict(action=argparse.BooleanOptionalAction)
-        elif kind is tuple:
-            options = dict(type=float, nargs="+" if field.name in ("mean", "std") else len(default), metavar="X")
-        else:
-            options = dict(type=kind, metavar="X")
-        choices = f"one of {', '.join(get_args(field.type))}; " if get_origin(field.type) is Literal else ""
-        group, comment = comments[field.name]
-        groups[group] = groups.get(group) or parser.add_argument_group(group)
-        text = f"{choices}{comment} (default {'empty' if default == '' else default})".replace("%", "%%")
-        groups[group].add_argument("--" + field.name.replace("_", "-"), default=default, help=text, **options)
+    parser.add_fields(defaults, any_length=("mean", "std"))
     args = parser.parse_args(argv)
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -240,26 +228,12 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     return Config(**values), args
 
 
-def comments_of_config() -> dict[str, tuple[str, str]]:
-    """{field: (heading above it, comment behind it)}: the comments in Config are the help of the command line."""
-    found, heading = {}, ""
-    for line in inspect.getsource(Config).splitlines():
-        if above := re.fullmatch(r"    # (\w+)", line):
-            heading = above[1]
-        elif field := re.fullmatch(r"    (\w+): [^#]*# (.*)", line):
-            found[field[1]] = heading, field[2]
-    return found
-
-
-def plain_type(field: dataclasses.Field) -> type:
-    """bool, int, float, str or tuple, without the limits of Annotated and the choices of Literal."""
-    return str if get_origin(field.type) is Literal else getattr(field.type, "__origin__", field.type)
-
-
 def check(cfg: Config, n_ranks: int) -> None:
     """Raises ValueError, naming flag and fix, for values that cannot work, alone or together."""
-    for field in dataclasses.fields(Config):
-        check_field("--" + field.name.replace("_", "-"), getattr(cfg, field.name), field.type)
+    check_fields(cfg)
+    for field in ("data", "out"):
+        if not getattr(cfg, field):
+            raise ValueError(f"--{field} must not be empty")
     for field in ("mean", "std"):
         if len(getattr(cfg, field)) != cfg.in_chans:
             raise ValueError(f"--{field} has {len(getattr(cfg, field))} values, --in-chans is {cfg.in_chans}; give one "
@@ -269,28 +243,15 @@ def check(cfg: Config, n_ranks: int) -> None:
         size, p = getattr(cfg, field), cfg.patch_size
         if size < p or size % p:
             fits = " or ".join(str(n * p) for n in (size // p, size // p + 1) if n > 0)
-            raise ValueError(f"--{field.replace('_', '-')} {size} is not a multiple of --patch-size {p}; use {fits}")
+            raise ValueError(f"{flag(field)} {size} is not a multiple of --patch-size {p}; use {fits}")
     check_groups(cfg.batch_size, cfg.group_size, n_ranks, cfg.gradient_accumulation_steps)
     if cfg.warmup_steps > cfg.steps:
         raise ValueError(f"--warmup-steps {cfg.warmup_steps} is more than --steps {cfg.steps}; lower it too")
     for field in ("global_crops_scale", "local_crops_scale", "mask_ratio_min_max"):
         if getattr(cfg, field)[0] > getattr(cfg, field)[1]:
-            raise ValueError(f"--{field.replace('_', '-')} takes the smaller value first, got {getattr(cfg, field)}")
+            raise ValueError(f"{flag(field)} takes the smaller value first, got {getattr(cfg, field)}")
     if cfg.eval_resize < cfg.eval_crop:
         raise ValueError(f"--eval-resize {cfg.eval_resize} is less than --eval-crop {cfg.eval_crop}")
-
-
-def check_field(flag: str, value, kind) -> None:
-    """Raises ValueError for a value outside the limits or choices that its type states, and for an empty name."""
-    if get_origin(kind) is Literal and value not in (choices := get_args(kind)):
-        raise ValueError(f"{flag} {value!r}{nearest(value, choices)}; one of {', '.join(choices)}")
-    if get_origin(kind) is Annotated:
-        least, most = kind.__metadata__[0]
-        if not all(least <= v <= most and math.isfinite(v) for v in (value if isinstance(value, tuple) else [value])):
-            fits = f"lie between {least:g} and {most:g}" if most < math.inf else f"be {least:g} or more"
-            raise ValueError(f"{flag} must {fits}, got {value}")
-    if flag in ("--data", "--out") and not value:
-        raise ValueError(f"{flag} must not be empty")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -361,10 +322,13 @@ def build_network(cfg: Config, drop_path_rate: float = 0.0) -> nn.ModuleDict:
     network = nn.ModuleDict(dict(backbone=backbone, dino_head=dino_head(backbone.embed_dim)))
     if cfg.ibot_separate_head and cfg.ibot_loss_weight:
         network["ibot_head"] = ibot_head(backbone.embed_dim)
-    backbone.init_weights(cfg.init_std, cfg.pos_embed_std)
-    for head in list(network.values())[1:]:
-        head.mlp.apply(partial(init_linear, std=cfg.init_std))
+    network.apply(initialization(cfg))
     return network
+
+
+def initialization(cfg: Config):
+    """Gives the parameters that a module holds itself their first values. Its children are not touched."""
+    return partial(init_parameters, std=cfg.init_std, pos_std=cfg.pos_embed_std)
 
 
 def backbone_arguments(cfg: Config) -> dict:
@@ -580,20 +544,24 @@ class TrainState:
     """Networks, optimizers and centers. All else about a run at some step follows from the config and the step."""
 
     def __init__(self, cfg: Config, mesh, device: torch.device, kernel=None):
-        torch.manual_seed(cfg.seed)
-        self.student = build_network(cfg, cfg.drop_path_rate)
-        if cfg.init:
-            load_strictly(self.student["backbone"], hub.load(cfg.init).state_dict(), cfg.init, assign=False)
-        with torch.device("meta"):
-            self.teacher = build_network(cfg)
-        self.teacher.load_state_dict({k: v.clone() for k, v in self.student.state_dict().items()}, assign=True)
+        with torch.device("meta"):  # no process ever holds more than its shards and one parameter
+            self.student, self.teacher = build_network(cfg, cfg.drop_path_rate), build_network(cfg)
         self.teacher.requires_grad_(False).eval()
         if kernel is not None:
             for block in self.student["backbone"].block_list() + self.teacher["backbone"].block_list():
                 block.attn.kernel = kernel
         dtype, self.n_shards = compute_dtype(cfg, device), mesh.shape[-1]
-        shard(self.student.to(device), mesh, dtype, cfg.activation_checkpointing, cfg.compile, mode=cfg.sharding)
-        shard(self.teacher.to(device), mesh, dtype, compile_blocks=cfg.compile, with_backward=False)
+        shard(self.student, mesh, dtype, cfg.activation_checkpointing, cfg.compile, mode=cfg.sharding)
+        shard(self.teacher, mesh, dtype, compile_blocks=cfg.compile, with_backward=False)
+        torch.manual_seed(cfg.seed)
+        materialize(self.student, device, initialization(cfg))
+        if cfg.init:
+            pretrained = hub.load(cfg.init).state_dict()
+            check_names_and_shapes(self.student["backbone"], pretrained, cfg.init)
+            load_whole(dict(self.student["backbone"].named_parameters()), pretrained)
+        self.teacher.to_empty(device=device)
+        with torch.no_grad():
+            torch._foreach_copy_(*(local_shards(n.parameters()) for n in (self.teacher, self.student)))
         self.optimizers = build_optimizers(self.student, cfg)
         self.centers = build_centers(cfg, device)
 
@@ -813,7 +781,9 @@ def closing_message(run: Run, log: Log, done: int, signal_name: str) -> str:
         return (f"{signal_name or 'a signal'} after step {done} of {run.cfg.steps}: everything is saved. To continue:\n"
                 f"    {same_command()}")
     lines = [summary(log, done)] * bool(run.knn) + [f"done; the teacher is in {run.cfg.out}/ckpt.pth"]
-    return "\n".join(lines + [f"weights {weights_sha256(Path(run.cfg.out, 'ckpt.pth'))}"] * run.cfg.deterministic)
+    if run.cfg.deterministic:
+        lines.append(f"weights {hub.weights_hash(hub.load(f'{run.cfg.out}/ckpt.pth'))}")  # as `python hub.py info` says
+    return "\n".join(lines)
 
 
 def evaluated_at(cfg: Config, done: int) -> bool:

@@ -10,10 +10,13 @@
 Apache License 2.0.
 """
 import argparse
+import dataclasses
 import difflib
+import inspect
+import math
 import re
 import sys
-from typing import Callable
+from typing import Annotated, Callable, Literal, get_args, get_origin
 
 import torch
 
@@ -38,6 +41,27 @@ class Parser(argparse.ArgumentParser):
         for name in names:
             self.add_argument(f"--{name}", **flags[name])
 
+    def add_fields(self, defaults, any_length: tuple[str, ...] = ()) -> None:
+        """Adds a flag for every field of a dataclass, with the values in `defaults`: --like-this for like_this. Types
+        may be bool, int, float, str, tuple (of float; as many as the default has, or
+        any number for the fields named in `any_length`), a Literal of
+        strings, or Annotated[type, (smallest, largest)]. The comment behind a field is its help, and the comment above
+        several is the heading of their group."""
+        comments, groups = comments_of_fields(type(defaults)), {}
+        for field in dataclasses.fields(defaults):
+            default, kind = getattr(defaults, field.name), plain_type(field)
+            if kind is bool:
+                options = dict(action=argparse.BooleanOptionalAction)
+            elif kind is tuple:
+                options = dict(type=float, nargs="+" if field.name in any_length else len(default), metavar="X")
+            else:
+                options = dict(type=kind, metavar="X")
+            choices = f"one of {', '.join(get_args(field.type))}; " if get_origin(field.type) is Literal else ""
+            heading, comment = comments[field.name]
+            groups[heading] = groups.get(heading) or self.add_argument_group(heading)
+            text = f"{choices}{comment} (default {'empty' if default == '' else default})".replace("%", "%%")
+            groups[heading].add_argument(flag(field.name), default=default, help=text, **options)
+
     def error(self, message: str):
         raise ValueError(message)
 
@@ -47,6 +71,39 @@ class Parser(argparse.ArgumentParser):
             flags = [s for action in self._actions for s in action.option_strings]
             raise ValueError(f"unknown argument {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}; see --help")
         return args
+
+
+def flag(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def comments_of_fields(cls: type) -> dict[str, tuple[str, str]]:
+    """{field: (heading above it, comment behind it)} of a dataclass, from its source."""
+    found, heading = {}, ""
+    for line in inspect.getsource(cls).splitlines():
+        if above := re.fullmatch(r"    # (\w+)", line):
+            heading = above[1]
+        elif field := re.fullmatch(r"    (\w+): [^#]*# (.*)", line):
+            found[field[1]] = heading, field[2]
+    return found
+
+
+def plain_type(field: dataclasses.Field) -> type:
+    """bool, int, float, str or tuple, without the limits of Annotated and the choices of Literal."""
+    return str if get_origin(field.type) is Literal else getattr(field.type, "__origin__", field.type)
+
+
+def check_fields(values) -> None:
+    """Raises ValueError if a field of a dataclass lies outside the limits or choices that its type states."""
+    for field in dataclasses.fields(values):
+        value, kind = getattr(values, field.name), field.type
+        if get_origin(kind) is Literal and value not in (choices := get_args(kind)):
+            raise ValueError(f"{flag(field.name)} {value!r}{nearest(value, choices)}; one of {', '.join(choices)}")
+        if get_origin(kind) is Annotated:
+            least, most = kind.__metadata__[0]
+            if not all(least <= v <= most and math.isfinite(v) for v in (value if type(value) is tuple else [value])):
+                fits = f"lie between {least:g} and {most:g}" if most < math.inf else f"be {least:g} or more"
+                raise ValueError(f"{flag(field.name)} must {fits}, got {value}")
 
 
 def at_least(low: int) -> Callable[[str], int]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from support.run import write_file
+from support.files import write_file
 
 SHEET_WIDTH, GAP, LINE_HEIGHT, FONT_SIZE = 1560, 12, 23, 14  # width to aim for, space between images, a line of text
 LEGEND_WIDTH = 270

@@ -34,7 +34,7 @@ from data import MEAN, STD, make_loader, normalize, to_float, widen
 from model import FORMAT
 from support.cli import DTYPES, Parser, at_least
 from support.parallel import join_processes, leave_processes, pick_device, worker_count, world
-from support.run import write_file
+from support.files import write_file
 from support.sources import eval_specs, open_source, without_code
 
 NOT_FINITE = "the checkpoint has diverged, or half precision is too coarse for it (use --dtype fp32)"

@@ -51,7 +51,7 @@ from tqdm import tqdm
 from support.cli import Parser, at_least, nearest, run
 from support.images import MAX_BYTES, as_channels, decode, from_array, from_pillow, read_file, short_reason
 from support.parallel import Failed, on_all_ranks, worker_count
-from support.run import write_file
+from support.files import write_file
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
 SPLIT_FOLDERS = {"TRAIN": ("train", "training"), "VAL": ("val", "valid", "validation", "test")}

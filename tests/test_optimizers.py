@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 import data
 import train
 import support.parallel
-import support.run
+import support.saves
 import support.sources
 from tests.common import CPU, Launched, same
 
@@ -76,7 +76,7 @@ def process_group():
 
 
 def tensors_of(state, *parts: str) -> dict[str, torch.Tensor]:
-    tree = support.run.tensors_of(state)
+    tree = support.saves.tensors_of(state)
     return {f"{part}.{name}": support.parallel.local_shards([t])[0].detach().clone() for part in parts or tree
             for name, t in tree[part].items()}
 
@@ -98,13 +98,13 @@ def test_optimizer_by_one_line(name, process_group, tmp_path, monkeypatch):
     now = tensors_of(state)
     assert same(*({k: v for k, v in tree.items() if "teacher" not in k} for tree in (now, after)))
     assert step(3)
-    dcp.save(support.run.tensors_of(state), checkpoint_id=str(tmp_path / "save"))
-    support.run.check_metadata(tmp_path / "save/.metadata")
+    dcp.save(support.saves.tensors_of(state), checkpoint_id=str(tmp_path / "save"))
+    support.saves.check_metadata(tmp_path / "save/.metadata")
     saved = tensors_of(state)
     assert step(4) and step(5)
 
     other, other_step = tiny_state(seed=1)
-    support.run.load_save(other, tmp_path / "save")
+    support.saves.load_save(other, tmp_path / "save")
     assert same(tensors_of(other), saved)
     assert other_step(4) and other_step(5)
     assert same(tensors_of(other), tensors_of(state))
@@ -117,17 +117,17 @@ def test_optimizer_state_of_parameters_without_gradient(process_group, tmp_path,
     """They have none, after a resume neither; a run that never made a finite step resumes, too."""
     state, step = tiny_state()
     state.student["backbone"].pos_embed.requires_grad_(False)
-    dcp.save(support.run.tensors_of(state), checkpoint_id=str(tmp_path / "start"))
+    dcp.save(support.saves.tensors_of(state), checkpoint_id=str(tmp_path / "start"))
     assert step(0)
-    dcp.save(support.run.tensors_of(state), checkpoint_id=str(tmp_path / "save"))
+    dcp.save(support.saves.tensors_of(state), checkpoint_id=str(tmp_path / "save"))
     for save, n in (("save", len(list(state.student.parameters())) - 1), ("start", 0)):
         other, _ = tiny_state()
-        support.run.load_save(other, tmp_path / save)
-        kept = support.run.optimizer_state_of(other)
+        support.saves.load_save(other, tmp_path / save)
+        kept = support.saves.optimizer_state_of(other)
         assert len(kept) == n and "backbone.pos_embed" not in kept
     monkeypatch.setattr(train, "build_optimizers", OPTIMIZERS["SGD momentum"])
     with pytest.raises(ValueError, match="another optimizer wrote it: exp_avg.backbone"):
-        support.run.load_save(tiny_state()[0], tmp_path / "save")
+        support.saves.load_save(tiny_state()[0], tmp_path / "save")
 
 
 def sharded_optimizer_checks(folder: str, name: str) -> None:
@@ -138,10 +138,10 @@ def sharded_optimizer_checks(folder: str, name: str) -> None:
     assert step(0)
     before = tensors_of(state, "student", "centers")
     assert not step(1, bad=True) and same(tensors_of(state, "student", "centers"), before)
-    assert isinstance(next(iter(support.run.optimizer_tensors_of(state)["momentum_buffer"].values())), DTensor)
-    dcp.save(support.run.tensors_of(state), checkpoint_id=f"{folder}/save")
+    assert isinstance(next(iter(support.saves.optimizer_tensors_of(state)["momentum_buffer"].values())), DTensor)
+    dcp.save(support.saves.tensors_of(state), checkpoint_id=f"{folder}/save")
     other, other_step = tiny_state(seed=1)
-    support.run.load_save(other, Path(folder, "save"))
+    support.saves.load_save(other, Path(folder, "save"))
     assert step(2) and other_step(2) and same(tensors_of(other), tensors_of(state))
     dist.barrier()
     dist.destroy_process_group()

@@ -25,7 +25,9 @@ import torch.distributed.launcher.api as launcher
 
 import train
 import support.parallel
+import support.files
 import support.run
+import support.saves
 from tests.common import (HERE, TINY, Launched, everything, free_port, metrics, same, saved_tensors, saving,
                           set_up_and_release, train_main, wait_for, write_images)
 
@@ -164,7 +166,7 @@ def test_saves_that_fail_are_retried(tmp_path, monkeypatch, capsys):
     """Something in the way of resume/: the run goes on, says so, and saves once it is gone; with no patience it ends,
     naming the last good save."""
     out, step, calls = tmp_path / "out", train.train_step, []
-    monkeypatch.setattr(support.run.Saver, "RETRY", 0.0)
+    monkeypatch.setattr(support.saves.Saver, "RETRY", 0.0)
 
     def blocked(*args):
         calls.append(1)
@@ -209,7 +211,7 @@ def test_saves_survive_a_vanished_folder(tmp_path, monkeypatch):
 
     train_main(*TINY, "--steps", 8, "--save-every", 2, "--out", tmp_path / "undisturbed")
     monkeypatch.setattr(train, "train_step", vanish)
-    monkeypatch.setattr(support.run.Saver, "RETRY", 0.05)
+    monkeypatch.setattr(support.saves.Saver, "RETRY", 0.05)
     train_main(*TINY, "--steps", 8, "--save-every", 2, "--out", out)
     assert metrics(out) == metrics(tmp_path / "undisturbed") and not (out / "lock").exists()
     weights = [torch.load(p / "ckpt.pth", weights_only=True)["teacher"] for p in (out, tmp_path / "undisturbed")]
@@ -261,7 +263,7 @@ def test_saves_on_a_full_and_on_a_read_only_disk(small_disk, tmp_path):
 
 def slowly_and_retrying(slow: Path) -> None:
     """Steps that take a while as long as the file `slow` is there."""
-    step, support.run.Saver.RETRY = train.train_step, 0.1
+    step, support.saves.Saver.RETRY = train.train_step, 0.1
     train.train_step = lambda *a: (time.sleep(0.1 * slow.exists()), step(*a))[1]
 
 
@@ -465,8 +467,8 @@ def test_saves_that_nobody_could_read_end_the_run(value, text, tmp_path):
 
 def odd_state(value) -> None:
     """An optimizer that keeps this, too, for each parameter."""
-    state_of = support.run.optimizer_state_of
-    support.run.optimizer_state_of = lambda state: {k: v | dict(odd=value) for k, v in state_of(state).items()}
+    state_of = support.saves.optimizer_state_of
+    support.saves.optimizer_state_of = lambda state: {k: v | dict(odd=value) for k, v in state_of(state).items()}
 
 
 def test_saves_that_vanish_name_the_first_reason(tmp_path, monkeypatch):
@@ -485,7 +487,7 @@ def test_saves_hold_every_plain_dtype(tmp_path):
     tensors = {name: torch.zeros(2, dtype=getattr(torch, name)) for name in names}
     torch.distributed.checkpoint.save(tensors, checkpoint_id=str(tmp_path / "save"))
     torch.distributed.destroy_process_group()
-    support.run.check_metadata(tmp_path / "save/.metadata")
+    support.saves.check_metadata(tmp_path / "save/.metadata")
 
 
 def test_start_removes_what_a_killed_run_left(tmp_path):
@@ -524,27 +526,27 @@ def test_replacing_leaves_the_old_or_the_new(tmp_path):
     """A file or a folder that appears whole, and of a failure nothing."""
     path = tmp_path / "file"
     for durable in (False, True):
-        with support.run.replacing(path, durable) as temporary:
+        with support.files.replacing(path, durable) as temporary:
             temporary.write_text("new")
             assert temporary.parent == tmp_path and not path.exists()
         assert path.read_text() == "new"
-        with pytest.raises(ZeroDivisionError), support.run.replacing(path, durable) as temporary:
+        with pytest.raises(ZeroDivisionError), support.files.replacing(path, durable) as temporary:
             temporary.write_text("newer")
             1 / 0
         assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file"]
         path.unlink()
-    with support.run.replacing(path) as one, support.run.replacing(tmp_path / "two") as two:
+    with support.files.replacing(path) as one, support.files.replacing(tmp_path / "two") as two:
         one.mkdir()
         (one / "inside").write_text("one")
         two.write_text("two")
     assert (path / "inside").read_text() == "one" and (tmp_path / "two").read_text() == "two"
-    with support.run.replacing(path) as one, support.run.replacing(path) as two:
+    with support.files.replacing(path) as one, support.files.replacing(path) as two:
         assert one != two  # several containers, in which a process has the same number, may share a folder
         one.mkdir()
         two.mkdir()
         path.rename(tmp_path / "aside")
     with pytest.raises(ValueError, match="two/x could not be written \\(File exists"):
-        support.run.write_file(tmp_path / "two/x", print)
+        support.files.write_file(tmp_path / "two/x", print)
 
 
 def test_restart_by_torchrun_never_overwrites(tmp_path, monkeypatch):
