@@ -50,7 +50,7 @@ from mask2former import Mask2Former
 from model import ARCHS, DinoVisionTransformer, is_weight, load_backbone, load_strictly, read_checkpoint
 from support.cli import Parser, nearest, run, run_subcommand
 from support.files import replacing
-from support.weights import (SAFETENSORS, Found, dicts_of_tensors, find_backbone, how_to_extract, kind_of_file,
+from support.weights import (SAFETENSORS, dicts_of_tensors, find_backbone, how_to_extract, kind_of_file,
                              name_of_network, no_backbone, weights_hash)
 
 URL = "https://dl.fbaipublicfiles.com/dinov2"
@@ -289,8 +289,8 @@ def arguments_in_config(path: str, weights: dict[str, Tensor]) -> dict:
     width, patch = weights["cls_token"].shape[-1], weights["patch_embed.proj.weight"].shape[-1]
     if config.get("hidden_size") == width and (heads := config.get("num_attention_heads")) is not None:
         if type(heads) is not int or heads < 1 or width % heads:
-            raise ValueError(f"{Path(path).with_name('config.json')} is damaged: {repr(heads)[:20]} attention heads are "
-                             f"impossible for a width of {width}")
+            raise ValueError(f"{Path(path).with_name('config.json')} is damaged: {repr(heads)[:20]} attention heads "
+                             f"are impossible for a width of {width}")
         found["num_heads"] = heads
     for size in sizes:
         sides = [size, size] if type(size) is int else size
@@ -325,17 +325,26 @@ def read_head(path: str | Path, dim: int, n_blocks: int) -> tuple[Tensor, Tensor
     """Reads a linear head for a backbone of width `dim`. Returns weight (classes, (1+layers)*D) and bias (classes,),
     both float32, and the number of layers. Raises ValueError if it is not a linear head, or is for another backbone."""
     head = read_file(str(path))
-    weight, bias = head.get("weight"), head.get("bias")
-    if head.keys() != {"weight", "bias"} or not is_weight(weight) or not is_weight(bias) or (
-            weight.ndim != 2 or bias.shape != weight.shape[:1]):
+    if (pair := linear_head_in(head)) is None:
         raise ValueError(f"{path} holds no linear head, which is weight (classes, features) and bias (classes,) "
                          f"(it starts with: {first_entries(head)})")
+    weight, bias = pair
     most = min(4, n_blocks)
     layers = {2 * dim: 1, (1 + most) * dim: most}.get(weight.shape[1])
     if layers is None:
         raise ValueError(f"{path} is the head of another backbone: it takes {weight.shape[1]} features; this one, "
                          f"{dim} wide, gives {2 * dim} (1 layer) or {(1 + most) * dim} ({most} layers)")
     return weight.float(), bias.float(), layers
+
+
+def linear_head_in(ckpt: dict) -> tuple[Tensor, Tensor] | None:
+    """Weight (classes, features) and bias (classes,), if these are all tensors in a file; under any prefix."""
+    tensors = [(key, value) for _, part in dicts_of_tensors(ckpt) for key, value in part.items()]
+    pair = {key.split(".")[-1]: value for key, value in tensors}
+    if len(tensors) != 2 or pair.keys() != {"weight", "bias"} or not all(map(is_weight, pair.values())):
+        return None
+    weight, bias = pair["weight"], pair["bias"]
+    return (weight, bias) if weight.ndim == 2 and bias.shape == weight.shape[:1] and weight.numel() else None
 
 
 def load_classifier(spec: str | Path, head_path: str | Path) -> LinearClassifier:
@@ -403,8 +412,9 @@ def is_mask2former(ckpt: dict) -> bool:
 
 
 def unwrap(ckpt: dict) -> dict:
-    """The weights of a file; the released dense heads have them under "state_dict"."""
-    return ckpt["state_dict"] if isinstance(ckpt.get("state_dict"), dict) else ckpt
+    """The weights of a dense head or Mask2Former in a file; those released have them under "state_dict"."""
+    marks = ("query_feat.weight", *(names[0] for names in HEAD_KEYS))
+    return next((part for _, part in dicts_of_tensors(ckpt) if any(key.endswith(marks) for key in part)), {})
 
 
 def load_mask2former(path: str, ckpt: dict) -> tuple[Mask2Former, About]:
@@ -413,8 +423,8 @@ def load_mask2former(path: str, ckpt: dict) -> tuple[Mask2Former, About]:
                          f"{', '.join(DENSE_HEADS)}")
     with torch.device("meta"):
         network = Mask2Former()
-    weights = {k: v for k, v in unwrap(ckpt).items() if torch.is_tensor(v)}
-    load_strictly(network, {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}, path)
+    weights = {k: v.float() if is_weight(v) else v for k, v in unwrap(ckpt).items()}
+    load_strictly(network, weights, path)
     names = CLASSES["ade20k"]
     return network.eval(), About("seg", "ade20k", names, colors(len(names), "ade20k"), RECIPES["ade20k", "m2f"])
 
@@ -428,7 +438,7 @@ def read_dense_head(path: str | Path, backbone: DinoVisionTransformer, depth_ran
     """The head in a file, and what it was trained for: as eval_dense.py noted in the file, or as the file names of the
     release tell. Raises ValueError as load_dense() does."""
     ckpt, dim = read_file(str(path)), backbone.embed_dim
-    weights, notes = head_weights(path, ckpt), notes_of(ckpt)
+    weights, notes = head_weights(path, ckpt), notes_of(path, ckpt)
     named = re.search(rf"({'|'.join((*RANGES, *CLASSES))})_(linear4?|dpt|ms)_head", Path(path).name)
     dataset, width = notes.get("dataset", named[1] if named else ""), input_width(weights)
     segments, dpt = "conv_seg.weight" in weights, "convs.0.conv.weight" in weights
@@ -454,8 +464,11 @@ def read_dense_head(path: str | Path, backbone: DinoVisionTransformer, depth_ran
         else:
             make, n_bins = LinearDepthHead, len(weights["conv_depth.bias"])
             arguments |= dict(layers=width // unit, n_bins=n_bins)
-    with torch.device("meta"):
-        head = make(dim, **arguments)
+    try:
+        with torch.device("meta"):
+            head = make(dim, **arguments)
+    except (RuntimeError, ZeroDivisionError) as error:  # of sizes that are zero
+        raise ValueError(f"{path} describes an impossible head: {error}") from None
     load_strictly(head, weights, str(path))
     return head, about
 
@@ -469,18 +482,37 @@ def about_segmentation(dataset: str, kind: str, n: int, notes: dict) -> About:
     return About("seg", dataset, names, colors(n, dataset), recipe)
 
 
-def notes_of(ckpt: dict) -> dict:
-    """What eval_dense.py noted about a head; empty for other files."""
-    return ckpt["about"] if isinstance(ckpt.get("about"), dict) else {}
+def notes_of(path: str | Path, ckpt: dict) -> dict:
+    """What eval_dense.py noted about a head; empty for other files. Raises ValueError if it cannot be that."""
+    notes = ckpt["about"] if isinstance(ckpt.get("about"), dict) else {}
+    segments = notes.get("task") == "seg"
+    possible = dict(
+        task=lambda v: v in ("depth", "seg"), dim=lambda v: type(v) is int, dataset=lambda v: isinstance(v, str),
+        backbone=lambda v: isinstance(v, str), recipe=is_recipe if segments else lambda v: v is None,
+        classes=lambda v: not segments or isinstance(v, list) and all(isinstance(name, str) for name in v),
+        depth_range=lambda v: v is None or are_numbers(v, 0, 1e6) and len(v) == 2 and v[0] < v[1])
+    for key, test in possible.items():
+        if notes and not test(notes.get(key)):
+            raise ValueError(f"{path} is damaged: its {key} is {repr(notes.get(key))[:50]}")
+    return notes
+
+
+def is_recipe(values) -> bool:
+    if not isinstance(values, (list, tuple)) or len(values) != len(Recipe._fields):
+        return False
+    recipe = Recipe(*values)
+    sizes = (recipe.short, recipe.long, recipe.crop, recipe.stride, recipe.multiple, recipe.at_once)
+    return {type(v) for v in sizes} == {int} and min(sizes) > 0 and type(recipe.flip) is bool and (
+        are_numbers(recipe.ratios, 0.01, 100) and len(recipe.ratios) > 0)
 
 
 def head_weights(path: str | Path, ckpt: dict) -> dict[str, Tensor]:
     """The weights of a depth or segmentation head in float32, without the prefix that they have in released files.
     Raises ValueError if the file holds none."""
     weights = unwrap(ckpt)
-    if not isinstance(weights, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in weights.items()):
-        weights = {}
-    weights = {k.removeprefix("decode_head."): v.float() if v.is_floating_point() else v for k, v in weights.items()}
+    if named := [key for key in weights if "decode_head." in key]:  # under any prefix, and beside other parts
+        weights = {key.partition("decode_head.")[2]: weights[key] for key in named}
+    weights = {k: v.float() if is_weight(v) else v for k, v in weights.items()}
     dims = {k: v.ndim for k, v in weights.items()}
     heads = (dict.fromkeys(names, 4) | {names[0].replace("weight", "bias"): 1} for names in HEAD_KEYS)
     if not any(keys.items() <= dims.items() for keys in heads):
@@ -680,10 +712,10 @@ def info(argv: list[str]) -> None:
         network, about = load_mask2former(path, ckpt)
         lines["Mask2Former"] = f"on ViT-g/14, {len(about.classes)} classes of ADE20K"
         lines["weights"] = f"{sum(v.numel() for v in network.state_dict().values()):,}"
-    elif any(names[0] in str(key) for names in HEAD_KEYS for key in unwrap(ckpt)):
+    elif unwrap(ckpt):
         lines |= describe_dense_head(path, ckpt)
-    elif ckpt.keys() == {"weight", "bias"} and torch.is_tensor(ckpt["weight"]) and ckpt["weight"].ndim == 2:
-        classes, width = ckpt["weight"].shape
+    elif pair := linear_head_in(ckpt):
+        classes, width = pair[0].shape
         fits = [f"{n} CLS of a backbone {width // (n + 1)} wide" for n in (4, 3, 2, 1) if width % (8 * (n + 1)) == 0]
         lines["linear head"] = f"{classes} classes, {width:,} features: {' or '.join(fits)}, and the mean patch"
     else:
@@ -693,7 +725,7 @@ def info(argv: list[str]) -> None:
 
 def describe_dense_head(path: str, ckpt: dict) -> dict[str, str]:
     """{label: value} of a depth or segmentation head."""
-    weights, notes = head_weights(path, ckpt), notes_of(ckpt)
+    weights, notes = head_weights(path, ckpt), notes_of(path, ckpt)
     width, n = input_width(weights), f"{sum(v.numel() for v in weights.values()):,}"
     if "convs.0.conv.weight" in weights:
         lines = {"depth head": "DPT", "takes": f"4 blocks of a backbone {width} wide"}

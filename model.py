@@ -553,10 +553,12 @@ def check_names_and_shapes(model: nn.Module, weights: dict[str, Tensor], path: s
     """Raises ValueError if weights are not those of a model."""
     expected = model.state_dict()
     missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
-    shapes = [k for k in expected.keys() & weights.keys() if expected[k].shape != weights[k].shape or weights[k].is_meta]
+    both = {k: (expected[k], weights[k]) for k in expected.keys() & weights.keys()}
+    shapes = [k for k, (a, b) in both.items() if b.is_meta or (a.shape, a.layout, a.is_floating_point()) != (
+        b.shape, b.layout, b.is_floating_point())]
     if missing or unexpected or shapes:
         kinds = ((missing, "is missing", "are missing"), (unexpected, "is unexpected", "are unexpected"),
-                 (shapes, "has another shape", "have another shape"))
+                 (shapes, "has another shape or type", "have another shape or type"))
         faults = [f"{len(keys)} {many if len(keys) > 1 else one} (such as {min(keys)})" for keys, one, many in kinds
                   if keys]
         raise ValueError(f"{path} is from another architecture: of the weights, {', '.join(faults)}")
@@ -577,8 +579,9 @@ def infer_arguments(path: str, weights: dict[str, Tensor], img_size=None) -> dic
     dim, in_chans, patch = weights["patch_embed.proj.weight"].shape[:3]
     entries = weights["pos_embed"].shape[1] - 1
     if img_size is None and round(entries**0.5) ** 2 != entries:
-        raise ValueError(f"{path} has a position table of {entries} entries, not a square: give hub.load the size that "
-                         "it is for, img_size=(height, width) in pixels")
+        raise ValueError(f"{path} has a position table of {entries} entries, not a square: give hub.load "
+                         "img_size=(height, width) in pixels, or write {\"image_size\": [height, width]} into config.json "
+                         "beside it")
     chunks = len({b[0] for b in blocks}) if blocks and len(blocks[0]) == 2 else 0
     first = f"blocks.{'0.0' if chunks else '0'}."
     ffn = next((f for k, f in (("w12", "swiglu"), ("fc1", "mlp")) if f"{first}mlp.{k}.weight" in weights), "identity")

@@ -379,14 +379,17 @@ class ResumeFile:
     def __init__(self, prefix: str, settings: list, device: torch.device, wanted: bool = True):
         self.path, self.device, self.wanted = Path(f"{prefix}.{settings_hash(settings)[:8]}.resume"), device, wanted
 
-    def load(self, restore: Callable[[dict], int]) -> None:
-        """If there is a state, calls restore(state), which returns the number of steps done. Raises ValueError if it is
-        damaged, or if the ranks do not resume from the same step."""
+    def load(self, restore: Callable[[dict], int], like: dict, steps: int) -> None:
+        """If there is a state, calls restore(state), which returns the number of steps done, of `steps`. Raises
+        ValueError if it is damaged, which a state `like` it tells, or if the ranks do not resume from the same step."""
         done = 0
         if self.wanted and self.path.exists():
             try:
-                done = restore(hub.read_file(str(self.path)))
-            except (ValueError, KeyError, TypeError, RuntimeError):
+                state = hub.read_file(str(self.path))
+                if not alike(state, like) or not 0 <= state["done"] <= steps:
+                    raise ValueError("the state of something else")
+                done = restore(state)
+            except Exception:  # a damaged file can fail in any way
                 raise ValueError(f"{self.path} is damaged; remove it to start from scratch") from None
         if not all_agree(done, self.device):
             raise ValueError(f"not all processes see {self.path}; use a folder that all machines share, or --no-resume")
@@ -397,6 +400,15 @@ class ResumeFile:
     def remove(self) -> None:
         if world()[0] == 0:
             self.path.unlink(missing_ok=True)
+
+
+def alike(state, like) -> bool:
+    """Whether two states have the same keys, types and shapes; empty dicts in `like` may be filled."""
+    if isinstance(like, dict):
+        return isinstance(state, dict) and (not like or state.keys() == like.keys() and all(
+            alike(state[k], like[k]) for k in like))
+    same_shape = not torch.is_tensor(like) or torch.is_tensor(state) and state.shape == like.shape
+    return same_shape and isinstance(state, type(like))
 
 
 def all_agree(number: int, device: torch.device) -> bool:

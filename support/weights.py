@@ -76,14 +76,14 @@ def kind_of_zip(path: str) -> str:
 
 
 def how_to_extract(path: str, error: str) -> str:
-    """What to do about a pickle with more than weights in it, such as the settings of a run: the command, for the shell,
-    that saves the weights alone, which runs the code in the pickle. Nothing if that code is of no use to any model."""
+    """What to do about a pickle with more than weights in it, such as the settings of a run: the command for the shell
+    that saves the weights alone, and runs the code in the pickle. Nothing if that code is of no use to any model."""
     if re.search(r"pickled code, (posix|nt|os|subprocess|sys|builtins|runpy|shutil|socket)\.", error):
         return ""
     return ". If you trust it, save its weights alone: python -c " + shlex.quote(
-        f'import torch; d = torch.load({json.dumps(path)}, "cpu", weights_only=False); d = d if isinstance(d, dict) else '
-        "d.state_dict(); w = lambda d: {k: w(v) if isinstance(v, dict) else v for k, v in d.items() if isinstance(v, "
-        '(dict, torch.Tensor))}; torch.save(w(d), "weights.pth")')
+        f'import torch; d = torch.load({json.dumps(path)}, "cpu", weights_only=False); '
+        "d = d if isinstance(d, dict) else d.state_dict(); w = lambda d: {k: w(v) if isinstance(v, dict) else v "
+        'for k, v in d.items() if isinstance(v, (dict, torch.Tensor))}; torch.save(w(d), "weights.pth")')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -96,6 +96,7 @@ NETWORKS = [(re.compile(rf"(^|\.)({pattern})"), name) for pattern, name in (
     (r"storage_tokens$|rope_embed\.|.*qkv\.bias_mask$|(?<!encoder\.)layer\.\d+\.layer_scale1\.", "DINOv3"),
     (r"text_projection|(visual|embeddings)\.class_embedding$|class_embedding$|norm_pre\.weight$", "CLIP"),
     (r"head\.probe$|attn_pool\.latent$|logit_bias$", "SigLIP"),
+    (r"spm\.stem\.", "a ViT adapter, as of Mask2Former, for hub.load_dense"),
     (r"decoder_(pos_)?embed|decoder_blocks\.", "MAE with its decoder"), (r"predictor_(pos_)?embed", "I-JEPA"),
     (r".*attn\.rel_pos_h$|image_encoder\.", "SAM"),
     (r".*attn\.q_bias$|.*relative_position_bias_table$", "BEiT, EVA or Swin"),
