@@ -189,11 +189,11 @@ def is_of_train(ckpt: dict) -> bool:
 
 
 def check_notes(path: str, ckpt: dict) -> None:
-    """Raises ValueError unless a checkpoint of train.py notes its step, its data and how images are prepared, as
+    """Raises ValueError unless a checkpoint of train.py notes its format, step, data, and how images are prepared, as
     train.py does. (load_backbone checks the rest.)"""
     config = ckpt["config"] if isinstance(ckpt.get("config"), dict) else {}
     for key, possible in NOTES.items():
-        value = (config if key != "step" else ckpt).get(key)
+        value = (ckpt if key in ("format", "step") else config).get(key)
         if not possible(value) or key in ("mean", "std") and len(value) != config["in_chans"]:
             raise ValueError(f"{path} is damaged: its {key} is {repr(value)[:50]}")
 
@@ -202,9 +202,10 @@ def are_numbers(values, low: float, high: float) -> bool:
     return isinstance(values, (list, tuple)) and all(type(v) in (int, float) and low <= v <= high for v in values)
 
 
-NOTES = dict.fromkeys(("in_chans", "eval_resize", "eval_crop"), lambda v: type(v) is int and 0 < v < 10**5) | dict(
-    step=lambda v: type(v) is int and v >= 0, mean=lambda v: are_numbers(v, -1e3, 1e3),
-    std=lambda v: are_numbers(v, 1e-6, 1e3), flip_prob=lambda v: are_numbers([v], 0, 1)) | dict.fromkeys(
+NOTES = dict(format=lambda v: type(v) is int, step=lambda v: type(v) is int and v >= 0) | dict.fromkeys(
+    ("in_chans", "eval_resize", "eval_crop"), lambda v: type(v) is int and 0 < v < 10**5) | dict(
+    mean=lambda v: are_numbers(v, -1e3, 1e3), std=lambda v: are_numbers(v, 1e-6, 1e3),
+    flip_prob=lambda v: are_numbers([v], 0, 1)) | dict.fromkeys(
     ("data", "eval_train", "eval_val"), lambda v: isinstance(v, str))
 
 
@@ -770,6 +771,8 @@ def describe_backbone(path: str, ckpt: dict) -> dict[str, str]:
 
 def same_network(name: str, weights: dict[str, Tensor]) -> bool:
     """Whether the weights have the names and shapes of a released backbone."""
+    if ARCHS[SIZES[name.removeprefix("dinov2_vit")[0]]]["embed_dim"] != weights["cls_token"].shape[-1]:
+        return False
     with torch.device("meta"):
         released = backbone(name, pretrained=False).state_dict()
     return {k: v.shape for k, v in released.items()} == {k: v.shape for k, v in weights.items()}

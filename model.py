@@ -266,11 +266,13 @@ class DinoVisionTransformer(nn.Module):
         super().__init__()
         if ffn_layer not in FFNS:
             raise ValueError(f"unknown ffn_layer {ffn_layer!r}; choose one of {', '.join(FFNS)}")
+        if not 0 <= interpolate_offset < 1 or not 0 <= drop_path_rate <= 1:
+            raise ValueError(f"interpolate_offset {interpolate_offset} or drop_path_rate {drop_path_rate} is impossible")
         self.num_features = self.embed_dim = embed_dim
         self.num_tokens = 1  # CLS only, also with registers, as officially
         self.n_blocks, self.num_heads, self.patch_size = depth, num_heads, patch_size
         self.num_register_tokens = num_register_tokens
-        self.interpolate_antialias, self.interpolate_offset = interpolate_antialias, interpolate_offset
+        self.interpolate_antialias, self.interpolate_offset = bool(interpolate_antialias), interpolate_offset
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.position_grid = (height // patch_size, width // patch_size)
         patch_embed = embed_layer(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
@@ -531,10 +533,10 @@ def load_backbone(path: str, ckpt: dict | None = None, arguments: dict | None = 
     weights = {str(k).removeprefix("backbone."): v for k, v in weights.items() if not str(k).startswith(heads)}
     inferred = infer_arguments(path, weights, arguments.get("img_size"))
     try:
-        kwargs = ckpt["model"] if "format" in ckpt else inferred
-        for key in ("depth", "embed_dim", "patch_size", "in_chans"):
-            if kwargs[key] != inferred[key]:
-                raise ValueError(f"{key} is {kwargs[key]!r}, but {inferred[key]} by the weights")
+        kwargs = dict(ckpt["model"]) if "format" in ckpt else inferred
+        for key in ("depth", "embed_dim", "patch_size", "in_chans", "num_register_tokens"):
+            if kwargs.get(key, 0) != inferred[key]:
+                raise ValueError(f"{key} is {kwargs.get(key)!r}, but {inferred[key]} by the weights")
         with torch.device("meta"):
             model = DinoVisionTransformer(**kwargs | arguments)
     except Exception as error:  # impossible arguments can fail in any way
