@@ -185,7 +185,9 @@ def load(spec: str | Path, ckpt: dict | None = None, **arguments) -> DinoVisionT
 
 
 def is_of_train(ckpt: dict) -> bool:
-    return "format" in ckpt or {"preset", "config", "teacher"} <= ckpt.keys()
+    """Whether train.py wrote it, even if parts are missing."""
+    arguments = ckpt["model"] if isinstance(ckpt.get("model"), dict) else {}
+    return "format" in ckpt or {"preset", "config"} <= ckpt.keys() or {"embed_dim", "num_heads"} <= arguments.keys()
 
 
 def check_notes(path: str, ckpt: dict) -> None:

@@ -498,9 +498,9 @@ def read_checkpoint(path: str) -> dict:
     """Reads a .pth file onto the CPU, without executing anything in it. Raises ValueError, naming the cause, if it is
     missing, truncated, not a checkpoint, or holds anything but tensors and plain values."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), open(path, "rb") as file:  # open: torch.load looks at how a name ends
             warnings.simplefilter("ignore")
-            ckpt = torch.load(path, map_location="cpu", weights_only=True)
+            ckpt = torch.load(file, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise ValueError(f"no such checkpoint: {path} ({error.strerror})") from None
     except Exception as error:  # a damaged file can fail in any way
@@ -555,9 +555,8 @@ def check_names_and_shapes(model: nn.Module, weights: dict[str, Tensor], path: s
     """Raises ValueError if weights are not those of a model."""
     expected = model.state_dict()
     missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
-    both = {k: (expected[k], weights[k]) for k in expected.keys() & weights.keys()}
-    shapes = [k for k, (a, b) in both.items() if b.is_meta or (a.shape, a.layout, a.is_floating_point()) != (
-        b.shape, b.layout, b.is_floating_point())]
+    shapes = [k for k in expected.keys() & weights.keys() if expected[k].shape != weights[k].shape or weights[k].is_meta
+              or not (is_weight(weights[k]) if expected[k].is_floating_point() else weights[k].dtype == expected[k].dtype)]
     if missing or unexpected or shapes:
         kinds = ((missing, "is missing", "are missing"), (unexpected, "is unexpected", "are unexpected"),
                  (shapes, "has another shape or type", "have another shape or type"))

@@ -143,7 +143,7 @@ def find_backbone(path: str, ckpt: dict) -> Found:
                 raise ValueError(f"{path} holds {name} twice, the second time as {key}")
             names[name] = value
         keys += [where + name for name in names]
-        for prefix in {match[0] for match in map(ANCHOR.match, names) if match}:
+        for prefix in dict.fromkeys(match[0] for match in map(ANCHOR.match, names) if match):
             found[where + prefix] = {n.removeprefix(prefix): v for n, v in names.items() if n.startswith(prefix)}
     whole = {p: w for p, w in found.items() if w.keys() & {"cls_token", "embeddings.cls_token"}} or found
     meant = [p for p in whole if not STUDENT.search(p)] or list(whole)
