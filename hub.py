@@ -6,6 +6,7 @@
     model = hub.load("teacher_checkpoint.pth")    # a checkpoint of the official code; blocks may be stored in chunks
     model = hub.load("/models/dinov2-small")      # a folder of Hugging Face transformers, or the file in it
     model = hub.load("timm.safetensors")          # weights of timm's vit_*_patch14_dinov2 or vit_*_patch14_reg4_dinov2
+    model = hub.load("lightning.ckpt")            # in any dicts, under any prefix; the teacher rather than the student
     cls = model(images)                           # (B, D), images (B, 3, h*14, w*14)
     path, ckpt = hub.read("out/ckpt.pth")         # the path and everything in the file; load(path, ckpt) takes both
     classifier = hub.load_classifier("dinov2_vits14", "dinov2_vits14_linear4_head.pth")
@@ -18,11 +19,13 @@
 From another project, without copying these files: torch.hub.load("/path/to/this/folder", "dinov2_vits14",
 source="local"), likewise all other official names, see hubconf.py.
 
-The architecture is inferred from the names and shapes of the weights, and every weight must find its place; only
-projection heads, classifiers and the student are ignored. If mask_token, which only training uses, is missing, the file
-is taken to be timm's, which drops it, and zeros replace it. Models come in eval mode, in float32, on the CPU. Pickled
-code is refused. Released files are kept in ~/.cache/torch/hub/checkpoints (torch.hub's folder); on a machine without
-network access, put them there by hand. `.safetensors` files need the package safetensors.
+The architecture is inferred from the names and shapes of the weights, and every weight that has the prefix of the
+backbone must find its place; only projection heads and classifiers are ignored. If mask_token, which only training
+uses, is missing, the file is taken to be timm's, or without LayerScale DINO's of 2021, and zeros replace it. A position
+table that is not square needs img_size=(height, width), or a config.json beside the file that tells it. Models come in
+eval mode, in float32, on the CPU. Pickled code is refused. Released files are kept in ~/.cache/torch/hub/checkpoints
+(torch.hub's folder); on a machine without network access, put them there by hand. `.safetensors` files need the package
+safetensors.
 
 At image sizes other than that of the weights (518 pixels for the released ones), the position embedding is interpolated
 as in the library that the layout belongs to. With registers, the official code, transformers and timm agree. Without,

@@ -1428,7 +1428,11 @@ def test_train_other_channels(channels, tmp_path, cache, capsys):
 
 
 def test_train_init_starts_from_a_checkpoint(trained, tmp_path):
-    train_main(*TINY, "--steps", 1, "--lr", 0, "--min-lr", 0, "--out", tmp_path / "out", "--init", trained / "ckpt.pth")
+    """Of train.py, or as here, the same weights in somebody else's wrapping: whatever hub.load reads."""
+    vit = {f"encoder.{k}": v for k, v in hub.load(trained / "ckpt.pth").state_dict().items()}
+    torch.save(dict(state_dict=vit, epoch=3), tmp_path / "wrapped.pth")
+    train_main(*TINY, "--steps", 1, "--lr", 0, "--min-lr", 0, "--out", tmp_path / "out", "--init",
+               tmp_path / "wrapped.pth")
     start, after = (torch.load(p / "ckpt.pth", weights_only=True)["teacher"] for p in (trained, tmp_path / "out"))
     assert all(torch.allclose(start[k], after[k], atol=1e-6) for k in start if k.startswith("backbone."))
     assert not torch.allclose(start["dino_head.last_layer.weight_v"], after["dino_head.last_layer.weight_v"])
