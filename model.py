@@ -267,7 +267,7 @@ class DinoVisionTransformer(nn.Module):
         if ffn_layer not in FFNS:
             raise ValueError(f"unknown ffn_layer {ffn_layer!r}; choose one of {', '.join(FFNS)}")
         if not 0 <= interpolate_offset < 1 or not 0 <= drop_path_rate <= 1:
-            raise ValueError(f"interpolate_offset {interpolate_offset} or drop_path_rate {drop_path_rate} is impossible")
+            raise ValueError(f"impossible: interpolate_offset {interpolate_offset}, drop_path_rate {drop_path_rate}")
         self.num_features = self.embed_dim = embed_dim
         self.num_tokens = 1  # CLS only, also with registers, as officially
         self.n_blocks, self.num_heads, self.patch_size = depth, num_heads, patch_size
@@ -555,8 +555,9 @@ def check_names_and_shapes(model: nn.Module, weights: dict[str, Tensor], path: s
     """Raises ValueError if weights are not those of a model."""
     expected = model.state_dict()
     missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
-    shapes = [k for k in expected.keys() & weights.keys() if expected[k].shape != weights[k].shape or weights[k].is_meta
-              or not (is_weight(weights[k]) if expected[k].is_floating_point() else weights[k].dtype == expected[k].dtype)]
+    both = [(k, expected[k], weights[k]) for k in expected.keys() & weights.keys()]
+    shapes = [k for k, a, b in both if a.shape != b.shape or b.is_meta or not (
+        is_weight(b) if a.is_floating_point() else a.dtype == b.dtype)]
     if missing or unexpected or shapes:
         kinds = ((missing, "is missing", "are missing"), (unexpected, "is unexpected", "are unexpected"),
                  (shapes, "has another shape or type", "have another shape or type"))
@@ -581,8 +582,8 @@ def infer_arguments(path: str, weights: dict[str, Tensor], img_size=None) -> dic
     entries = weights["pos_embed"].shape[1] - 1
     if img_size is None and round(entries**0.5) ** 2 != entries:
         raise ValueError(f"{path} has a position table of {entries} entries, not a square: give hub.load "
-                         "img_size=(height, width) in pixels, or write {\"image_size\": [height, width]} into config.json "
-                         "beside it")
+                         "img_size=(height, width) in pixels, or write {\"image_size\": [height, width]} into a "
+                         "config.json beside it")
     chunks = len({b[0] for b in blocks}) if blocks and len(blocks[0]) == 2 else 0
     first = f"blocks.{'0.0' if chunks else '0'}."
     ffn = next((f for k, f in (("w12", "swiglu"), ("fc1", "mlp")) if f"{first}mlp.{k}.weight" in weights), "identity")

@@ -111,7 +111,7 @@ class Config:
     interpolate_offset: float = 0.1  # added to the grid size when it is resized; 0.1 in the official recipes
     init_std: NonNegative = 0.02  # std of new Linear weights; narrow networks want about 1 / sqrt(width)
     pos_embed_std: NonNegative = 0.02  # std of new position embeddings; short runs need about 0.5
-    init: str = ""  # start student and teacher from the backbone in this file, in any layout, of the same architecture
+    init: str = ""  # start student and teacher from the backbone in this file, in any layout, same architecture
     # heads
     head_n_prototypes: Count = 65536  # K; for small data sets about 10 times the number of classes
     head_bottleneck_dim: Count = 256  # width before the prototypes
