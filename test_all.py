@@ -286,8 +286,8 @@ def test_model_blocks_can_be_driven_by_hand():
 
 OFFICIAL_ATTRIBUTES = {  # attributes and methods of the official classes
     "DinoVisionTransformer": "num_features embed_dim num_tokens n_blocks num_heads patch_size num_register_tokens "
-    "interpolate_antialias interpolate_offset patch_embed cls_token pos_embed register_tokens chunked_blocks blocks norm "
-    "head mask_token init_weights interpolate_pos_encoding prepare_tokens_with_masks forward_features_list "
+    "interpolate_antialias interpolate_offset patch_embed cls_token pos_embed register_tokens chunked_blocks blocks "
+    "norm head mask_token init_weights interpolate_pos_encoding prepare_tokens_with_masks forward_features_list "
     "forward_features _get_intermediate_layers_not_chunked _get_intermediate_layers_chunked get_intermediate_layers",
     "PatchEmbed": "img_size patch_size patches_resolution num_patches in_chans embed_dim flatten_embedding proj norm "
     "flops", "Attention": "dim num_heads scale qkv attn_drop proj proj_drop init_weights",
@@ -307,7 +307,8 @@ def test_model_has_the_names_of_the_official_classes():
 
 def test_model_hooks_and_code_of_others():
     """Hooks on the dropouts fire, and that of attention sees the probabilities; chunks and crops by hand."""
-    vit, images = model.DinoVisionTransformer(**TINY_VIT | dict(block_chunks=2, init_values=1.0)).eval(), golden_images()
+    vit = model.DinoVisionTransformer(**TINY_VIT | dict(block_chunks=2, init_values=1.0)).eval()
+    images = golden_images()
     plain, seen = vit.forward_features(images["x70x28"])["x_prenorm"], {}
     for name in ("attn.attn_drop", "attn.proj_drop", "mlp.drop"):
         module = vit.block_list()[1].get_submodule(name)
@@ -2008,7 +2009,7 @@ def bad_checkpoints(folder: Path, good: Path) -> dict[str, tuple[Path, str]]:
                  foreign="holds no DINOv2 backbone", nested="holds no DINOv2 backbone",
                  tensor="holds no DINOv2 backbone",
                  numbers="holds no DINOv2 backbone", list="holds a list",
-                 incomplete="another architecture: of the weights, 1 is missing \\(such as norm.weight\\)")
+                 incomplete="holds no DINOv2 backbone: norm.weight missing")
     return {name: (folder / f"{name}.pth", text) for name, text in texts.items()}
 
 

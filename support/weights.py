@@ -81,9 +81,9 @@ def how_to_extract(path: str, error: str) -> str:
     if re.search(r"pickled code, (posix|nt|os|subprocess|sys|builtins|runpy|shutil|socket)\.", error):
         return ""
     return ". If you trust it, save its weights alone: python -c " + shlex.quote(
-        f'import torch; d = torch.load({json.dumps(path)}, "cpu", weights_only=False); '
+        f'import torch as t; d = t.load({json.dumps(path)}, "cpu", weights_only=False); '
         "d = d if isinstance(d, dict) else d.state_dict(); w = lambda d: {k: w(v) if isinstance(v, dict) else v "
-        'for k, v in d.items() if isinstance(v, (dict, torch.Tensor))}; torch.save(w(d), "weights.pth")')
+        'for k, v in d.items() if isinstance(v, (dict, t.Tensor))}; t.save(w(d), "weights.pth")')
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -229,8 +229,8 @@ def test_hub_names_what_does_not_fit(tmp_path):
         (weights, r"x.pth is from another architecture: of the weights, 1 is missing \(such as norm.bias\)$"),
         (hf, r"1 is missing \(such as blocks.1.attn.qkv.weight\), 2 are unexpected \(such as blocks.1.attn.q.weight\)"),
         (whole | {"neck.0.weight": torch.ones(2)}, r"1 is unexpected \(such as neck.0.weight\)"),
-        (whole | {"blocks.2.mlp.fc1.weight": torch.ones(9, 128)}, r"another shape or type \(such as blocks.2.mlp.fc1.weight"),
-        (whole | {"pos_embed": torch.ones(1, 12, 128)}, "a position table of 11 entries, not a square: give hub.load img_size="),
+        (whole | {"blocks.2.mlp.fc1.weight": torch.ones(9, 128)}, r"another shape or type \(such as blocks.2.mlp.fc1"),
+        (whole | {"pos_embed": torch.ones(1, 12, 128)}, "a position table of 11 entries, not a square: .* img_size="),
         (whole | {"pos_embed": torch.ones(1, 10, 100)}, r"1 has another shape or type \(such as pos_embed\)"),
         (whole | {"pos_embed": torch.ones(17, 128)}, "pos_embed missing or of another shape"),
         (whole | {"module.norm.bias": torch.ones(128)}, "holds norm.bias twice, the second time as module.norm.bias"),
@@ -261,7 +261,7 @@ def test_hub_refuses_code_and_what_is_no_checkpoint(tmp_path):
     Path("/tmp/dinov2_test_was_executed").unlink(missing_ok=True)
     torch.save(dict(teacher=Payload()), tmp_path / "pytorch_model.bin")
     (tmp_path / "empty").mkdir()
-    for spec, text in ((tmp_path, "pytorch_model.bin holds pickled code, posix.system, .*: refused, nothing in it was run$"),
+    for spec, text in ((tmp_path, "pytorch_model.bin holds pickled code, posix.system, .*: refused, nothing .* was run$"),
                        (tmp_path / "empty", "empty is a folder; name .* in it, such as .*empty/ckpt.pth"),
                        (tmp_path / "none.pth", r"no such checkpoint: .*none.pth; give a file, .*\[_reg\]$"),
                        ("dinov2_vitx14_reg", "no such checkpoint: .* did you mean dinov2_vit.14_reg?"),
