@@ -484,23 +484,21 @@ def about_segmentation(dataset: str, kind: str, n: int, notes: dict) -> About:
     if not notes and len(CLASSES.get(dataset, ())) != n:
         dataset = next((name for name in CLASSES if len(CLASSES[name]) == n), "")
     names = notes.get("classes") or CLASSES.get(dataset) or [f"class {k}" for k in range(n)]
-    recipe = Recipe(*notes["recipe"]) if notes else RECIPES.get((dataset, kind), Recipe())
+    recipe = Recipe(*notes["recipe"]) if "recipe" in notes else RECIPES.get((dataset, kind), Recipe())
     return About("seg", dataset, names, colors(n, dataset), recipe)
 
 
 def notes_of(path: str | Path, ckpt: dict) -> dict:
     """What eval_dense.py noted about a head; empty for other files. Raises ValueError if it cannot be that."""
     notes = ckpt["about"] if isinstance(ckpt.get("about"), dict) else {}
-    segments = notes.get("task") == "seg"
     possible = dict(
-        task=lambda v: v in ("depth", "seg"), dim=lambda v: type(v) is int, dataset=lambda v: isinstance(v, str),
-        backbone=lambda v: isinstance(v, str), recipe=is_recipe if segments else lambda v: v is None,
-        classes=lambda v: not segments or isinstance(v, list) and all(isinstance(name, str) for name in v),
-        depth_range=lambda v: v is None or are_numbers(v, 0, 1e6) and len(v) == 2 and v[0] < v[1])
+        dim=lambda v: type(v) is int and v > 0, dataset=lambda v: isinstance(v, str), backbone=lambda v: isinstance(v, str),
+        recipe=is_recipe, classes=lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
+        depth_range=lambda v: are_numbers(v, 0, 1e6) and len(v) == 2 and v[0] < v[1])
     for key, test in possible.items():
-        if notes and not test(notes.get(key)):
-            raise ValueError(f"{path} is damaged: its {key} is {repr(notes.get(key))[:50]}")
-    return notes
+        if notes.get(key) is not None and not test(notes[key]):
+            raise ValueError(f"{path} is damaged: its {key} is {repr(notes[key])[:50]}")
+    return {key: value for key, value in notes.items() if value is not None}
 
 
 def is_recipe(values) -> bool:
