@@ -20,6 +20,8 @@ from typing import Annotated, Callable, Literal, get_args, get_origin
 
 import torch
 
+from support.parallel import Lost, noticing_losses
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -140,17 +142,18 @@ def run_subcommand(commands: dict[str, Callable], manual: str, argv: list[str] |
 
 
 def run(main: Callable[[], object], interrupted: str = "") -> None:
-    """Runs a command. A mistake of the user ends with one line on stderr and exit code 2; Ctrl-C with code 130, after
-    the line `interrupted` if there is one."""
+    """Runs a command. A mistake of the user ends with one line on stderr and exit code 2, the loss of another process
+    with 1; Ctrl-C with code 130, after the line `interrupted` if there is one."""
     try:
-        main()
+        with noticing_losses():
+            main()
     except KeyboardInterrupt:
         if interrupted:
             print(interrupted, file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, Lost) as error:
         print(f"error: {last_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, Lost) else 2)
 
 
 def last_line(error: BaseException) -> str:

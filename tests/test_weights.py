@@ -380,7 +380,7 @@ def test_linear_heads_under_any_prefix_and_damaged(tmp_path):
 def test_damaged_states_of_evaluations(tmp_path):
     like = dict(values=torch.zeros(3, 2), optimizer=dict(state={}, groups=[1]), done=0, curve=[], chosen={})
     whole = like | dict(done=7, curve=[(5, 1.0)], chosen=dict(a=1), optimizer=dict(state={0: 1}, groups=[2]))
-    saved = support.evaluation.ResumeFile(str(tmp_path / "a"), [], torch.device("cpu"))
+    saved = support.evaluation.ResumeFile(str(tmp_path / "a"), [])
     fits = dict(done=lambda v: isinstance(v, int) and 0 <= v <= 9, curve=lambda v: isinstance(v, list),
                 chosen=lambda v: isinstance(v, dict))
     changes = [{k: v} for k in like for v in VALUES if k not in fits or not fits[k](v)]
