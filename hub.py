@@ -493,7 +493,8 @@ def notes_of(path: str | Path, ckpt: dict) -> dict:
     notes = ckpt["about"] if isinstance(ckpt.get("about"), dict) else {}
     possible = dict(
         dim=lambda v: type(v) is int and v > 0, dataset=lambda v: isinstance(v, str),
-        backbone=lambda v: isinstance(v, str), recipe=is_recipe, classes=lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
+        backbone=lambda v: isinstance(v, str), recipe=is_recipe,
+        classes=lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
         depth_range=lambda v: are_numbers(v, 0, 1e6) and len(v) == 2 and v[0] < v[1])
     for key, test in possible.items():
         if notes.get(key) is not None and not test(notes[key]):
