@@ -54,7 +54,7 @@ from model import ARCHS, DinoVisionTransformer, is_weight, load_backbone, load_s
 from support.cli import Parser, nearest, run, run_subcommand
 from support.files import replacing
 from support.weights import (SAFETENSORS, dicts_of_tensors, find_backbone, how_to_extract, kind_of_file,
-                             name_of_network, no_backbone, weights_hash)
+                             name_of_network, no_backbone, printable, weights_hash)
 
 URL = "https://dl.fbaipublicfiles.com/dinov2"
 RELEASED = tuple(f"dinov2_vit{size}14{reg}" for size in "sblg" for reg in ("", "_reg"))
@@ -253,7 +253,7 @@ def to_official(path: str, source: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def first_entries(ckpt: dict) -> str:
-    return ", ".join(map(str, list(ckpt)[:3]))
+    return ", ".join(map(printable, list(ckpt)[:3]))
 
 
 def official_name(key: str) -> str:

@@ -124,10 +124,15 @@ def dicts_of_tensors(ckpt: dict) -> list[tuple[str, dict[str, Tensor]]]:
         if id(part) in seen or depth > 8:  # a file may hold dicts that contain themselves
             continue
         seen.add(id(part))
-        if tensors := {str(k): v for k, v in part.items() if torch.is_tensor(v)}:
+        if tensors := {printable(k): v for k, v in part.items() if torch.is_tensor(v)}:
             found.append((path, tensors))
-        waiting += [(f"{path}{k}.", depth + 1, v) for k, v in part.items() if isinstance(v, dict)]
+        waiting += [(f"{path}{printable(k)}.", depth + 1, v) for k, v in part.items() if isinstance(v, dict)]
     return found
+
+
+def printable(key) -> str:
+    """A key of a dict, for messages of one line."""
+    return str(key) if str(key).isprintable() and len(str(key)) < 200 else repr(key)[:200]
 
 
 def find_backbone(path: str, ckpt: dict) -> Found:
@@ -152,7 +157,7 @@ def find_backbone(path: str, ckpt: dict) -> Found:
         names = " and ".join(repr(p.removesuffix(".")) if p else "no prefix" for p in meant[:3])
         raise ValueError(f"{path} holds {len(meant)} backbones, under {names}; save one of them alone")
     if not meant:
-        raise ValueError(no_backbone(path, keys or map(str, ckpt)))
+        raise ValueError(no_backbone(path, keys or map(printable, ckpt)))
     return Found(meant[0], whole[meant[0]], [key for key in keys if not key.startswith(meant[0])])
 
 

@@ -121,13 +121,19 @@ def test_any_wrapper_and_prefix_is_understood(case, tmp_path):
         hub.weights_hash(loaded) if case == "timm" else hub.weights_hash(vit))
 
 
-def test_two_backbones_are_an_error_that_names_them():
+def test_what_is_not_one_backbone_is_named():
+    """Two that could be meant, by their prefixes; none, by keys, which may hold anything."""
     weights = hub_vit().state_dict()
     for ckpt, text in ((dict(model=weights, net=weights | {}), "2 backbones, under 'model' and 'net'; save one"),
                        (prefixed("a.", weights) | prefixed("b.c.", weights), "under 'a' and 'b.c'"),
                        (dict(ema=prefixed("a.", weights) | prefixed("b.", weights)), "under 'ema.a' and 'ema.b'")):
         with pytest.raises(ValueError, match=text):
             hub.load("x.pth", ckpt)
+    for ckpt in ({"a\n\x1b[31mb": torch.ones(2)}, {"a\nb": 1}, {"a\nb": dict(c=torch.ones(2))}, {"x" * 10**5: 1}):
+        for load in (hub.load, hub.load_mask2former):
+            with pytest.raises(ValueError) as error:
+                load("x.pth", ckpt)
+            assert str(error.value).isprintable() and len(str(error.value)) < 500
     part = {"stem.patch_embed.proj.weight": torch.ones(2, 3, 4, 4)}
     assert hub.load("x.pth", prefixed("vit.", weights) | part).n_blocks == 3  # only one is whole
 
