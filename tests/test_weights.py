@@ -391,7 +391,7 @@ def test_damaged_states_of_evaluations(tmp_path):
                 chosen=lambda v: isinstance(v, dict))
     changes = [{k: v} for k in like for v in VALUES if k not in fits or not fits[k](v)]
     for change in ({}, *changes, dict(more=1), dict(values=torch.zeros(3, 3))):
-        torch.save(whole | change, saved.path)
+        torch.save(whole | change | dict(settings=saved.settings), saved.path)
         restored = []
         restore = lambda state: restored.append(state) or state["done"]  # noqa: E731
         if not change:
