@@ -670,9 +670,12 @@ class HeadTraining:
         say(f"resuming after step {self.done} of {self.job.recipe.steps}, from {self.saved.path}")
         return self.done
 
+    def state(self) -> dict:
+        return dict(head=self.head.state_dict(), optimizer=self.optimizer.state_dict(), done=self.done,
+                    curve=self.curve, chosen=self.chosen, weights=self.weights)
+
     def save(self) -> None:
-        self.saved.save(dict(head=self.head.state_dict(), optimizer=self.optimizer.state_dict(), done=self.done,
-                             curve=self.curve, chosen=self.chosen, weights=self.weights))
+        self.saved.save(self.state())
 
     def write_head(self) -> str:
         """Saves the selected head in the layout of the released ones, with what it was trained for as `about`."""
@@ -733,7 +736,7 @@ class HeadTraining:
         """Trains to the end, leaves the selected head in the network, and returns its results."""
         job, steps, saved = self.job, self.job.recipe.steps, time.monotonic()
         say(f"training on {len(job.train):,} pairs, evaluating on {len(job.val):,}: {steps:,} steps")
-        self.saved.load(self.restore)
+        self.saved.load(self.restore, self.state(), self.job.recipe.steps)
         with tqdm(total=steps, initial=self.done, desc=f"{job.task} {job.args.decoder}", leave=False,
                   disable=no_bar()) as bar:
             for images, targets in self.batches():

@@ -317,6 +317,9 @@ class Probe:
         refuse_inputs(self.head_path, args.checkpoint)
         self.saved = ResumeFile(f"{e.stem}.eval_linear", settings, not args.no_resume)
 
+    def state(self) -> dict:
+        return dict(values=self.grid.values, velocity=self.grid.velocity, done=self.done, curve=self.curve)
+
     def restore(self, state: dict) -> int:
         self.grid.values.copy_(state["values"])
         self.grid.velocity.copy_(state["velocity"])
@@ -353,7 +356,7 @@ class Probe:
             what, model = f"last {n} cls, mean patch", partial(embed, e.model, n)
             table, labels = e.labeled(e.train, e.train_labels, what, model)
             cached = e.labeled(e.val, e.val_labels, what, model)
-        self.saved.load(self.restore)
+        self.saved.load(self.restore, self.state(), self.steps)
         batches = (from_table(e, table, labels, self.done, self.steps) if e.args.cached else
                    from_images(e, self, self.done, self.steps))
         with tqdm(total=self.steps, initial=self.done, desc="linear", leave=False, disable=no_bar()) as bar:
@@ -365,8 +368,7 @@ class Probe:
                     measured, best = self.validate(cached)
                     self.curve.append((self.done, measured["top1"][best].item()))
                     bar.set_postfix_str(f"best top-1 on --val {self.curve[-1][1]:.2f} %")
-                    self.saved.save(dict(values=self.grid.values, velocity=self.grid.velocity, done=self.done,
-                                         curve=self.curve))
+                    self.saved.save(self.state())
         return self.validate(cached)
 
 

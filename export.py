@@ -119,8 +119,12 @@ def convert(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     path, ckpt = read(args.source)
     model = load(path, ckpt)
+    height, width = model.patch_embed.img_size
     refuse_inputs(args.out, path)
     if args.to == "hf":
+        if height != width:
+            raise ValueError(f"transformers cannot resize the position table for {height}x{width} pixels, which is not "
+                             "square; choose another layout")
         write_transformers(model, args.out, image_rules(model, ckpt))
     else:
         if args.to == "safetensors" and args.out.suffix != ".safetensors":
@@ -130,11 +134,13 @@ def convert(argv: list[str]) -> None:
         weights = as_timm(model.state_dict()) if args.to == "timm" else model.state_dict()
         check_heads(model, args.to)
         save_weights(weights, args.out)
-    again = load(args.out)
+    again = load(args.out, img_size=(height, width))
+    if height != width:
+        print(f"note: {args.out} does not say that its position table is for {height}x{width} pixels; hub.load takes "
+              f"img_size=({height}, {width})", file=sys.stderr)
     rules = [(m.interpolate_offset, m.interpolate_antialias) for m in (model, again)]
     if rules[0] != rules[1]:
-        side = model.patch_embed.img_size[0]
-        print(f"note: features are the same at {side}x{side} pixels; at other sizes, programs that read this layout "
+        print(f"note: features are the same at {height}x{width} pixels; at other sizes, programs that read this layout "
               "interpolate positions differently", file=sys.stderr)
     print(f"{args.out}: {sum(v.numel() for v in again.state_dict().values()):,} weights, layout {args.to}")
 

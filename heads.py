@@ -144,8 +144,8 @@ class Reassemble(nn.Module):
         maps = []
         for (patches, cls), read, project, change in zip(features, self.readout_projects, self.projects,
                                                          self.resize_layers, strict=True):
-            x = torch.cat([patches, expand(cls, patches)], 1).movedim(1, -1)  # (B, h, w, 2D)
-            maps.append(change(project(read(x).movedim(-1, 1))))
+            x = torch.cat([patches, expand(cls, patches)], 1).permute(0, 2, 3, 1)  # (B, h, w, 2D)
+            maps.append(change(project(read(x).permute(0, 3, 1, 2))))
         return maps
 
 

@@ -6,6 +6,7 @@
     model = hub.load("teacher_checkpoint.pth")    # a checkpoint of the official code; blocks may be stored in chunks
     model = hub.load("/models/dinov2-small")      # a folder of Hugging Face transformers, or the file in it
     model = hub.load("timm.safetensors")          # weights of timm's vit_*_patch14_dinov2 or vit_*_patch14_reg4_dinov2
+    model = hub.load("lightning.ckpt")            # in any dicts, under any prefix; the teacher rather than the student
     cls = model(images)                           # (B, D), images (B, 3, h*14, w*14)
     path, ckpt = hub.read("out/ckpt.pth")         # the path and everything in the file; load(path, ckpt) takes both
     classifier = hub.load_classifier("dinov2_vits14", "dinov2_vits14_linear4_head.pth")
@@ -18,11 +19,13 @@
 From another project, without copying these files: torch.hub.load("/path/to/this/folder", "dinov2_vits14",
 source="local"), likewise all other official names, see hubconf.py.
 
-The architecture is inferred from the names and shapes of the weights, and every weight must find its place; only
-projection heads, classifiers and the student are ignored. If mask_token, which only training uses, is missing, the file
-is taken to be timm's, which drops it, and zeros replace it. Models come in eval mode, in float32, on the CPU. Pickled
-code is refused. Released files are kept in ~/.cache/torch/hub/checkpoints (torch.hub's folder); on a machine without
-network access, put them there by hand. `.safetensors` files need the package safetensors.
+The architecture is inferred from the names and shapes of the weights, and every weight that has the prefix of the
+backbone must find its place; only projection heads and classifiers are ignored. If mask_token, which only training
+uses, is missing, the file is taken to be timm's, or without LayerScale DINO's of 2021, and zeros replace it. A position
+table that is not square needs img_size=(height, width), or a config.json beside the file that tells it. Models come in
+eval mode, in float32, on the CPU. Pickled code is refused. Released files are kept in ~/.cache/torch/hub/checkpoints
+(torch.hub's folder); on a machine without network access, put them there by hand. `.safetensors` files need the package
+safetensors.
 
 At image sizes other than that of the weights (518 pixels for the released ones), the position embedding is interpolated
 as in the library that the layout belongs to. With registers, the official code, transformers and timm agree. Without,
@@ -32,7 +35,6 @@ official rule to any file. Apache License 2.0.
 """
 import enum
 import functools
-import hashlib
 import http.client
 import json
 import os
@@ -48,9 +50,11 @@ from torch import Tensor, nn
 from data import MEAN, STD
 from heads import CLASSES, RANGES, RECIPES, DPTHead, Dense, LinearDepthHead, Recipe, SegmentationHead, colors
 from mask2former import Mask2Former
-from model import ARCHS, FORMAT, DinoVisionTransformer, load_backbone, load_strictly, read_checkpoint
+from model import ARCHS, DinoVisionTransformer, is_weight, load_backbone, load_strictly, read_checkpoint
 from support.cli import Parser, nearest, printable, run, run_subcommand
 from support.files import replacing
+from support.weights import (SAFETENSORS, dicts_of_tensors, find_backbone, how_to_extract, kind_of_file,
+                             name_of_network, no_backbone, shown_key, weights_hash)
 
 URL = "https://dl.fbaipublicfiles.com/dinov2"
 RELEASED = tuple(f"dinov2_vit{size}14{reg}" for size in "sblg" for reg in ("", "_reg"))
@@ -81,16 +85,26 @@ def read(spec: str | Path) -> tuple[str, dict]:
             raise ValueError(f"no such checkpoint: {spec}; give a file, a folder, or one of "
                              f"dinov2_vit{{s,b,l,g}}14[_reg]{nearest(str(spec), RELEASED)}")
         path = released_file(str(spec).removesuffix("_m2f"), "ade20k_m2f" if spec == MASK2FORMER else "pretrain")
-    return str(path), (read_safetensors if path.suffix == ".safetensors" else read_pth)(str(path))
+    return str(path), read_file(str(path))
 
 
-def read_pth(path: str) -> dict:
-    """Reads a PyTorch file, which may also hold NumPy numbers, as those of the dense heads do. Nothing in it is
-    executed. Raises ValueError, naming the cause."""
+def read_file(path: str) -> dict:
+    """Reads a safetensors or a PyTorch file, whatever its name ends in. The latter may also hold NumPy numbers, as
+    those of the dense heads do. Nothing in it is executed. Raises ValueError, naming the cause."""
+    kind, _, advice = kind_of_file(path).partition("; ")
+    if kind == SAFETENSORS:
+        return read_safetensors(path)
+    if kind:
+        what = kind if kind in ("empty", "truncated") else f"{kind}, not a file of weights"
+        raise ValueError(f"{path} is {what}" + f"; {advice}" * bool(advice))
     scalar = np.float64(0).__reduce__()[0]  # unpickles NumPy numbers; numpy 2 renamed its module
     allowed = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     with torch.serialization.safe_globals([*allowed, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}]):
-        return read_checkpoint(path)
+        try:
+            return read_checkpoint(path)
+        except ValueError as error:
+            advice = how_to_extract(path, str(error)) if "pickled code" in str(error) else ""
+            raise ValueError(f"{error}{advice}") from None
 
 
 def released_file(name: str, part: str) -> Path:
@@ -106,7 +120,7 @@ def released_file(name: str, part: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             torch.hub.download_url_to_file(url, str(temporary))
-            read_pth(str(temporary))  # an interrupted download looks like a finished one
+            read_file(str(temporary))  # an interrupted download looks like a finished one
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise ValueError(f"could not download {url} ({error}); fetch it on another machine and put it at "
                          f"{path}") from None
@@ -130,11 +144,9 @@ def read_safetensors(path: str) -> dict[str, Tensor]:
 # Layouts. Each is converted, key by key, to the official one with a flat list of blocks, which is then loaded.
 
 RENAMES = [(re.compile(pattern), name) for pattern, name in (
-    (r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.", ""),  # FSDP, torch.compile, DDP
-    (r"^teacher\.", ""),
-    (r"^(backbone|dinov2|dinov2_with_registers)\.", ""),
     (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # chunks; the second number is that of the block
     (r"^reg_token$", "register_tokens"),  # timm
+    (r"^masked_embed$", "mask_token"),  # iBOT
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),  # transformers, as all that follow
     (r"^embeddings\.position_embeddings$", "pos_embed"),
     (r"^embeddings\.(cls_token|mask_token|register_tokens)$", r"\1"),
@@ -166,50 +178,82 @@ def load(spec: str | Path, ckpt: dict | None = None, **arguments) -> DinoVisionT
     weight is missing or left over.
     """
     path, ckpt = read(spec) if ckpt is None else (str(spec), ckpt)
-    if "format" in ckpt:  # written by train.py, in the official layout and with the arguments of the constructor
+    if is_of_train(ckpt):  # in the official layout, and with the arguments of the constructor
+        check_notes(path, ckpt)
         return load_backbone(path, ckpt, arguments)
-    weights, layout = to_official(path, ckpt), layout_of(ckpt)
-    inferred = {} if "register_tokens" in weights else POSITIONS.get(layout, {})
-    if layout == "transformers":
-        inferred = inferred | heads_in_config(path, weights)
-    return load_backbone(path, weights, inferred | arguments)
+    found = find_backbone(path, ckpt)
+    weights = to_official(path, found.weights)
+    inferred = {} if "register_tokens" in weights else POSITIONS.get(layout_of_keys(found.weights), {})
+    return load_backbone(path, weights, inferred | arguments_in_config(path, weights) | arguments)
+
+
+def is_of_train(ckpt: dict) -> bool:
+    """Whether train.py wrote it, even if parts are missing."""
+    arguments = ckpt["model"] if isinstance(ckpt.get("model"), dict) else {}
+    return "format" in ckpt or {"preset", "config"} <= ckpt.keys() or {"embed_dim", "num_heads"} <= arguments.keys()
+
+
+def check_notes(path: str, ckpt: dict) -> None:
+    """Raises ValueError unless a checkpoint of train.py notes its format, step, data, and how images are prepared, as
+    train.py does. (load_backbone checks the rest.)"""
+    config = ckpt["config"] if isinstance(ckpt.get("config"), dict) else {}
+    for key, possible in NOTES.items():
+        value = (ckpt if key in ("format", "step") else config).get(key)
+        if not possible(value) or key in ("mean", "std") and len(value) != config["in_chans"]:
+            raise ValueError(f"{path} is damaged: its {key} is {repr(value)[:50]}")
+
+
+def are_numbers(values, low: float, high: float) -> bool:
+    return isinstance(values, (list, tuple)) and all(type(v) in (int, float) and low <= v <= high for v in values)
+
+
+NOTES = dict(format=lambda v: type(v) is int, step=lambda v: type(v) is int and v >= 0) | dict.fromkeys(
+    ("in_chans", "eval_resize", "eval_crop"), lambda v: type(v) is int and 0 < v < 10**5) | dict(
+    mean=lambda v: are_numbers(v, -1e3, 1e3), std=lambda v: are_numbers(v, 1e-6, 1e3),
+    flip_prob=lambda v: are_numbers([v], 0, 1)) | dict.fromkeys(
+    ("data", "eval_train", "eval_val"), lambda v: isinstance(v, str))
 
 
 def layout_of(ckpt: dict) -> str:
-    """Whose names the weights have: "train.py", "official", "transformers" or "timm" (or mask_token is missing)."""
-    if "format" in ckpt:
-        return "train.py"
-    keys = ckpt.get("teacher", ckpt).keys()
-    if any("embeddings." in key for key in keys):
+    """Whose names the weights have: "train.py", "official", "transformers", "timm" (or mask_token is missing), or
+    "dino" (also without LayerScale and classifier: DINO of 2021, or the encoder of an MAE)."""
+    return "train.py" if is_of_train(ckpt) else layout_of_keys(find_backbone("the file", ckpt).weights)
+
+
+def layout_of_keys(keys) -> str:
+    if any(key.startswith("embeddings.") for key in keys):
         return "transformers"
-    timm = any(key.endswith("reg_token") for key in keys) or not any(key.endswith("mask_token") for key in keys)
-    return "timm" if timm else "official"
+    if "mask_token" in keys or "masked_embed" in keys:
+        return "official"
+    plain = not any(key.endswith(".gamma") or key.startswith(("head.", "reg_token")) for key in keys)
+    return "dino" if plain else "timm"
 
 
-def to_official(path: str, ckpt: dict) -> dict[str, Tensor]:
+def to_official(path: str, source: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of the backbone in float32, with the names and shapes of the released files."""
-    source, weights = ckpt.get("teacher", ckpt), {}
-    if not isinstance(source, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in source.items()):
-        raise ValueError(f"{path} holds no DINOv2 backbone (it starts with: {first_entries(ckpt)})")
+    weights = {}
+    if name := name_of_network(source):
+        raise ValueError(no_backbone(path, source))
     for key, value in source.items():
         name = official_name(key)
         if name in weights:
             raise ValueError(f"{path} holds {name} twice, the second time as {key}")
         if not name.startswith(IGNORED):
+            if not is_weight(value):
+                raise ValueError(f"{path} is damaged: {key} is not a tensor of floating-point weights")
             weights[name] = value.float()
     dims = REQUIRED | {"register_tokens": 3} if "register_tokens" in weights else REQUIRED
     if wrong := [k for k, n in dims.items() if k not in weights or weights[k].ndim != n]:
-        raise ValueError(f"{path} holds no DINOv2 backbone: {', '.join(wrong)} missing or of another shape (it starts "
-                         f"with: {first_entries(source)})")
+        raise ValueError(no_backbone(path, source, f": {', '.join(wrong)} missing or of another shape"))
     fuse(weights)
-    if any(key.endswith("reg_token") for key in source):  # timm has added the position of CLS to CLS itself
+    if "reg_token" in source:  # timm has added the position of CLS to CLS itself
         weights["pos_embed"] = F.pad(weights["pos_embed"], (0, 0, 1, 0))  # (1, 1+h*w, D)
     weights.setdefault("mask_token", weights["cls_token"].new_zeros(1, weights["cls_token"].shape[-1]))
     return rename_timm_swiglu(weights)
 
 
 def first_entries(ckpt: dict) -> str:
-    return ", ".join(map(str, list(ckpt)[:3]))
+    return ", ".join(map(shown_key, list(ckpt)[:3]))
 
 
 def official_name(key: str) -> str:
@@ -237,15 +281,29 @@ def rename_timm_swiglu(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3."): v for k, v in weights.items()}
 
 
-def heads_in_config(path: str, weights: dict[str, Tensor]) -> dict[str, int]:
-    """The number of attention heads, from the config.json of transformers next to the file. The weights do not tell it;
-    without that file, heads are assumed to be 64 wide, as in all released models."""
+def arguments_in_config(path: str, weights: dict[str, Tensor]) -> dict:
+    """What the weights do not tell, from the config.json of transformers or timm next to the file: the number of
+    attention heads, and the image size of a position table that is not square. Without that file, heads are assumed to
+    be 64 wide, as in all released models. Raises ValueError if its number of heads is impossible."""
     try:
-        config = json.loads(Path(path).with_name("config.json").read_text())
-        heads, width = config["num_attention_heads"], config["hidden_size"]
-    except (OSError, ValueError, KeyError, TypeError):  # no such file, or another program's
+        with open(Path(path).with_name("config.json"), "rb") as file:
+            config = json.loads(file.read(10**6))
+        of_timm, found = [config.get(k) or {} for k in ("model_args", "pretrained_cfg")], {}
+        sizes = [config.get("image_size"), of_timm[0].get("img_size"), (of_timm[1].get("input_size") or [])[1:]]
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):  # no such file, or another program's
         return {}
-    return dict(num_heads=heads) if width == weights["cls_token"].shape[-1] else {}
+    width, patch = weights["cls_token"].shape[-1], weights["patch_embed.proj.weight"].shape[-1]
+    if config.get("hidden_size") == width and (heads := config.get("num_attention_heads")) is not None:
+        if type(heads) is not int or heads < 1 or width % heads:
+            raise ValueError(f"{Path(path).with_name('config.json')} is damaged: {repr(heads)[:20]} attention heads "
+                             f"are impossible for a width of {width}")
+        found["num_heads"] = heads
+    for size in sizes:
+        sides = [size, size] if type(size) is int else size
+        if are_numbers(sides, patch, 10**6) and len(sides) == 2 and {type(v) for v in sides} == {int} and (
+                (sides[0] // patch) * (sides[1] // patch) == weights["pos_embed"].shape[1] - 1):
+            return found | dict(img_size=tuple(side // patch * patch for side in sides))
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -272,18 +330,27 @@ class LinearClassifier(nn.Module):
 def read_head(path: str | Path, dim: int, n_blocks: int) -> tuple[Tensor, Tensor, int]:
     """Reads a linear head for a backbone of width `dim`. Returns weight (classes, (1+layers)*D) and bias (classes,),
     both float32, and the number of layers. Raises ValueError if it is not a linear head, or is for another backbone."""
-    head = read_checkpoint(str(path))
-    weight, bias = head.get("weight"), head.get("bias")
-    if head.keys() != {"weight", "bias"} or not torch.is_tensor(weight) or not torch.is_tensor(bias) or (
-            weight.ndim != 2 or bias.shape != weight.shape[:1]):
+    head = read_file(str(path))
+    if (pair := linear_head_in(head)) is None:
         raise ValueError(f"{path} holds no linear head, which is weight (classes, features) and bias (classes,) "
                          f"(it starts with: {first_entries(head)})")
+    weight, bias = pair
     most = min(4, n_blocks)
     layers = {2 * dim: 1, (1 + most) * dim: most}.get(weight.shape[1])
     if layers is None:
         raise ValueError(f"{path} is the head of another backbone: it takes {weight.shape[1]} features; this one, "
                          f"{dim} wide, gives {2 * dim} (1 layer) or {(1 + most) * dim} ({most} layers)")
     return weight.float(), bias.float(), layers
+
+
+def linear_head_in(ckpt: dict) -> tuple[Tensor, Tensor] | None:
+    """Weight (classes, features) and bias (classes,), if these are all tensors in a file; under any prefix."""
+    tensors = [(key, value) for _, part in dicts_of_tensors(ckpt) for key, value in part.items()]
+    pair = {key.split(".")[-1]: value for key, value in tensors}
+    if len(tensors) != 2 or pair.keys() != {"weight", "bias"} or not all(map(is_weight, pair.values())):
+        return None
+    weight, bias = pair["weight"], pair["bias"]
+    return (weight, bias) if weight.ndim == 2 and bias.shape == weight.shape[:1] and weight.numel() else None
 
 
 def load_classifier(spec: str | Path, head_path: str | Path) -> LinearClassifier:
@@ -351,8 +418,9 @@ def is_mask2former(ckpt: dict) -> bool:
 
 
 def unwrap(ckpt: dict) -> dict:
-    """The weights of a file; the released dense heads have them under "state_dict"."""
-    return ckpt["state_dict"] if isinstance(ckpt.get("state_dict"), dict) else ckpt
+    """The weights of a dense head or Mask2Former in a file; those released have them under "state_dict"."""
+    marks = ("query_feat.weight", *(names[0] for names in HEAD_KEYS))
+    return next((part for _, part in dicts_of_tensors(ckpt) if any(key.endswith(marks) for key in part)), {})
 
 
 def load_mask2former(path: str, ckpt: dict) -> tuple[Mask2Former, About]:
@@ -361,8 +429,8 @@ def load_mask2former(path: str, ckpt: dict) -> tuple[Mask2Former, About]:
                          f"{', '.join(DENSE_HEADS)}")
     with torch.device("meta"):
         network = Mask2Former()
-    weights = {k: v for k, v in unwrap(ckpt).items() if torch.is_tensor(v)}
-    load_strictly(network, {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}, path)
+    weights = {k: v.float() if is_weight(v) else v for k, v in unwrap(ckpt).items()}
+    load_strictly(network, weights, path)
     names = CLASSES["ade20k"]
     return network.eval(), About("seg", "ade20k", names, colors(len(names), "ade20k"), RECIPES["ade20k", "m2f"])
 
@@ -375,8 +443,8 @@ def attach_dense_head(backbone: DinoVisionTransformer, path: str | Path, depth_r
 def read_dense_head(path: str | Path, backbone: DinoVisionTransformer, depth_range=None) -> tuple[nn.Module, About]:
     """The head in a file, and what it was trained for: as eval_dense.py noted in the file, or as the file names of the
     release tell. Raises ValueError as load_dense() does."""
-    ckpt, dim = read_pth(str(path)), backbone.embed_dim
-    weights, notes = head_weights(path, ckpt), notes_of(ckpt)
+    ckpt, dim = read_file(str(path)), backbone.embed_dim
+    weights, notes = head_weights(path, ckpt), notes_of(path, ckpt)
     named = re.search(rf"({'|'.join((*RANGES, *CLASSES))})_(linear4?|dpt|ms)_head", Path(path).name)
     dataset, width = notes.get("dataset", named[1] if named else ""), input_width(weights)
     segments, dpt = "conv_seg.weight" in weights, "convs.0.conv.weight" in weights
@@ -402,8 +470,11 @@ def read_dense_head(path: str | Path, backbone: DinoVisionTransformer, depth_ran
         else:
             make, n_bins = LinearDepthHead, len(weights["conv_depth.bias"])
             arguments |= dict(layers=width // unit, n_bins=n_bins)
-    with torch.device("meta"):
-        head = make(dim, **arguments)
+    try:
+        with torch.device("meta"):
+            head = make(dim, **arguments)
+    except (RuntimeError, ZeroDivisionError) as error:  # of sizes that are zero
+        raise ValueError(f"{path} describes an impossible head: {error}") from None
     load_strictly(head, weights, str(path))
     return head, about
 
@@ -413,22 +484,40 @@ def about_segmentation(dataset: str, kind: str, n: int, notes: dict) -> About:
     if not notes and len(CLASSES.get(dataset, ())) != n:
         dataset = next((name for name in CLASSES if len(CLASSES[name]) == n), "")
     names = notes.get("classes") or CLASSES.get(dataset) or [f"class {k}" for k in range(n)]
-    recipe = Recipe(*notes["recipe"]) if notes else RECIPES.get((dataset, kind), Recipe())
+    recipe = Recipe(*notes["recipe"]) if "recipe" in notes else RECIPES.get((dataset, kind), Recipe())
     return About("seg", dataset, names, colors(n, dataset), recipe)
 
 
-def notes_of(ckpt: dict) -> dict:
-    """What eval_dense.py noted about a head; empty for other files."""
-    return ckpt["about"] if isinstance(ckpt.get("about"), dict) else {}
+def notes_of(path: str | Path, ckpt: dict) -> dict:
+    """What eval_dense.py noted about a head; empty for other files. Raises ValueError if it cannot be that."""
+    notes = ckpt["about"] if isinstance(ckpt.get("about"), dict) else {}
+    possible = dict(
+        dim=lambda v: type(v) is int and v > 0, dataset=lambda v: isinstance(v, str),
+        backbone=lambda v: isinstance(v, str), recipe=is_recipe,
+        classes=lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v),
+        depth_range=lambda v: are_numbers(v, 0, 1e6) and len(v) == 2 and v[0] < v[1])
+    for key, test in possible.items():
+        if notes.get(key) is not None and not test(notes[key]):
+            raise ValueError(f"{path} is damaged: its {key} is {repr(notes[key])[:50]}")
+    return {key: value for key, value in notes.items() if value is not None}
+
+
+def is_recipe(values) -> bool:
+    if not isinstance(values, (list, tuple)) or len(values) != len(Recipe._fields):
+        return False
+    recipe = Recipe(*values)
+    sizes = (recipe.short, recipe.long, recipe.crop, recipe.stride, recipe.multiple, recipe.at_once)
+    return {type(v) for v in sizes} == {int} and min(sizes) > 0 and type(recipe.flip) is bool and (
+        are_numbers(recipe.ratios, 0.01, 100) and len(recipe.ratios) > 0)
 
 
 def head_weights(path: str | Path, ckpt: dict) -> dict[str, Tensor]:
     """The weights of a depth or segmentation head in float32, without the prefix that they have in released files.
     Raises ValueError if the file holds none."""
     weights = unwrap(ckpt)
-    if not isinstance(weights, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in weights.items()):
-        weights = {}
-    weights = {k.removeprefix("decode_head."): v.float() if v.is_floating_point() else v for k, v in weights.items()}
+    if named := [key for key in weights if "decode_head." in key]:  # under any prefix, and beside other parts
+        weights = {key.partition("decode_head.")[2]: weights[key] for key in named}
+    weights = {k: v.float() if is_weight(v) else v for k, v in weights.items()}
     dims = {k: v.ndim for k, v in weights.items()}
     heads = (dict.fromkeys(names, 4) | {names[0].replace("weight", "bias"): 1} for names in HEAD_KEYS)
     if not any(keys.items() <= dims.items() for keys in heads):
@@ -557,7 +646,7 @@ def mask2former(name: str, *, pretrained: bool = True, weights: str = "ADE20K") 
     if not pretrained:
         return Mask2Former().eval()
     path = weights_file(weights, name.removesuffix("_m2f"), {"ADE20K": "ade20k_m2f"})
-    return load_mask2former(path, read_pth(path))[0]
+    return load_mask2former(path, read_file(path))[0]
 
 
 def require_task(task: str, path: str, network: Dense, about: About) -> Dense:
@@ -610,16 +699,7 @@ def image_rules(model: DinoVisionTransformer | Mask2Former, ckpt: dict) -> dict:
     channels = 3 if isinstance(model, Mask2Former) else model.patch_embed.in_chans
     mean, std = (v if channels == 3 else (sum(v) / 3,) * channels for v in (MEAN, STD))  # ImageNet's, averaged to gray
     rules = dict(in_chans=channels, mean=mean, std=std, eval_resize=256, eval_crop=224, flip_prob=0.5)
-    return rules | {k: v for k, v in ckpt["config"].items() if k in rules} if ckpt.get("format") == FORMAT else rules
-
-
-def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of the names, shapes and values of the weights, independent of the file they came from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return rules | {k: v for k, v in ckpt["config"].items() if k in rules} if is_of_train(ckpt) else rules
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -637,10 +717,10 @@ def info(argv: list[str]) -> None:
         network, about = load_mask2former(path, ckpt)
         lines["Mask2Former"] = f"on ViT-g/14, {len(about.classes)} classes of ADE20K"
         lines["weights"] = f"{sum(v.numel() for v in network.state_dict().values()):,}"
-    elif any(names[0] in str(key) for names in HEAD_KEYS for key in unwrap(ckpt)):
+    elif unwrap(ckpt):
         lines |= describe_dense_head(path, ckpt)
-    elif ckpt.keys() == {"weight", "bias"} and torch.is_tensor(ckpt["weight"]) and ckpt["weight"].ndim == 2:
-        classes, width = ckpt["weight"].shape
+    elif pair := linear_head_in(ckpt):
+        classes, width = pair[0].shape
         fits = [f"{n} CLS of a backbone {width // (n + 1)} wide" for n in (4, 3, 2, 1) if width % (8 * (n + 1)) == 0]
         lines["linear head"] = f"{classes} classes, {width:,} features: {' or '.join(fits)}, and the mean patch"
     else:
@@ -650,7 +730,7 @@ def info(argv: list[str]) -> None:
 
 def describe_dense_head(path: str, ckpt: dict) -> dict[str, str]:
     """{label: value} of a depth or segmentation head."""
-    weights, notes = head_weights(path, ckpt), notes_of(ckpt)
+    weights, notes = head_weights(path, ckpt), notes_of(path, ckpt)
     width, n = input_width(weights), f"{sum(v.numel() for v in weights.values()):,}"
     if "convs.0.conv.weight" in weights:
         lines = {"depth head": "DPT", "takes": f"4 blocks of a backbone {width} wide"}
@@ -668,20 +748,21 @@ def describe_dense_head(path: str, ckpt: dict) -> dict[str, str]:
 
 def describe_backbone(path: str, ckpt: dict) -> dict[str, str]:
     """{label: value} of a backbone."""
-    model, source = load(path, ckpt), ckpt.get("teacher", ckpt)
-    weights, (side, _) = model.state_dict(), model.patch_embed.img_size
+    model, (prefix, source, others) = load(path, ckpt), find_backbone(path, ckpt)
+    weights, (height, width) = model.state_dict(), model.patch_embed.img_size
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in source.values()})
-    ignored = [key for key in source if official_name(key).startswith(IGNORED)]
-    chunks = any(re.search(r"\bblocks\.\d+\.\d+\.", key) for key in source)
+    ignored = [key for key in source if official_name(key).startswith(IGNORED)] + others
+    chunks = any(re.match(r"blocks\.\d+\.\d+\.", key) for key in source)
     gated = "blocks.0.mlp.w3.weight" in weights
     lines = {"layout": layout_of(ckpt) + ", blocks in chunks" * chunks}
-    if "format" in ckpt:
+    lines |= {"prefix": prefix} if prefix else {}
+    if is_of_train(ckpt):
         lines["trained on"] = f"{ckpt['config']['data']}, {ckpt['step']:,} steps"
     lines |= {
         "network": f"{model.embed_dim} wide, {model.n_blocks} blocks, {model.num_heads} heads, "
                    f"{'SwiGLU' if gated else 'MLP'}, {model.num_register_tokens} registers",
         "images": f"{model.patch_embed.in_chans} channels, patches of {model.patch_size}x{model.patch_size} pixels, "
-                  f"positions for {side}x{side}, interpolated for other sizes with offset "
+                  f"positions for {height}x{width}, interpolated for other sizes with offset "
                   f"{model.interpolate_offset:g}, {'with' if model.interpolate_antialias else 'without'} antialiasing",
         "weights": f"{sum(value.numel() for value in weights.values()):,} in {', '.join(dtypes)}",
         "SHA-256": weights_hash(model)}
@@ -694,6 +775,8 @@ def describe_backbone(path: str, ckpt: dict) -> dict[str, str]:
 
 def same_network(name: str, weights: dict[str, Tensor]) -> bool:
     """Whether the weights have the names and shapes of a released backbone."""
+    if ARCHS[SIZES[name.removeprefix("dinov2_vit")[0]]]["embed_dim"] != weights["cls_token"].shape[-1]:
+        return False
     with torch.device("meta"):
         released = backbone(name, pretrained=False).state_dict()
     return {k: v.shape for k, v in released.items()} == {k: v.shape for k, v in weights.items()}

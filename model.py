@@ -16,6 +16,7 @@ This file needs only torch and can be copied on its own. Attributes and paramete
 weights, so loading is strict and renames nothing. Papers: DINOv2 (Oquab et al. 2023, arXiv 2304.07193), ViT
 (Dosovitskiy et al. 2020, arXiv 2010.11929), registers (Darcet et al. 2023, arXiv 2309.16588). Apache License 2.0.
 """
+import re
 import warnings
 from functools import partial
 
@@ -73,7 +74,7 @@ class PatchEmbed(nn.Module):
         self.img_size, self.patch_size = (height, width), (patch_size, patch_size)
         self.patches_resolution = (height // patch_size, width // patch_size)
         self.num_patches = self.patches_resolution[0] * self.patches_resolution[1]
-        self.in_chans, self.embed_dim = in_chans, embed_dim
+        self.in_chans, self.embed_dim, self.flatten_embedding = in_chans, embed_dim, True
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
         self.norm = nn.Identity()
 
@@ -97,26 +98,34 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = True, proj_bias: bool = True):
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"width {dim} is not a multiple of the number of heads {num_heads}")
-        self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5
+        if not isinstance(num_heads, int) or num_heads < 1 or dim % num_heads:
+            raise ValueError(f"width {dim} is not a multiple of the number of heads {num_heads!r}")
+        self.dim, self.num_heads, self.scale = dim, num_heads, (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(0.0)  # for hooks, here and below: with a rate of 0 they cost nothing
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self.proj_drop = nn.Dropout(0.0)
 
     def forward(self, x: Tensor, shapes: list[tuple[int, int]] | None = None) -> Tensor:
         shapes, qkv, heads = shapes or [x.shape[:2]], self.qkv(x), (3, self.num_heads, -1)  # qkv (..., 3*D)
         if self.kernel is not None:
             batches, lengths = map(list, zip(*shapes))
             out = self.kernel(qkv.flatten(0, 1).unflatten(-1, heads), batches, lengths, self.scale)  # (T, H, D/H)
-            return self.proj(out.view(x.shape))
+            return self.proj_drop(self.proj(out.view(x.shape)))
         outs = []
         for batch in unpack(qkv, shapes):
             q, k, v = batch.unflatten(-1, heads).unbind(2)  # each (B, N, H, D/H)
             # Views, no copies: unbinding before transposing makes the backward pass write one gradient laid out as qkv.
             q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # each (B, H, N, D/H)
-            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # (B, H, N, D/H)
-            outs.append(out.transpose(1, 2).flatten(2))  # (B, N, D)
-        return self.proj(pack(outs))
+            outs.append(self.attend(q, k, v).transpose(1, 2).flatten(2))  # (B, N, D)
+        return self.proj_drop(self.proj(pack(outs)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Softmax attention, (B, H, N, D/H). The probabilities (B, H, N, N) are computed only if attn_drop has hooks,
+        which then see them."""
+        if not (self.attn_drop._forward_hooks or self.attn_drop._forward_pre_hooks):
+            return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return self.attn_drop((self.scale * q @ k.transpose(-2, -1)).softmax(-1)) @ v
 
 
 class Mlp(nn.Module):
@@ -125,9 +134,10 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(dim, hidden, bias=bias)
         self.act = act_layer()
         self.fc2 = nn.Linear(hidden, dim, bias=bias)
+        self.drop = nn.Dropout(0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
 class SwiGLUFFN(nn.Module):
@@ -146,12 +156,7 @@ class SwiGLUFFN(nn.Module):
         return self.w3(F.silu(gate) * value)
 
 
-class IdentityFFN(nn.Identity):
-    def __init__(self, dim: int, hidden: int, act_layer=None, bias: bool = True):
-        super().__init__()
-
-
-FFNS = {"mlp": Mlp, "swiglu": SwiGLUFFN, "swiglufused": SwiGLUFFN, "identity": IdentityFFN}
+FFNS = {"mlp": Mlp, "swiglu": SwiGLUFFN, "swiglufused": SwiGLUFFN, "identity": lambda *_, **__: nn.Identity()}
 
 
 class LayerScale(nn.Module):
@@ -178,7 +183,8 @@ class Block(nn.Module):
     def __init__(self, dim, num_heads, mlp_ratio=4.0, qkv_bias=True, proj_bias=True, ffn_bias=True, drop_path=0.0,
                  init_values=None, act_layer=nn.GELU, ffn_layer=Mlp):
         super().__init__()
-        self.drop_path = drop_path
+        self.sample_drop_ratio = drop_path
+        self.drop_path1, self.drop_path2 = nn.Identity(), nn.Identity()  # for code of others; forward drops by itself
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads, qkv_bias, proj_bias)
         self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
@@ -195,10 +201,17 @@ class Block(nn.Module):
     def forward(self, x: Tensor, shapes: list[tuple[int, int]] | None = None, orders: list | None = None) -> Tensor:
         shapes = shapes or [x.shape[:2]]
         for i, branch in enumerate((self.attn_branch, self.ffn_branch)):
-            if self.training and self.drop_path > 0.0:
-                x = add_to_subset(x, shapes, branch, self.drop_path, orders and [o[i] for o in orders])
+            if self.training and self.sample_drop_ratio > 0.0:
+                x = add_to_subset(x, shapes, branch, self.sample_drop_ratio, orders and [o[i] for o in orders])
             else:
                 x = x + branch(x, shapes)
+        return x
+
+
+class BlockChunk(nn.ModuleList):
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = block(x)
         return x
 
 
@@ -233,8 +246,8 @@ def add_to_subset(x: Tensor, shapes: list[tuple[int, int]], branch, rate: float,
 
 class DinoVisionTransformer(nn.Module):
     """The DINOv2 vision transformer; arguments, attributes and parameters have the names of the official release.
-
     Arguments beyond those of a plain ViT:
+        img_size: side, or (height, width), in pixels, of the images that the position embedding is for.
         init_values: initial LayerScale; None or 0 for no LayerScale. Training uses 1e-5.
         ffn_layer: "mlp", "swiglu" (= "swiglufused": gate and value in one matrix) or "identity".
         block_chunks: n > 0 stores the blocks as n nested lists with keys `blocks.{chunk}.{block}.…`; 0, as a flat list.
@@ -253,12 +266,15 @@ class DinoVisionTransformer(nn.Module):
         super().__init__()
         if ffn_layer not in FFNS:
             raise ValueError(f"unknown ffn_layer {ffn_layer!r}; choose one of {', '.join(FFNS)}")
+        if not 0 <= interpolate_offset < 1 or not 0 <= drop_path_rate <= 1:
+            raise ValueError(f"impossible: interpolate_offset {interpolate_offset}, drop_path_rate {drop_path_rate}")
         self.num_features = self.embed_dim = embed_dim
         self.num_tokens = 1  # CLS only, also with registers, as officially
         self.n_blocks, self.num_heads, self.patch_size = depth, num_heads, patch_size
         self.num_register_tokens = num_register_tokens
-        self.interpolate_antialias, self.interpolate_offset = interpolate_antialias, interpolate_offset
-
+        self.interpolate_antialias, self.interpolate_offset = bool(interpolate_antialias), interpolate_offset
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.position_grid = (height // patch_size, width // patch_size)
         patch_embed = embed_layer(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + patch_embed.num_patches, embed_dim))
@@ -276,7 +292,7 @@ class DinoVisionTransformer(nn.Module):
         self.chunked_blocks = block_chunks > 0
         if self.chunked_blocks:  # padding with Identity keeps the block number in the inner key
             size = max(depth // block_chunks, 1)
-            blocks = [nn.ModuleList([nn.Identity()] * i + blocks[i : i + size]) for i in range(0, depth, size)]
+            blocks = [BlockChunk([nn.Identity()] * i + blocks[i : i + size]) for i in range(0, depth, size)]
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Identity()
@@ -293,21 +309,25 @@ class DinoVisionTransformer(nn.Module):
 
     def interpolate_pos_encoding(self, x: Tensor, height: int, width: int) -> Tensor:
         """The position embedding (1, 1+h*w, D) for images of height x width pixels, in the dtype of x (B, 1+h*w, D)."""
-        n = self.pos_embed.shape[1] - 1
-        if x.shape[1] - 1 == n and height == width:
+        sides = [int(side) if isinstance(side, Tensor) else side for side in (height, width)]  # tensors if traced
+        grid, table_grid = tuple(side // self.patch_size for side in sides), self.position_grid
+        if (n := int(self.pos_embed.shape[1]) - 1) != table_grid[0] * table_grid[1]:  # another table, put in by hand
+            table_grid = (round(n**0.5), round(n**0.5))
+        if grid == table_grid:
             return self.pos_embed
-        side = round(n**0.5)
-        assert side * side == n, f"the position embedding has {n} entries, not a square number"
-        grid = (height // self.patch_size, width // self.patch_size)
         table = self.pos_embed.float()
-        patches = table[:, 1:].unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, D, side, side)
+        patches = table[:, 1:].unflatten(1, table_grid).permute(0, 3, 1, 2)  # (1, D, rows, columns)
         # Released models without registers were trained with scale factors of (grid + 0.1) / side, not grid / side.
         offset = self.interpolate_offset
-        target = dict(scale_factor=tuple((g + offset) / side for g in grid)) if offset else dict(size=grid)
+        scales = tuple((wanted + offset) / given for wanted, given in zip(grid, table_grid))
+        target = dict(scale_factor=scales) if offset else dict(size=grid)
         interpolate = partial(F.interpolate, mode="bicubic", antialias=self.interpolate_antialias, **target)
         if torch.are_deterministic_algorithms_enabled():  # interpolation is not, on GPUs; so as a matrix product
-            basis = interpolate(torch.eye(n, device=table.device).unflatten(1, (1, side, side)))  # (n, 1, h, w)
+            eye = torch.eye(patches[0, 0].numel(), device=table.device)
+            basis = interpolate(eye.unflatten(1, (1, *table_grid)))  # (rows * columns, 1, h, w)
             patches = (patches.flatten(2).double() @ basis.flatten(1).double()).unflatten(2, basis.shape[2:]).float()
+        elif torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():  # by the exporter without dynamo
+            patches = untraced(interpolate, patches)
         else:
             patches = interpolate(patches)  # (1, D, h, w)
         assert patches.shape[-2:] == grid, f"interpolated to {tuple(patches.shape[-2:])}, wanted {grid}"
@@ -325,6 +345,9 @@ class DinoVisionTransformer(nn.Module):
         if self.register_tokens is not None:
             x = torch.cat([x[:, :1], self.register_tokens.to(x.dtype).expand(x.shape[0], -1, -1), x[:, 1:]], dim=1)
         return x
+
+    def forward_features_list(self, x_list: list[Tensor], masks_list: list) -> list[dict]:
+        return self.forward_features(x_list, masks_list)
 
     def forward_features(self, x, masks=None, drop_orders=None):
         """Features of a batch of images, or of a list of batches of different sizes in one pass.
@@ -359,24 +382,40 @@ class DinoVisionTransformer(nn.Module):
         pairs (patches, CLS (B, D)). `norm` applies the final LayerNorm to each. Raises ValueError if a block does not
         exist.
         """
-        wanted = range(self.n_blocks - n, self.n_blocks) if isinstance(n, int) else n
-        if not all(0 <= i < self.n_blocks for i in wanted):
-            raise ValueError(f"no such blocks: {list(wanted)}; the model has blocks 0 to {self.n_blocks - 1}")
-        tokens, outs = self.prepare_tokens_with_masks(x), []
-        for i, block in enumerate(self.block_list()):
-            tokens = block(tokens)
-            if i in wanted:
-                outs.append(self.norm(tokens) if norm else tokens)
+        outs = [self.norm(out) if norm else out for out in self._get_intermediate_layers_not_chunked(x, n)]
         patches = [out[:, 1 + self.num_register_tokens :] for out in outs]
         if reshape:
             h, w = x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size
             patches = [p.transpose(1, 2).unflatten(2, (h, w)).contiguous() for p in patches]
         return tuple(zip(patches, [out[:, 0] for out in outs])) if return_class_token else tuple(patches)
 
+    def _get_intermediate_layers_not_chunked(self, x: Tensor, n=1) -> list[Tensor]:
+        """All tokens (B, 1+R+h*w, D) of the same blocks, before the final norm."""
+        wanted = range(self.n_blocks - n, self.n_blocks) if isinstance(n, int) else n
+        if not all(0 <= i < self.n_blocks for i in wanted):
+            raise ValueError(f"no such blocks: {list(wanted)}; the model has blocks 0 to {self.n_blocks - 1}")
+        tokens, outs = self.prepare_tokens_with_masks(x), []
+        for i, block in enumerate(self.block_list()):
+            tokens = block(tokens)
+            outs += [tokens] * (i in wanted)
+        return outs
+
+    _get_intermediate_layers_chunked = _get_intermediate_layers_not_chunked
+
     def forward(self, x, masks=None, is_training: bool = False, drop_orders=None):
         """CLS features (B, D) after the final norm; with `is_training`, the dict(s) of forward_features."""
         out = self.forward_features(x, masks, drop_orders)
         return out if is_training else self.head(out["x_norm_clstoken"])
+
+
+def untraced(function, x: Tensor) -> Tensor:
+    """function(x), as a constant of the program that is being traced."""
+    tracer = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        return function(x).detach()
+    finally:
+        torch._C._set_tracing_state(tracer)
 
 
 def init_parameters(module: nn.Module, std: float = 0.02, pos_std: float = 0.02) -> None:
@@ -459,39 +498,50 @@ def read_checkpoint(path: str) -> dict:
     """Reads a .pth file onto the CPU, without executing anything in it. Raises ValueError, naming the cause, if it is
     missing, truncated, not a checkpoint, or holds anything but tensors and plain values."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), open(path, "rb") as file:  # open: torch.load looks at how a name ends
             warnings.simplefilter("ignore")
-            ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"no such checkpoint: {path}") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path} is a folder; name a file in it, such as {path.rstrip('/')}/ckpt.pth") from None
-    except PermissionError:
-        raise ValueError(f"no permission to read {path}") from None
+            ckpt = torch.load(file, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise ValueError(f"no such checkpoint: {path} ({error.strerror})") from None
     except Exception as error:  # a damaged file can fail in any way
-        if "GLOBAL" in str(error):  # torch.load's word for a class or a function
-            raise ValueError(f"{path} holds pickled code, not just weights: refused, nothing in it was run") from None
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):  # torch.load's word for a class or a function
+            raise ValueError(f"{path} holds pickled code, {found[1]}, not just weights: refused, nothing in it was run"
+                             ) from None
         raise ValueError(f"{path} is truncated or is not a PyTorch checkpoint; copy or download it again") from None
     if not isinstance(ckpt, dict):
         raise ValueError(f"{path} holds a {type(ckpt).__name__}, not a dict of weights")
     return ckpt
 
 
+def is_weight(value) -> bool:
+    """Whether it is a plain floating-point tensor, no larger than what the file holds of it."""
+    return type(value) in (Tensor, nn.Parameter) and value.is_floating_point() and value.layout == torch.strided and (
+        value.nbytes <= value.untyped_storage().nbytes())
+
+
 def load_backbone(path: str, ckpt: dict | None = None, arguments: dict | None = None) -> DinoVisionTransformer:
-    """The backbone of a checkpoint of train.py (the teacher) or of a released DINOv2 file, in eval mode.
+    """The backbone of a checkpoint of train.py (the teacher) or of a released DINOv2 file, in float32, in eval mode.
 
     `ckpt` is the content of the file, if it has been read already; `arguments` override the constructor arguments found
-    in it. Raises ValueError if anything is missing or left over.
+    in it. Raises ValueError if anything is missing, left over, or impossible.
     """
     ckpt = read_checkpoint(path) if ckpt is None else ckpt
-    weights, heads = ckpt.get("teacher", ckpt), ("dino_head.", "ibot_head.")
-    if not isinstance(weights, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in weights.items()):
-        raise ValueError(f"{path} holds no DINOv2 backbone (it starts with: {', '.join(map(str, list(ckpt)[:3]))})")
-    weights = {k.removeprefix("backbone."): v for k, v in weights.items() if not k.startswith(heads)}
-    kwargs = ckpt["model"] if ckpt.get("format") == FORMAT else infer_arguments(path, weights)
-    with torch.device("meta"):
-        model = DinoVisionTransformer(**kwargs | (arguments or {}))
-    load_strictly(model, weights, path)
+    arguments, heads = arguments or {}, ("dino_head.", "ibot_head.")
+    if ckpt.get("format", FORMAT) != FORMAT:
+        raise ValueError(f"{path} has format {ckpt['format']!r}, this code reads {FORMAT}: use the code that wrote it")
+    weights = ckpt["teacher"] if isinstance(ckpt.get("teacher"), dict) else ckpt
+    weights = {str(k).removeprefix("backbone."): v for k, v in weights.items() if not str(k).startswith(heads)}
+    inferred = infer_arguments(path, weights, arguments.get("img_size"))
+    try:
+        kwargs = dict(ckpt["model"]) if "format" in ckpt else inferred
+        for key in ("depth", "embed_dim", "patch_size", "in_chans", "num_register_tokens"):
+            if kwargs.get(key, 0) != inferred[key]:
+                raise ValueError(f"{key} is {kwargs.get(key)!r}, but {inferred[key]} by the weights")
+        with torch.device("meta"):
+            model = DinoVisionTransformer(**kwargs | arguments)
+    except Exception as error:  # impossible arguments can fail in any way
+        raise ValueError(f"{path} describes an impossible network: {str(error).partition(chr(10))[0]}") from None
+    load_strictly(model, {k: v.float() for k, v in weights.items()}, path)
     return model.eval()
 
 
@@ -505,30 +555,41 @@ def check_names_and_shapes(model: nn.Module, weights: dict[str, Tensor], path: s
     """Raises ValueError if weights are not those of a model."""
     expected = model.state_dict()
     missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
-    shapes = [k for k in expected.keys() & weights.keys() if expected[k].shape != weights[k].shape]
+    both = [(k, expected[k], weights[k]) for k in expected.keys() & weights.keys()]
+    shapes = [k for k, a, b in both if a.shape != b.shape or b.is_meta or not (
+        is_weight(b) if a.is_floating_point() else a.dtype == b.dtype)]
     if missing or unexpected or shapes:
         kinds = ((missing, "is missing", "are missing"), (unexpected, "is unexpected", "are unexpected"),
-                 (shapes, "has another shape", "have another shape"))
+                 (shapes, "has another shape or type", "have another shape or type"))
         faults = [f"{len(keys)} {many if len(keys) > 1 else one} (such as {min(keys)})" for keys, one, many in kinds
                   if keys]
         raise ValueError(f"{path} is from another architecture: of the weights, {', '.join(faults)}")
 
 
-def infer_arguments(path: str, weights: dict[str, Tensor]) -> dict:
+def infer_arguments(path: str, weights: dict[str, Tensor], img_size=None) -> dict:
     """The constructor arguments of a DINOv2 backbone, from the names and shapes of its weights. What these do not tell
-    is as in the released models: heads 64 wide, and the interpolation of positions that goes with or without registers.
-    Raises ValueError if the weights are not those of a DINOv2 backbone."""
-    blocks = [k.removesuffix(".norm1.weight").split(".")[1:] for k in weights if k.endswith(".norm1.weight")]
-    needed = {"cls_token", "pos_embed", "mask_token", "patch_embed.proj.weight", "norm.weight"}
-    if not blocks or not needed <= weights.keys() or weights["patch_embed.proj.weight"].ndim != 4:
-        raise ValueError(f"{path} holds no DINOv2 backbone (it starts with: {', '.join(list(weights)[:3])})")
+    is as in the released models: a square position table (unless img_size is given), heads 64 wide, and the
+    interpolation of positions that goes with or without registers. Raises ValueError if the weights are not those of a
+    DINOv2 backbone."""
+    blocks = [k.split(".")[1:-2] for k in weights if re.fullmatch(r"blocks(\.\d+){1,2}\.norm1\.weight", k)]
+    needed = dict(cls_token=3, pos_embed=3, mask_token=2) | {"patch_embed.proj.weight": 4, "norm.weight": 1}
+    wrong = [k for k in weights if not is_weight(weights[k])] or [
+        k for k, n in needed.items() if k not in weights or weights[k].ndim != n or not weights[k].numel()]
+    if wrong:
+        raise ValueError(f"{path} holds no DINOv2 backbone: {', '.join(wrong[:5])} missing or of another type or shape "
+                         f"(it starts with: {', '.join(list(weights)[:3])})")
     dim, in_chans, patch = weights["patch_embed.proj.weight"].shape[:3]
-    chunks = len({b[0] for b in blocks}) if len(blocks[0]) == 2 else 0
+    entries = weights["pos_embed"].shape[1] - 1
+    if img_size is None and round(entries**0.5) ** 2 != entries:
+        raise ValueError(f"{path} has a position table of {entries} entries, not a square: give hub.load "
+                         "img_size=(height, width) in pixels, or write {\"image_size\": [height, width]} into a "
+                         "config.json beside it")
+    chunks = len({b[0] for b in blocks}) if blocks and len(blocks[0]) == 2 else 0
     first = f"blocks.{'0.0' if chunks else '0'}."
     ffn = next((f for k, f in (("w12", "swiglu"), ("fc1", "mlp")) if f"{first}mlp.{k}.weight" in weights), "identity")
-    registers = weights["register_tokens"].shape[1] if "register_tokens" in weights else 0
+    registers = weights["register_tokens"].shape[-2] if "register_tokens" in weights else 0
     return dict(
-        img_size=round((weights["pos_embed"].shape[1] - 1) ** 0.5) * patch, patch_size=patch, in_chans=in_chans,
+        img_size=round(entries**0.5) * patch if img_size is None else img_size, patch_size=patch, in_chans=in_chans,
         embed_dim=dim, depth=len(blocks), num_heads=max(dim // 64, 1), block_chunks=chunks, ffn_layer=ffn,
         init_values=1.0 if first + "ls1.gamma" in weights else None, qkv_bias=first + "attn.qkv.bias" in weights,
         proj_bias=first + "attn.proj.bias" in weights,

@@ -32,6 +32,7 @@ import pytest
 import sklearn.datasets
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 import torch.distributed.checkpoint as dcp
 from PIL import Image
@@ -281,6 +282,93 @@ def test_model_blocks_can_be_driven_by_hand():
         x = block(x)
     assert torch.equal(vit.norm(x)[:, 0], vit(images))
     assert seen == [(2, 17, 144)] * 2
+
+
+OFFICIAL_ATTRIBUTES = {  # attributes and methods of the official classes
+    "DinoVisionTransformer": "num_features embed_dim num_tokens n_blocks num_heads patch_size num_register_tokens "
+    "interpolate_antialias interpolate_offset patch_embed cls_token pos_embed register_tokens chunked_blocks blocks "
+    "norm head mask_token init_weights interpolate_pos_encoding prepare_tokens_with_masks forward_features_list "
+    "forward_features _get_intermediate_layers_not_chunked _get_intermediate_layers_chunked get_intermediate_layers",
+    "PatchEmbed": "img_size patch_size patches_resolution num_patches in_chans embed_dim flatten_embedding proj norm "
+    "flops", "Attention": "dim num_heads scale qkv attn_drop proj proj_drop init_weights",
+    "Block": "norm1 attn ls1 drop_path1 norm2 mlp ls2 drop_path2 sample_drop_ratio forward_nested",
+    "Mlp": "fc1 act fc2 drop", "LayerScale": "gamma inplace", "BlockChunk": "forward"}
+
+
+def test_model_has_the_names_of_the_official_classes():
+    """All that hooks and code of others may use, but for what docs/models.md says is not there."""
+    vit = model.DinoVisionTransformer(**TINY_VIT | dict(block_chunks=2, init_values=1.0))
+    parts = {type(module).__name__: module for module in vit.modules()}
+    absent = {f"{owner}.{name}" for owner, names in OFFICIAL_ATTRIBUTES.items() for name in names.split()
+              if not hasattr(parts[owner], name)}
+    text = (HERE / "docs/models.md").read_text()
+    assert absent and all(f"`{name}`" in text for name in absent), absent
+
+
+def test_model_hooks_and_code_of_others():
+    """Hooks on the dropouts fire, and that of attention sees the probabilities; chunks and crops by hand."""
+    vit = model.DinoVisionTransformer(**TINY_VIT | dict(block_chunks=2, init_values=1.0)).eval()
+    images = golden_images()
+    plain, seen = vit.forward_features(images["x70x28"])["x_prenorm"], {}
+    for name in ("attn.attn_drop", "attn.proj_drop", "mlp.drop"):
+        module = vit.block_list()[1].get_submodule(name)
+        module.register_forward_hook(lambda m, x, y, name=name: seen.__setitem__(name, y.shape))
+        if name == "attn.attn_drop":
+            module.register_forward_hook(lambda m, x, y: assert_close(y.sum(-1), torch.ones(y.shape[:-1]), 1e-5))
+    assert_close(vit.forward_features(images["x70x28"])["x_prenorm"], plain, 1e-5)
+    n, heads = plain.shape[1], vit.num_heads
+    assert seen == {"attn.attn_drop": (1, heads, n, n), "attn.proj_drop": (1, n, 48), "mlp.drop": (1, n, 48)}
+    x = vit.prepare_tokens_with_masks(images["x56"])
+    for chunk in vit.blocks:
+        x = chunk(x)
+    last = vit._get_intermediate_layers_chunked(images["x56"], 1)[0]
+    assert torch.equal(x, last) and torch.equal(last, vit._get_intermediate_layers_not_chunked(images["x56"], [3])[0])
+    both = vit.forward_features_list([images["x56"], images["x70x28"]], [None, None])
+    assert_close(both[0]["x_prenorm"], x, 1e-5)
+    assert_close(both[1]["x_prenorm"], plain, 1e-5)
+    vit.train().block_list()[0].attn.proj_drop.p = 0.5  # as a Dropout, it can be given a rate
+    assert (vit(images["x56"]) - vit(images["x56"])).abs().max() > 1e-6
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("rule", [(0.1, False), (0.0, True)])
+@pytest.mark.parametrize("img_size", [56, (28, 42)])
+def test_model_is_traced_and_exported_at_any_size(img_size, rule):
+    vit = model.DinoVisionTransformer(**TINY_VIT | dict(img_size=img_size), num_register_tokens=4 * rule[1],
+                                      interpolate_offset=rule[0], interpolate_antialias=rule[1]).eval()
+    fill(vit.requires_grad_(False), 100)
+    for images in randn(3, (2, 3, 56, 56), (2, 3, 28, 28), (1, 3, 42, 70)):
+        assert torch.equal(torch.jit.trace(vit, images)(images), vit(images))
+        assert torch.equal(torch.export.export(vit, (images,)).module()(images), vit(images))
+        maps = lambda x: vit.get_intermediate_layers(x, n=2, reshape=True)  # noqa: E731
+        assert all(map(torch.equal, torch.jit.trace(maps, images)(images), maps(images)))
+    if rule == (0.0, True):  # then also for all sizes at once
+        sides = {d: 14 * torch.export.Dim(f"side{d}", min=3, max=9) for d in (2, 3)}
+        program = torch.export.export(vit, (images,), dynamic_shapes=dict(x=sides), strict=False).module()
+        assert_close(program(larger := randn(4, (1, 3, 84, 98))[0]), vit(larger), 1e-6)
+
+
+@pytest.mark.parametrize("rule", [(0.1, False), (0.0, True)])
+def test_model_position_tables_that_are_not_square(rule):
+    """At their own size as they are; at others, also square ones with as many patches, resized from their own grid."""
+    vit = model.DinoVisionTransformer(**TINY_VIT | dict(img_size=(28, 112)), interpolate_offset=rule[0],
+                                      interpolate_antialias=rule[1])  # 2x8 patches, as many as 4x4
+    assert vit.position_grid == (2, 8) and vit.interpolate_pos_encoding(None, 28, 112) is vit.pos_embed
+    table = vit.pos_embed[:, 1:].unflatten(1, (2, 8)).permute(0, 3, 1, 2)
+    for h, w in ((4, 4), (3, 5), (8, 2)):
+        scale = dict(scale_factor=((h + 0.1) / 2, (w + 0.1) / 8)) if rule[0] else dict(size=(h, w))
+        expected = F.interpolate(table, mode="bicubic", antialias=rule[1], **scale).flatten(2).transpose(1, 2)
+        for deterministic in (False, True):
+            torch.use_deterministic_algorithms(deterministic)
+            found = vit.interpolate_pos_encoding(torch.zeros(1), 14 * h, 14 * w)
+            torch.use_deterministic_algorithms(False)
+            assert_close(found[:, 1:], expected, 1e-6)
+    assert vit(torch.zeros(1, 3, 28, 112)).shape == (1, 48)
+    square = model.DinoVisionTransformer(**TINY_VIT)  # a table that was put in by hand is a square one
+    square.pos_embed = torch.nn.Parameter(torch.randn(1, 1 + 25, 48))
+    assert square.interpolate_pos_encoding(None, 70, 70) is square.pos_embed and (
+        square(torch.zeros(1, 3, 28, 42)).shape == (1, 48))
 
 
 def test_model_head_survives_deepcopy_and_training():
@@ -1351,7 +1439,11 @@ def test_train_other_channels(channels, tmp_path, cache, capsys):
 
 
 def test_train_init_starts_from_a_checkpoint(trained, tmp_path):
-    train_main(*TINY, "--steps", 1, "--lr", 0, "--min-lr", 0, "--out", tmp_path / "out", "--init", trained / "ckpt.pth")
+    """Of train.py, or as here, the same weights in somebody else's wrapping: whatever hub.load reads."""
+    vit = {f"encoder.{k}": v for k, v in hub.load(trained / "ckpt.pth").state_dict().items()}
+    torch.save(dict(state_dict=vit, epoch=3), tmp_path / "wrapped.pth")
+    train_main(*TINY, "--steps", 1, "--lr", 0, "--min-lr", 0, "--out", tmp_path / "out", "--init",
+               tmp_path / "wrapped.pth")
     start, after = (torch.load(p / "ckpt.pth", weights_only=True)["teacher"] for p in (trained, tmp_path / "out"))
     assert all(torch.allclose(start[k], after[k], atol=1e-6) for k in start if k.startswith("backbone."))
     assert not torch.allclose(start["dino_head.last_layer.weight_v"], after["dino_head.last_layer.weight_v"])
@@ -1783,13 +1875,15 @@ def test_nonfinite_step_changes_nothing_but_the_teacher():
     assert all(t.isfinite().all() for t in (state() | teacher.state_dict()).values())
 
 
-def test_deterministic_runs_have_one_hash(tmp_path):
-    """The flag reaches PyTorch, the hash is printed, and two runs agree."""
+def test_deterministic_runs_have_one_hash(tmp_path, capsys):
+    """The flag reaches PyTorch, the hash is printed, two runs agree, and `hub.py info` gives the same."""
     flags = [*TINY, "--steps", 3, "--deterministic"]
     jobs = [Launched(tmp_path / f"log{i}", train.main, *flags, *more, "--out", tmp_path / str(i), before=must_be_exact)
             for i, more in enumerate(([], [], ["--seed", 1]))]
     hashes = [re.search("weights ([0-9a-f]{64})", job.wait())[1] for job in jobs]
     assert hashes[0] == hashes[1] != hashes[2]
+    hub.main(["info", str(tmp_path / "0/ckpt.pth")])
+    assert f"SHA-256      {hashes[0]}\n" in capsys.readouterr().out
 
 
 def must_be_exact() -> None:
@@ -1921,12 +2015,12 @@ def bad_checkpoints(folder: Path, good: Path) -> dict[str, tuple[Path, str]]:
     del ckpt["teacher"]["backbone.norm.weight"]
     torch.save(ckpt, folder / "incomplete.pth")
     refused = "holds pickled code"
-    texts = dict(truncated="is truncated or", text="is truncated or", zero="is truncated or", malicious=refused,
-                 pickle="is truncated or",
+    texts = dict(truncated="is truncated;", text="is text, not", zero="is empty;", malicious=refused,
+                 pickle="is a Python pickle that torch.save did not write",
                  foreign="holds no DINOv2 backbone", nested="holds no DINOv2 backbone",
                  tensor="holds no DINOv2 backbone",
                  numbers="holds no DINOv2 backbone", list="holds a list",
-                 incomplete="another architecture: of the weights, 1 is missing \\(such as norm.weight\\)")
+                 incomplete="holds no DINOv2 backbone: norm.weight missing")
     return {name: (folder / f"{name}.pth", text) for name, text in texts.items()}
 
 

@@ -37,12 +37,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+import hub
 import losses
 from data import (
     MEAN, STD, Batch, Prefetcher, TrainBatches, Unreadable, augment, augment_at_once, check_groups, keep_memory,
     prepare, train_loader)
 from eval_knn import KNN_SAMPLE, evaluate_knn, knn_accuracy
-from model import ARCHS, FORMAT, DINOHead, build, check_names_and_shapes, init_parameters, load_backbone
+from model import ARCHS, FORMAT, DINOHead, build, check_names_and_shapes, init_parameters
 from support.cli import Parser, check_fields, flag, last_line, nearest
 from support.draw import draw_batch
 from support.evaluation import at_most
@@ -52,7 +53,7 @@ from support.parallel import (
     noticing_losses, on_all_ranks, pick_device, shard, start_processes, worker_count)
 from support.run import (
     Log, NonFinite, OutputLock, StopSignals, TooManyBad, check_output, claim_output, restarted, same_command, summary,
-    take_output, weights_sha256)
+    take_output)
 from support.saves import Saver, load_newest
 from support.sources import InMemory, check_readable, eval_specs, open_on_all_ranks
 
@@ -111,7 +112,7 @@ class Config:
     interpolate_offset: float = 0.1  # added to the grid size when it is resized; 0.1 in the official recipes
     init_std: NonNegative = 0.02  # std of new Linear weights; narrow networks want about 1 / sqrt(width)
     pos_embed_std: NonNegative = 0.02  # std of new position embeddings; short runs need about 0.5
-    init: str = ""  # start student and teacher from the backbone in this checkpoint, of the same architecture
+    init: str = ""  # start student and teacher from the backbone in this file, in any layout, same architecture
     # heads
     head_n_prototypes: Count = 65536  # K; for small data sets about 10 times the number of classes
     head_bottleneck_dim: Count = 256  # width before the prototypes
@@ -556,7 +557,7 @@ class TrainState:
         torch.manual_seed(cfg.seed)
         materialize(self.student, device, initialization(cfg))
         if cfg.init:
-            pretrained = load_backbone(cfg.init).state_dict()
+            pretrained = hub.load(cfg.init).state_dict()
             check_names_and_shapes(self.student["backbone"], pretrained, cfg.init)
             load_whole(dict(self.student["backbone"].named_parameters()), pretrained)
         self.teacher.to_empty(device=device)
@@ -781,7 +782,9 @@ def closing_message(run: Run, log: Log, done: int, signal_name: str) -> str:
         return (f"{signal_name or 'a signal'} after step {done} of {run.cfg.steps}: everything is saved. To continue:\n"
                 f"    {same_command()}")
     lines = [summary(log, done)] * bool(run.knn) + [f"done; the teacher is in {run.cfg.out}/ckpt.pth"]
-    return "\n".join(lines + [f"weights {weights_sha256(Path(run.cfg.out, 'ckpt.pth'))}"] * run.cfg.deterministic)
+    if run.cfg.deterministic:
+        lines.append(f"weights {hub.weights_hash(hub.load(f'{run.cfg.out}/ckpt.pth'))}")  # as `python hub.py info` says
+    return "\n".join(lines)
 
 
 def evaluated_at(cfg: Config, done: int) -> bool:

@@ -408,15 +408,16 @@ class ResumeFile:
         self.settings, self.wanted = settings_hash(settings), wanted
         self.path = Path(f"{prefix}.{self.settings[:8]}.resume")
 
-    def load(self, restore: Callable[[dict], int]) -> None:
-        """If there is a state, calls restore(state), which returns the number of steps done. Raises ValueError if it is
-        damaged or was saved with other settings, or if the ranks do not resume from the same step."""
+    def load(self, restore: Callable[[dict], int], like: dict, steps: int) -> None:
+        """If there is a state, calls restore(state), which returns the number of steps done, of `steps`. Raises
+        ValueError if it is damaged, which a state `like` it tells, or was saved with other settings, or if the ranks do
+        not resume from the same step."""
         done = 0
         if self.wanted and self.path.exists():
             try:
                 check_sums(self.path)
-                state = hub.read_pth(str(self.path))
-                if state["settings"] != self.settings:
+                state = hub.read_file(str(self.path))
+                if state.pop("settings") != self.settings or not alike(state, like) or not 0 <= state["done"] <= steps:
                     raise ValueError("it is of another command")
                 done = restore(state)
             except Exception:  # a damaged file can fail in any way
@@ -430,6 +431,15 @@ class ResumeFile:
     def remove(self) -> None:
         if world()[0] == 0:
             self.path.unlink(missing_ok=True)
+
+
+def alike(state, like) -> bool:
+    """Whether two states have the same keys, types and shapes; empty dicts in `like` may be filled."""
+    if isinstance(like, dict):
+        return isinstance(state, dict) and (not like or state.keys() == like.keys() and all(
+            alike(state[k], like[k]) for k in like))
+    same_shape = not torch.is_tensor(like) or torch.is_tensor(state) and state.shape == like.shape
+    return same_shape and isinstance(state, type(like))
 
 
 def all_agree(number: int) -> bool:

@@ -2,7 +2,6 @@
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import itertools
 import json
 import math
@@ -582,11 +581,3 @@ class NonFinite:
                 self.log.check_lock()
                 folder.mkdir(exist_ok=True)
                 write_json(folder / f"step_{step:09d}.json", dict(step=step, processes=processes))
-
-
-def weights_sha256(ckpt: Path) -> str:
-    """SHA-256 of the teacher's weights in a checkpoint."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(torch.load(ckpt, map_location="cpu", weights_only=True)["teacher"].items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    return digest.hexdigest()

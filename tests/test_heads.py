@@ -388,7 +388,7 @@ def test_dense_files_that_do_not_fit(small_released, tmp_path):
 
 def test_dense_files_run_no_code(small_released, tmp_path):
     file = as_released(HEADS["linear"](), tmp_path / "nyu_linear_head.pth", hooks=Foreign())
-    with pytest.raises(ValueError, match="holds pickled code, not just weights: refused"):
+    with pytest.raises(ValueError, match="holds pickled code, .* refused"):
         hub.load_dense("dinov2_vits14", file)
     assert not os.path.exists("/tmp/should_not_exist")
 

@@ -189,7 +189,7 @@ def test_hub_released_shapes(name):
 
 def test_hub_safetensors(tmp_path, monkeypatch):
     vit, path = hub_vit(4), tmp_path / "model.safetensors"
-    path.write_bytes(b"damaged")
+    path.write_bytes((99).to_bytes(8, "little") + b'{"cls_token": {"dty')
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="pip install safetensors"):
         patch.setitem(sys.modules, "safetensors", None)
         patch.setitem(sys.modules, "safetensors.torch", None)
@@ -229,13 +229,15 @@ def test_hub_names_what_does_not_fit(tmp_path):
         (weights, r"x.pth is from another architecture: of the weights, 1 is missing \(such as norm.bias\)$"),
         (hf, r"1 is missing \(such as blocks.1.attn.qkv.weight\), 2 are unexpected \(such as blocks.1.attn.q.weight\)"),
         (whole | {"neck.0.weight": torch.ones(2)}, r"1 is unexpected \(such as neck.0.weight\)"),
-        (whole | {"blocks.2.mlp.fc1.weight": torch.ones(9, 128)}, r"another shape \(such as blocks.2.mlp.fc1.weight"),
-        (whole | {"pos_embed": torch.ones(1, 12, 128)}, r"1 has another shape \(such as pos_embed\)"),
+        (whole | {"blocks.2.mlp.fc1.weight": torch.ones(9, 128)}, r"another shape or type \(such as blocks.2.mlp.fc1"),
+        (whole | {"pos_embed": torch.ones(1, 12, 128)}, "a position table of 11 entries, not a square: .* img_size="),
+        (whole | {"pos_embed": torch.ones(1, 10, 100)}, r"1 has another shape or type \(such as pos_embed\)"),
         (whole | {"pos_embed": torch.ones(17, 128)}, "pos_embed missing or of another shape"),
         (whole | {"module.norm.bias": torch.ones(128)}, "holds norm.bias twice, the second time as module.norm.bias"),
         (whole | {"blocks.0.attn.q.bias": torch.ones(128)}, r"unexpected \(such as blocks.0.attn.q.bias"),
         (as_transformers(whole) | {"blocks.0.attn.qkv.bias": torch.ones(384)}, r"unexpected \(such as blocks.0.attn.k"),
-        (dict(fc=torch.ones(2)), "no DINOv2 backbone: cls_token, pos_embed, .* missing .*it starts with: fc"),
+        (dict(fc=torch.ones(2)), r"holds no DINOv2 backbone \(it starts with: fc\)"),
+        (whole | {"norm.weight": torch.ones(2, 64)}, "no DINOv2 backbone: norm.weight missing or of another shape"),
         (dict(model=dict(fc=torch.ones(2))), "holds no DINOv2 backbone"),
         (dict(teacher=torch.ones(2)), "holds no DINOv2 backbone"),
         ({1: torch.ones(2)}, "holds no DINOv2 backbone"),
@@ -259,7 +261,7 @@ def test_hub_refuses_code_and_what_is_no_checkpoint(tmp_path):
     Path("/tmp/dinov2_test_was_executed").unlink(missing_ok=True)
     torch.save(dict(teacher=Payload()), tmp_path / "pytorch_model.bin")
     (tmp_path / "empty").mkdir()
-    for spec, text in ((tmp_path, "pytorch_model.bin holds pickled code, not just weights: refused"),
+    for spec, text in ((tmp_path, "pytorch_model.bin holds pickled code, posix.system, .*: refused, nothing .* run$"),
                        (tmp_path / "empty", "empty is a folder; name .* in it, such as .*empty/ckpt.pth"),
                        (tmp_path / "none.pth", r"no such checkpoint: .*none.pth; give a file, .*\[_reg\]$"),
                        ("dinov2_vitx14_reg", "no such checkpoint: .* did you mean dinov2_vit.14_reg?"),
@@ -299,7 +301,7 @@ def test_hub_download(tmp_path, monkeypatch):
     whole = file.read_bytes()
     for content in (whole[: len(whole) // 2], b"<html>Please log in</html>"):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match="could not download .*truncated"):
+        with pytest.raises(ValueError, match="could not download .* is (truncated|an HTML page)"):
             hub.load("dinov2_vitb14")
         assert list((tmp_path / "home/hub/checkpoints").iterdir()) == []
     file.write_bytes(whole)
@@ -358,7 +360,7 @@ def test_hub_entry_points(tmp_path, monkeypatch):
         assert linear.linear_head.weight.shape == (1000, 2 * vit.embed_dim) and vit.training and linear.training
         rule = (vit.interpolate_offset, vit.interpolate_antialias)
         assert rule == ((0.0, True) if name.endswith("_reg") else (0.1, False))
-    assert points["dinov2_vits14"](pretrained=False, drop_path_rate=0.5).blocks[-1].drop_path == 0.5
+    assert points["dinov2_vits14"](pretrained=False, drop_path_rate=0.5).blocks[-1].sample_drop_ratio == 0.5
     with pytest.raises(NotImplementedError, match="dinotxt_tet1280d20h24l is not available here"):
         points["dinov2_vitl14_reg4_dinotxt_tet1280d20h24l"](pretrained=False)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -367,7 +369,7 @@ def test_hub_entry_points(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"file:///nowhere/dinov2_vits14/{file}.* put it at {tmp_path}"):
             points["dinov2_vits14_reg"](**kwargs)
     for kwargs, text in ((dict(weights="XRay"), "is neither 'LVD142M' .released. nor an existing file"),
-                         (dict(weights=os.devnull), "no PyTorch|not a PyTorch")):
+                         (dict(weights=os.devnull), "is empty")):
         with pytest.raises(ValueError, match=text):
             points["dinov2_vits14"](**kwargs)
 
@@ -580,7 +582,7 @@ def test_hub_command_errors(tmp_path, capsys):
     vit = str(tmp_path / "vit.pth")
     for argv, text in (
         (["info", vit], "unknown command 'info'.*; commands: convert, features, program"),
-        (["convert", vit, vit, "--to", "official"], "is the file to convert; choose another name"),
+        (["convert", vit, vit, "--to", "official"], "is one of the files to be read; choose another name"),
         (["convert", vit, str(tmp_path / "b.txt"), "--to", "timm"], "must end in .pth or .safetensors"),
         (["convert", vit, str(tmp_path / "b.pth"), "--to", "safetensors"], "must end in .safetensors"),
         (["convert", vit, str(tmp_path), "--to", "hf"], "exists; name a new folder"),

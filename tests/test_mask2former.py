@@ -279,7 +279,7 @@ def test_m2f_by_the_hub(tmp_path, monkeypatch):
     for call in (lambda: hub.load_dense(tmp_path / "vit.pth"), lambda: make(weights=str(tmp_path / "vit.pth"))):
         with pytest.raises(ValueError, match="vit.pth holds no dense head; name one too"):
             call()
-    with pytest.raises(ValueError, match="holds no DINOv2 backbone"):
+    with pytest.raises(ValueError, match="holds a ViT adapter, as of Mask2Former"):
         hub.load(file)
 
 

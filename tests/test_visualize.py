@@ -536,7 +536,7 @@ def test_visual_depth_command(trained, dense_files, desk, capsys):
     assert np.abs(other - meters[0]).max() > 0.01 * np.ptp(meters[0])
     assert np.array_equal(pixels_of("fixed/a.png"), support.draw.depth_colors(other, near, far))
 
-    ckpt = hub.read_pth(str(trained / "ckpt.pth"))
+    ckpt = hub.read_file(str(trained / "ckpt.pth"))
     ckpt["config"] |= dict(mean=(0.1, 0.2, 0.3), std=(0.5, 0.5, 0.5))  # a run on other images
     torch.save(ckpt, "other.pth")
     draw("depth", "in/a.png", "--model", "other.pth", *flags[2:], "--out", "other")
