@@ -11,14 +11,17 @@ Apache License 2.0.
 """
 import argparse
 import dataclasses
-import difflib
 import inspect
+import itertools
 import math
+import os
 import re
 import sys
-from typing import Annotated, Callable, Literal, get_args, get_origin
+from typing import Annotated, Callable, Literal, NoReturn, get_args, get_origin
 
 import torch
+
+from support.suggest import nearest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -66,11 +69,22 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
     def parse_args(self, argv: list[str] | None) -> argparse.Namespace:
+        argv = sys.argv[1:] if argv is None else argv
+        if not {"-h", "--help"}.intersection(argv):
+            for word in itertools.takewhile(lambda word: word != "--", argv):
+                if re.match(r"--[^ ]+$", name := word.split("=")[0]) and name not in self._option_string_actions:
+                    self.unknown(word)  # here, since argparse would first miss the flag that was meant
         args, unknown = self.parse_known_args(argv)
         if unknown:
-            flags = [s for action in self._actions for s in action.option_strings]
-            raise ValueError(f"unknown argument {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}; see --help")
+            self.unknown(unknown[0])
         return args
+
+    def unknown(self, word: str) -> NoReturn:
+        positional = [action.dest for action in self._actions if not action.option_strings]
+        meant = nearest(word.split("=")[0], [*self._option_string_actions, *positional])
+        if not word.startswith("-") and "--data" in self._option_string_actions and os.path.exists(word):
+            meant = f", did you mean --data {word}?"
+        raise ValueError(f"unknown argument {word!r}{meant}; see --help")
 
 
 def flag(field: str) -> str:
@@ -120,13 +134,6 @@ def positive(text: str) -> float:
     if not float(text) > 0:  # also refuses NaN
         raise argparse.ArgumentTypeError(f"must be positive, not {text}")
     return float(text)
-
-
-def nearest(name: str, names) -> str:
-    """", did you mean X?" with the closest of `names`, in upper or lower case; "" if none is close."""
-    spelled = {known.lower(): known for known in names}
-    close = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.5)
-    return f", did you mean {spelled[close[0]]}?" if close else ""
 
 
 def run_subcommand(commands: dict[str, Callable], manual: str, argv: list[str] | None):
