@@ -1792,7 +1792,7 @@ def must_be_exact() -> None:
 
 @pytest.mark.parametrize("argv,text", [
     (["--preset", "vitl16_shor"], "unknown preset 'vitl16_shor', did you mean vitl16_short?"),
-    (["--preset", "vitl16_short"], "ImageNet:split=TRAIN:root="),
+    (["--preset", "vitl16_short"], "any other folder of images: --data /my/photos"),
     (["--batch_size", "8"], "unknown argument '--batch_size', did you mean --batch-size?"),
     (["--step", "8"], "unknown argument '--step', did you mean --steps?"),
     (["--lr", "fast"], "invalid float value: 'fast'"),
@@ -1809,7 +1809,7 @@ def must_be_exact() -> None:
     (["--patch-size", "0"], "--patch-size must be 1 or more"),
     (["--data", ""], "--data must not be empty"),
     (["--betas", "0.9", "1.0"], "--betas must lie between"),
-    (["--preset", "vitl14", "--group-size", "32"], "write ImageNet22k as"),
+    (["--preset", "vitl14", "--group-size", "32"], "name it by ImageNet22k:root="),
     (["--resume", "--overwrite"], "give one of the two"),
     (["--clip-grad", "-1"], "--clip-grad must be 0 or more"),
     (["--lr", "nan"], "--lr must be 0 or more"),

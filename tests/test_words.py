@@ -1,5 +1,12 @@
 """What the commands say: suggestions, last words, notes, and what happens when memory runs out."""
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +21,7 @@ import support.sources
 import train
 import visualize
 from support.suggest import nearest
+from tests.common import HERE, write_images
 
 COMMANDS = {
     "train": train.parse, "knn": eval_knn.parse, "linear": eval_linear.parse, "logreg": eval_logreg.parse,
@@ -110,3 +118,55 @@ def test_suggested_values(names, typed, meant):
 
 def test_a_data_set_as_preset():
     assert "--preset vits16_short suits" in nearest("imagenet", train.PRESETS)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ImageNet beside train.py
+
+
+def checkout(folder: Path) -> Path:
+    """A copy of the program."""
+    ignored = shutil.ignore_patterns("__pycache__", "tests", "docs", "pictures", "out*", ".*")
+    return Path(shutil.copytree(HERE, folder, ignore=ignored))
+
+
+def small_run(folder: Path, *flags) -> subprocess.CompletedProcess:
+    """`torchrun train.py --preset vitl16_short`, with all that is large made small by flags, started elsewhere."""
+    small = ("--arch vit_nano --batch-size 4 --group-size 4 --steps 1 --warmup-steps 0 --num-workers 0 --global-crops-size 32 "
+             "--local-crops-size 16 --head-n-prototypes 16 --head-hidden-dim 16 --head-bottleneck-dim 8").split()
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", folder / "train.py", "--preset", "vitl16_short", *small, *flags],
+        capture_output=True, text=True, cwd=folder.parent, env=os.environ | dict(PYTHONPATH="", OMP_NUM_THREADS="1"))
+
+
+@pytest.mark.slow
+def test_imagenet_beside_train(tmp_path, cache):
+    """The model card's command: --data may be left out where ImageNet, or a link to it, lies beside train.py."""
+    program = checkout(tmp_path / "program")
+    write_images(tmp_path / "elsewhere", [f"train/n0{i % 2}/{i}.JPEG" for i in range(8)])
+    (program / "imagenet").symlink_to(tmp_path / "elsewhere")
+    done = small_run(program, "--out", "out")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out/config.json").read_text())["data"] == "ImageNet:split=TRAIN"
+    assert f"on {tmp_path}/elsewhere/train: 8 images" in done.stdout
+
+
+@pytest.mark.parametrize("preset", ["vitl16_short", "vitl14"])
+def test_imagenet_beside_train_is_found(preset, tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(support.sources, "__file__", str(tmp_path / "support/sources.py"))
+    write_images(tmp_path, ["imagenet/train/n01/a.JPEG", "imagenet/val/n01/b.JPEG", "n01/c.png"])
+    (tmp_path / "imagenet22k").mkdir()
+    with tarfile.open(tmp_path / "imagenet22k/n01.tar", "w") as tar:
+        tar.add(tmp_path / "n01/c.png", "n01_c.JPEG")
+    train_spec, val_spec = support.sources.eval_specs(train.parse(["--preset", preset])[0].data)
+    source = support.sources.open_source(train_spec)
+    assert len(source) == 1 and source.image(0).shape == (3, 40, 32) and source.classes == ["n01"]
+    assert val_spec is None or len(support.sources.open_source(val_spec)) == 1
+
+
+@pytest.mark.parametrize("preset,beside", [("vitl16_short", "imagenet"), ("vits16_short", "imagenet"),
+                                           ("vitl14", "imagenet22k")])
+def test_no_imagenet_beside_train(preset, beside):
+    cfg = train.parse(["--preset", preset])[0]
+    with pytest.raises(ValueError, match=f"{beside}, where a folder or a link may be; .*images: --data /my/photos$"):
+        support.sources.open_source(cfg.data)
