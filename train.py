@@ -45,13 +45,14 @@ from eval_knn import evaluate_knn, knn_accuracy
 from model import ARCHS, FORMAT, DINOHead, build, init_linear, load_backbone, load_strictly
 from support.cli import Parser, check_fields, flag, last_line, nearest
 from support.draw import draw_batch
+from support.machine import foreseen
 from support.parallel import (
     CHECKPOINTING, SHARDINGS, Failed, SharedFlags, all_reduce_in_backward, be_deterministic, full_weights, is_sharded,
     load_kernel, local_shards, mean_over_processes, n_replicas, on_all_ranks, pick_device, shard, start_processes,
     worker_count)
 from support.run import (
-    Log, NonFinite, OutputLock, StopSignals, TooManyBad, check_output, claim_output, restarted, same_command, summary,
-    take_output, weights_sha256)
+    Log, NonFinite, OutputLock, StopSignals, TooManyBad, check_output, claim_output, last_words, restarted, same_command,
+    stop_for, summary, take_output, weights_sha256)
 from support.saves import Saver, load_newest
 from support.sources import InMemory, check_readable, eval_specs, open_on_all_ranks
 
@@ -672,6 +673,9 @@ def set_up(argv: list[str] | None) -> Run:
     be_deterministic(cfg.deterministic)
     kernel = load_kernel(ARCHS[cfg.arch], compute_dtype(cfg, device), device) if cfg.kernels else None
     mesh = start_processes(device, cfg.sharding)
+    if dist.get_rank() == 0 and (shortage := foreseen(
+            cfg, ARCHS[cfg.arch], device, n_ranks, mesh.shape[-1], less_memory(cfg))):
+        print(f"note: {shortage}", file=sys.stderr, flush=True)
     evals = eval_specs(cfg.data, cfg.eval_train, cfg.eval_val) if cfg.eval_every else ()
     source, *eval_sources = open_on_all_ranks([cfg.data, *evals], cfg.in_chans)
     check_readable(source)
@@ -772,8 +776,9 @@ def closing_message(run: Run, log: Log, done: int, signal_name: str) -> str:
     if done < run.cfg.steps:
         return (f"{signal_name or 'a signal'} after step {done} of {run.cfg.steps}: everything is saved. To continue:\n"
                 f"    {same_command()}")
-    lines = [summary(log, done)] * bool(run.knn) + [f"done; the teacher is in {run.cfg.out}/ckpt.pth"]
-    return "\n".join(lines + [f"weights {weights_sha256(Path(run.cfg.out, 'ckpt.pth'))}"] * run.cfg.deterministic)
+    lines = [summary(log, done)] * bool(run.knn)
+    lines += [f"weights {weights_sha256(Path(run.cfg.out, 'ckpt.pth'))}"] * run.cfg.deterministic
+    return "\n".join([*lines, last_words(run.cfg.out, run.source.labels is not None)])
 
 
 def evaluated_at(cfg: Config, done: int) -> bool:
@@ -789,6 +794,17 @@ def inspect_first_batch(batch: Batch, cfg: Config, log: Log) -> None:
                 f"--mean and --std with: python -m support.sources stats {cfg.data} --in-chans {cfg.in_chans}")
 
 
+def less_memory(cfg: Config) -> str:
+    """Flags with which a run needs less memory, as advice to the user."""
+    more, flags = 2 * cfg.gradient_accumulation_steps, []
+    if cfg.batch_size % (cfg.group_size * int(os.environ.get("WORLD_SIZE", 1)) * more) == 0:
+        flags.append(f"--gradient-accumulation-steps {more}")
+    if (stronger := CHECKPOINTING.index(cfg.activation_checkpointing) + 1) < len(CHECKPOINTING):
+        flags.append(f"--activation-checkpointing {CHECKPOINTING[stronger]}")
+    same = f"{' or '.join(flags)} needs less, with the same result; " if flags else ""
+    return f"{same}a smaller --batch-size also does, but is another run"
+
+
 def main(argv: list[str] | None = None) -> None:
     try:
         run = set_up(argv)
@@ -798,12 +814,17 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(print("\nstopped before the first step", file=sys.stderr) or 130)
+    except (RuntimeError, MemoryError, OSError) as error:
+        cfg = parse(argv)[0]
+        stop_for(error, cfg.out, less_memory(cfg))
     try:
         train(run)
     except (ValueError, TooManyBad, Failed) as error:
         if isinstance(error, Unreadable) or dist.get_rank() == 0:  # an unreadable image is this rank's alone
             print(f"error: {last_line(error)}", file=sys.stderr)
         sys.exit(1 if isinstance(error, Failed) else 2)
+    except (RuntimeError, MemoryError, OSError) as error:
+        stop_for(error, run.cfg.out, less_memory(run.cfg))
 
 
 if __name__ == "__main__":

@@ -669,4 +669,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, less_memory="lower --size, or name fewer images")

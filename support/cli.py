@@ -21,6 +21,7 @@ from typing import Annotated, Callable, Literal, NoReturn, get_args, get_origin
 
 import torch
 
+from support.machine import known_failure
 from support.suggest import nearest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -146,18 +147,22 @@ def run_subcommand(commands: dict[str, Callable], manual: str, argv: list[str] |
     return commands[name](rest)
 
 
-def run(main: Callable[[], object], interrupted: str = "") -> None:
-    """Runs a command. A mistake of the user ends with one line on stderr and exit code 2; Ctrl-C with code 130, after
-    the line `interrupted` if there is one."""
+def run(main: Callable[[], object], interrupted: str = "", less_memory: str = "") -> None:
+    """Runs a command. A mistake of the user ends with one line on stderr and exit code 2; a failure of the machine,
+    such as too little memory, with one line and exit code 1, where `less_memory` says what to lower first; Ctrl-C with
+    code 130, after the line `interrupted` if there is one."""
     try:
         main()
     except KeyboardInterrupt:
         if interrupted:
             print(interrupted, file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError) as error:
-        print(f"error: {last_line(error)}", file=sys.stderr)
-        sys.exit(2)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        failure = known_failure(error, less_memory)
+        if not failure and not isinstance(error, (ValueError, OSError)):
+            raise
+        print(f"error: {failure or last_line(error)}", file=sys.stderr)
+        sys.exit(1 if failure else 2)
 
 
 def last_line(error: BaseException) -> str:

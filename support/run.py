@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from support.files import replacing, write_json
+from support.machine import known_failure
 from support.parallel import Failed, on_all_ranks, root_cause
 
 
@@ -254,6 +255,31 @@ def same_command() -> str:
     elif "WORLD_SIZE" in os.environ:
         launcher = ["torchrun", "--standalone", "--nproc-per-node", here]
     return shlex.join([*launcher, sys.argv[0], *words])
+
+
+def last_save(out: Path) -> int:
+    """The step of the newest save of a run, by its name; 0 if there is none."""
+    names = [re.fullmatch(r"step_(\d+)", path.name) for path in (out / "resume").glob("step_*")]
+    return max((int(name[1]) for name in names if name), default=0)
+
+
+def stop_for(error: BaseException, out: str, less_memory: str) -> None:
+    """Ends this process with one line and exit code 1 if the machine failed; raises any other error again."""
+    if not (failure := known_failure(error, less_memory)):
+        raise error
+    saved = f"the last good save is that of step {step}" if (step := last_save(Path(out))) else "there is no save yet"
+    print(f"error: {failure} ({saved})", file=sys.stderr, flush=True)
+    os._exit(1) if "WORLD_SIZE" in os.environ else sys.exit(1)  # an orderly exit might wait for the other processes
+
+
+def last_words(out: str, labeled: bool) -> str:
+    """Where the results are, and commands that show them."""
+    ckpt = f"{out}/ckpt.pth"
+    commands = [["eval_knn.py", ckpt] if labeled else ["visualize.py", "neighbors", "--model", ckpt],
+                ["visualize.py", "curves", out]]
+    lines = [shlex.join(["python", os.path.join(os.path.dirname(sys.argv[0]), name), *rest])
+             for name, *rest in commands]
+    return "\n    ".join([f"done; the teacher is in {ckpt}, the log in {out}/metrics.jsonl. What to run next:", *lines])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -556,8 +556,8 @@ def imagenet_root(name: str, options: dict[str, str], example: str) -> Path:
     """root=..., else a folder or link beside train.py that has the name of the data set in lower case."""
     beside = Path(__file__).parents[1] / name.lower()
     if "root" not in options and not beside.is_dir():
-        raise ValueError(f"{name} is not at {beside}, where a folder or a link may be; name it by {example}, or use any "
-                         "other folder of images: --data /my/photos")
+        raise ValueError(f"{name} is not at {beside}, where a folder or a link may be; name it by {example}, or use "
+                         "any other folder of images: --data /my/photos")
     return Path(options.get("root", beside)).expanduser()
 
 
