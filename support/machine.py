@@ -34,7 +34,7 @@ def known_failure(error: BaseException, less_memory: str = "") -> str:
         return f"a data-loading worker was killed: {ENDS.get(how, f'{how}; --num-workers 0 shows where')}"
     no_memory = isinstance(error, MemoryError) or isinstance(error, OSError) and error.errno == errno.ENOMEM
     if no_memory or isinstance(error, RuntimeError) and ALLOCATION.search(text):
-        tried = re.search(r"allocate (\d+(?:\.\d+)?) ?([KMGT]iB|bytes)", text)
+        tried = re.search(r"allocate (\d+(?:\.\d+)?) ?([KMGTPE]iB|bytes)", text)
         size = f" ({as_gigabytes(float(tried[1]), tried[2])} more were needed)" if tried else ""
         return f"out of {'GPU ' * bool(GPU.search(text))}memory{size}" + f"; {less_memory}" * bool(less_memory)
     if isinstance(error, RuntimeError) and LOST_PEER.search(text):
@@ -43,7 +43,8 @@ def known_failure(error: BaseException, less_memory: str = "") -> str:
 
 
 def as_gigabytes(number: float, unit: str) -> str:
-    return f"{number * dict(bytes=1, KiB=2**10, MiB=2**20, GiB=2**30, TiB=2**40)[unit] / 1e9:.2g} GB"
+    """"2", "GiB" -> "2.1 GB"."""
+    return f"{number * 2 ** (10 * 'bKMGTPE'.index(unit[0])) / 1e9:.2g} GB"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,15 +1,26 @@
 """What the commands say: suggestions, last words, notes, and what happens when memory runs out."""
+import dataclasses
+import errno
+import itertools
 import json
+import multiprocessing
 import os
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+import bench
 import eval_dense
 import eval_knn
 import eval_linear
@@ -17,11 +28,15 @@ import eval_logreg
 import export
 import hub
 import model
+import support.evaluation
+import support.machine
 import support.sources
 import train
 import visualize
+from support.cli import run
+from support.machine import duration, foreseen, known_failure, training_estimate
 from support.suggest import nearest
-from tests.common import HERE, write_images
+from tests.common import HERE, TINY, Launched, exit_code, write_images
 
 COMMANDS = {
     "train": train.parse, "knn": eval_knn.parse, "linear": eval_linear.parse, "logreg": eval_logreg.parse,
@@ -170,3 +185,177 @@ def test_no_imagenet_beside_train(preset, beside):
     cfg = train.parse(["--preset", preset])[0]
     with pytest.raises(ValueError, match=f"{beside}, where a folder or a link may be; .*images: --data /my/photos$"):
         support.sources.open_source(cfg.data)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Running out of memory
+
+CUDA_FULL = ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.12 GiB "
+             "is free.")
+
+
+def allocate(function):
+    try:
+        function()
+    except (RuntimeError, MemoryError) as error:
+        return error
+
+
+@pytest.mark.parametrize("error,text", [
+    (torch.OutOfMemoryError(CUDA_FULL), "out of GPU memory (2.1 GB more were needed); lower --x"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out of GPU memory; lower"),
+    (RuntimeError("CUDA error: out of memory\nCompile with ..."), "out of GPU memory; lower --x"),
+    (RuntimeError("MPS backend out of memory (MPS allocated: 5.00 GB)"), "out of GPU memory; lower --x"),
+    (allocate(lambda: torch.empty(2**60, dtype=torch.uint8)), "out of memory (1.2e+09 GB more were needed); lower --x"),
+    (allocate(lambda: np.empty(2**60, dtype=np.uint8)), "out of memory (1.2e+09 GB more were needed); lower --x"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you tried to "
+                  "allocate 4194304000 bytes."), "out of memory (4.2 GB more were needed); lower --x"),
+    (MemoryError(), "out of memory; lower --x"), (RuntimeError("std::bad_alloc"), "out of memory; lower --x"),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory; lower --x"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "too little memory; lower --num-workers"),
+    (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "too little memory; lower --num-workers"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers "
+                  "are out of shared memory."), "/dev/shm, is full; lower --num-workers"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Segmentation fault. "), "--num-workers 0 shows where"),
+    (RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"), "another process"),
+    (RuntimeError("expected scalar type Float"), ""), (ValueError("out of memory"), ""), (OSError(errno.ENOSPC, "full"), "")])
+def test_failures_of_the_machine_are_known(error, text):
+    told = known_failure(error, "lower --x")
+    assert (text in told) if text else told == "" and "\n" not in told
+
+
+@pytest.mark.parametrize("script,argv,text", [
+    ("eval_knn.py", [], "--dtype bf16"), ("eval_logreg.py", [], "--dtype bf16"), ("eval_linear.py", [], "--batch-size"),
+    ("eval_dense.py", ["--task", "seg", "--data", "{tmp}"], "--batch-size"), ("visualize.py", ["pca", "{tmp}/a.png"], "--size"),
+    ("export.py", ["features", "{tmp}/a.png", "--out", "{tmp}/f.npz"], "--size or --batch-size")])
+def test_a_command_out_of_memory(script, argv, text, tmp_path, monkeypatch, capsys):
+    def read(*_):
+        raise torch.OutOfMemoryError(CUDA_FULL)
+
+    monkeypatch.setattr(hub, "read", read)
+    write_images(tmp_path, ["a.png"])
+    name = ["--model", "ckpt.pth"] if script in ("visualize.py", "export.py") else ["ckpt.pth"]
+    flags = [flag.format(tmp=tmp_path) for flag in argv]
+    assert exit_code(script, *(flags + name if "--model" in name else name + flags)) == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and told.startswith("error: out of GPU memory (2.1 GB more were needed); "), told
+    assert text in told
+
+
+def little_memory() -> None:
+    """As much as this process has, and 400 MB."""
+    now = 4096 * int(Path("/proc/self/statm").read_text().split()[0]) + 400 * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (now, now))
+
+
+def ends_in_one_line(log: str) -> str:
+    errors = [line for line in log.replace("\0", "").splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in log, log
+    return errors[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of a process")
+@pytest.mark.parametrize("flags", [("--head-n-prototypes", 4_000_000), ("--batch-size", 2048)])
+def test_training_out_of_memory(flags, tmp_path):
+    """Where the network does not fit, and where a step does not."""
+    training = Launched(tmp_path / "log", train.main, *TINY, "--steps", 4, "--out", tmp_path / "out", *flags, before=little_memory)
+    assert re.fullmatch(r"error: out of memory \([\d.]+ GB more were needed\); --gradient-accumulation-steps 2 or "
+                        r"--activation-checkpointing selective needs less, with the same result; a smaller --batch-size "
+                        r"also does, but is another run \(there is no save yet\)", ends_in_one_line(training.wait(ok=1)))
+
+
+def full_at(step: int, rank: int = 0) -> None:
+    """GPU memory runs out in one process, in the step after so many."""
+    train_step, calls = train.train_step, itertools.count()
+
+    def full(*arguments):
+        if next(calls) == step and int(os.environ.get("RANK", 0)) == rank:
+            raise torch.OutOfMemoryError(CUDA_FULL)
+        return train_step(*arguments)
+
+    train.train_step = full
+
+
+def test_training_out_of_memory_names_the_last_save(tmp_path):
+    argv = (*TINY, "--steps", 6, "--save-every", 2, "--out", tmp_path / "out")
+    error = ends_in_one_line(Launched(tmp_path / "log", train.main, *argv, before=partial(full_at, 5)).wait(ok=1))
+    assert error.startswith("error: out of GPU memory (2.1 GB more were needed); --gradient-accumulation-steps 2 or ")
+    assert error.endswith("(the last good save is that of step 4)")
+    again = Launched(tmp_path / "log", train.main, *argv, "--gradient-accumulation-steps", 2).wait()
+    assert "step 4 of 6" in again and not (tmp_path / "out/lock").exists()
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_training_out_of_memory_in_one_of_two_processes(rank, tmp_path):
+    """Both end, within seconds."""
+    training = Launched(tmp_path / "log", train.main, *TINY, "--steps", 6, "--save-every", 2, "--out", tmp_path / "out", world=2,
+                   before=partial(full_at, 3, rank))
+    began = time.monotonic()
+    log = training.wait(ok=1)
+    assert time.monotonic() - began < 60 and "Traceback" not in log, log
+    lines = sorted(line for line in log.splitlines() if line.startswith("error: "))
+    assert lines[0].startswith("error: another process of this run has ended; its own message says why"), log
+    assert lines[1].startswith("error: out of GPU memory (2.1 GB more were needed)"), log
+
+
+def knn_command(argv: list[str]) -> None:
+    run(partial(eval_knn.main, argv))
+
+
+def full_in_the_second() -> None:
+    def full(*arguments):
+        raise torch.OutOfMemoryError(CUDA_FULL)
+
+    if os.environ["RANK"] == "1":
+        support.evaluation.extract_features = full
+
+
+def test_an_evaluation_out_of_memory_in_one_of_two_processes(trained, tmp_path):
+    evaluation = Launched(tmp_path / "log", knn_command, trained / "ckpt.pth", "--device", "cpu", "--num-workers", 0,
+                          "--out", tmp_path / "out.jsonl", world=2, before=full_in_the_second)
+    log = evaluation.wait(ok=1)
+    assert "Traceback" not in log and log.count("error: ") == 2 and "error: out of GPU memory" in log
+    assert "error: another process of this run has ended" in log and not (tmp_path / "out.jsonl").exists()
+
+
+def kill_worker(how: int) -> None:
+    train_step, calls = train.train_step, itertools.count()
+
+    def killing(*arguments):
+        if next(calls) == 3:
+            os.kill(multiprocessing.active_children()[0].pid, how)
+        return train_step(*arguments)
+
+    train.train_step = killing
+
+
+@pytest.mark.parametrize("how,text", [(signal.SIGKILL, "too little memory; lower --num-workers"),
+                                      (signal.SIGBUS, "shared memory, /dev/shm, is full")])
+def test_training_with_a_killed_worker(how, text, tmp_path):
+    training = Launched(tmp_path / "log", train.main, *TINY, "--steps", 400, "--save-every", 2, "--num-workers", 1,
+                   "--out", tmp_path / "out", before=partial(kill_worker, how))
+    error = ends_in_one_line(training.wait(ok=1))
+    assert error.startswith("error: a data-loading worker was killed: ") and text in error and "that of step 2" in error
+
+
+def test_memory_and_time_are_foreseen(monkeypatch):
+    """Operations within 6 %, bytes within a quarter of those that bench.py counts; a note where either is too much."""
+    for preset, checkpointing in (("vits16_short", "none"), ("vitl14", "selective"), ("fashion", "none")):
+        cfg = dataclasses.replace(train.Config(**train.PRESETS[preset]), activation_checkpointing=checkpointing)
+        operations, size = training_estimate(cfg, model.ARCHS[cfg.arch], 64, 1, 2)
+        assert 0.94 < operations / 64 / bench.train_flops(cfg) < 1.06
+        assert 0.75 < size / sum(bench.memory(cfg, "zero2", 1, 64, checkpointing).values()) < 1.25
+    monkeypatch.setattr(support.machine, "free_memory", lambda device: 20e9)
+    monkeypatch.setattr(support.machine, "operations_per_second", lambda: 50e9)
+
+    def told(*argv, n_ranks: int = 1) -> str:
+        cfg = train.parse(list(argv))[0]
+        return foreseen(cfg, model.ARCHS[cfg.arch], torch.device("cpu"), n_ranks, n_ranks, train.less_memory(cfg))
+
+    assert told() == told("--preset", "fashion") == ""
+    note = told("--preset", "vits16_short")
+    assert re.match(r"a step takes about 4\d minutes on this CPU, the run \d+ years; smaller networks: docs/pict", note)
+    assert re.search(r"\. 2\d\d GB of memory are needed, 20 GB are free; --gradient-accumulation-steps 2 or ", note)
+    assert told("--preset", "vits16_short", "--batch-size", "64", "--gradient-accumulation-steps", "64",
+                "--group-size", "1").count("memory") == 0
+    assert [duration(s) for s in (7, 150, 9000, 2e5, 1e9)] == ["7 seconds", "2 minutes", "2 hours", "2 days", "32 years"]
