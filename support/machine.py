@@ -122,6 +122,21 @@ def foreseen(cfg, arch: dict, device: torch.device, n_ranks: int, n_shards: int,
     return ". ".join(found)
 
 
+def many_patches(vit, shape: torch.Size, name: str) -> str:
+    """A note if a ViT needs more than a minute for a batch of images of this shape, (B, C, H, W), or more memory than is
+    free; else "". Attention takes time with the square of the number of patches."""
+    device, (n, _, height, width) = next(vit.parameters()).device, shape
+    patches, depth, dim = height * width // vit.patch_size**2, vit.n_blocks, vit.embed_dim
+    operations = n * patches * depth * (24 * dim**2 + 4 * dim * patches)
+    slow = device.type == "cpu" and operations > 1e12 and (seconds := operations / operations_per_second()) > 60
+    needed = 12 * 4 * n * patches * dim  # float32: of each patch some twelve vectors at once
+    if not slow and needed < free_memory(device):
+        return ""
+    takes = ([f"about {duration(seconds)}"] if slow else []) + [f"{needed / 1e9:.2g} GB of memory"]
+    return (f"{name} has {patches:,} patches at {height} x {width} pixels, which take {' and '.join(takes)}; a smaller "
+            f"--size, such as {min(vit.patch_embed.img_size)}, is faster")
+
+
 def duration(seconds: float) -> str:
     for unit, name in ((31_557_600, "years"), (86_400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 2 * unit:

@@ -290,6 +290,11 @@ class TooManyBad(Exception):
     """More images than allowed cannot be read. Raised on all ranks, after saving."""
 
 
+def on_terminal() -> bool:
+    """Whether a progress bar can be seen: not where a container or a CI system gives a terminal of no size."""
+    return sys.stderr.isatty() and all(os.get_terminal_size(sys.stderr.fileno()))
+
+
 class Log:
     """metrics.jsonl and the progress bar, on rank 0 only. A resumed run drops the lines that it will write again. With
     `lock`, writes nothing unless --out is still this run's."""
@@ -304,7 +309,8 @@ class Log:
             # k-NN lines count the steps done, the others name the step itself, from 0
             self.records = [r for r in self.records if r["step"] < start + ("knn" in r and start > 0)]
             self.rewrite()
-        self.bar = tqdm(total=steps, initial=start, unit="step", disable=None if self.main else True, smoothing=0.05)
+        self.bar = tqdm(total=steps, initial=start, unit="step", disable=not (self.main and on_terminal()),
+                        smoothing=0.05)
         self.steps, self.printed = steps, time.monotonic() - 50  # without a terminal: after 10 s, then every minute
         self.bad_path, self.new_bad = path.with_name("bad_samples.txt"), []  # (name, reason) since the last line
         self.counters = dict(bad_samples=0, skipped_steps=0, skipped_in_a_row=0) | counters

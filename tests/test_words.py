@@ -1,17 +1,21 @@
 """What the commands say: suggestions, last words, notes, and what happens when memory runs out."""
 import dataclasses
 import errno
+import fcntl
 import itertools
 import json
 import multiprocessing
 import os
+import pty
 import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
+import termios
 import time
 from functools import partial
 from pathlib import Path
@@ -30,6 +34,8 @@ import hub
 import model
 import support.evaluation
 import support.machine
+import support.parallel
+import support.run
 import support.sources
 import train
 import visualize
@@ -359,3 +365,100 @@ def test_memory_and_time_are_foreseen(monkeypatch):
     assert told("--preset", "vits16_short", "--batch-size", "64", "--gradient-accumulation-steps", "64",
                 "--group-size", "1").count("memory") == 0
     assert [duration(s) for s in (7, 150, 9000, 2e5, 1e9)] == ["7 seconds", "2 minutes", "2 hours", "2 days", "32 years"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is said along the way
+
+
+@pytest.mark.parametrize("threads,load,cores,usable,text", [
+    (8, 1.0, 8, 8, "OMP_NUM_THREADS=7"), (8, 7.9, 8, 8, "a load of 7.9 on 8 cores, and PyTorch has 8 threads"),
+    (2, 9.0, 2, 2, "OMP_NUM_THREADS=1"), (64, 30.0, 64, 4, "4 cores may be used"), (64, 63.0, 64, 4, "OMP_NUM_THREADS=1"),
+    (8, 0.2, 8, 8, ""), (1, 9.0, 2, 2, ""), (4, 30.0, 64, 4, "")])
+def test_a_busy_machine(threads, load, cores, usable, text, monkeypatch, capsys):
+    """pick_device(), which every command calls, says so in one line, unless the user has set the number of threads."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(support.parallel, "usable_cores", lambda: usable)
+    support.parallel.pick_device("cpu")
+    assert capsys.readouterr().err == ""  # conftest.py has set OMP_NUM_THREADS
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    support.parallel.pick_device("cpu")
+    told = capsys.readouterr().err
+    assert text in told and told.count("\n") == bool(text)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pseudo-terminals")
+@pytest.mark.parametrize("size", [(0, 0), (24, 0), (24, 80)])
+def test_a_line_a_minute_on_a_terminal_of_no_size(size, tmp_path):
+    """Where tqdm draws nothing, lines come as without a terminal."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
+    training = Launched(tmp_path / "log", train.main, *TINY, "--steps", 3, "--out", tmp_path / "out",
+                        before=partial(in_terminal, os.ttyname(theirs)))
+    training.join()
+    os.set_blocking(ours, False)
+    shown = os.read(ours, 100_000).decode()
+    assert ("step 1 of 3: loss" in shown) == (0 in size) and ("3/3" in shown) == (0 not in size), shown
+
+
+def in_terminal(name: str) -> None:
+    terminal = os.open(name, os.O_RDWR | os.O_NOCTTY)
+    os.dup2(terminal, 1)
+    os.dup2(terminal, 2)
+    monotonic = time.monotonic
+    time.monotonic = lambda: 100 * monotonic()  # minutes pass
+
+
+def test_last_words(trained, capsys, monkeypatch):
+    """A run ends with the files it wrote and commands that run as they are."""
+    monkeypatch.setattr(sys, "argv", ["../code/train.py"])
+    assert support.run.last_words("my out", labeled=False).splitlines()[1:] == [
+        "    python ../code/visualize.py neighbors --model 'my out/ckpt.pth'",
+        "    python ../code/visualize.py curves 'my out'"]
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    first, *commands = support.run.last_words(str(trained), labeled=True).splitlines()
+    assert first == (f"done; the teacher is in {trained}/ckpt.pth, the log in {trained}/metrics.jsonl. What to run next:")
+    for command in commands:
+        python, script, *argv = command.split()
+        assert python == "python" and (HERE / script).exists() and all(Path(a).exists() for a in argv if "/" in a)
+        COMMANDS[dict(eval_knn="knn").get(Path(script).stem, "curves")](argv[argv[0] == "curves" :])
+
+
+def test_many_patches_are_announced(monkeypatch):
+    vit = model.build("vit_small", img_size=224, patch_size=14)
+    monkeypatch.setattr(support.machine, "operations_per_second", lambda: 100e9)
+    note = support.machine.many_patches(vit, torch.Size([1, 3, 6720, 6720]), "a.jpg")
+    assert note == ("a.jpg has 230,400 patches at 6720 x 6720 pixels, which take about 3 hours and 4.2 GB of memory; a "
+                    "smaller --size, such as 224, is faster")
+    assert support.machine.many_patches(vit, torch.Size([1, 3, 448, 448]), "a.jpg") == ""
+    monkeypatch.setattr(support.machine, "free_memory", lambda device: 1e6)  # on a GPU only memory counts
+    assert "which take 0.019 GB of memory;" in support.machine.many_patches(vit, torch.Size([1, 3, 448, 448]), "a.jpg")
+
+
+@pytest.mark.parametrize("script,argv", [
+    ("visualize.py", ["pca"]), ("visualize.py", ["attention"]), ("visualize.py", ["similarity", "--at", "3,3"]),
+    ("export.py", ["features"])])
+def test_commands_announce_many_patches(script, argv, tmp_path, monkeypatch, capsys):
+    """Once per command, before it starts."""
+    write_images(tmp_path, ["a.png", "b.png"])
+    torch.save(model.build("vit_nano", img_size=16, patch_size=8).state_dict(), tmp_path / "vit.pth")
+    monkeypatch.setattr(support.machine, "free_memory", lambda device: 1e3)
+    main = dict(visualize=visualize.main, export=export.main)[Path(script).stem]
+    main([argv[0], str(tmp_path / "a.png"), str(tmp_path / "b.png"), *argv[1:], "--model", str(tmp_path / "vit.pth"),
+          "--size", "0", "--device", "cpu", "--out", str(tmp_path / ("o.npz" if "export" in script else "o.png"))])
+    told = capsys.readouterr().err
+    assert told.count("note: ") == told.count(f"note: {tmp_path}/a.png has 20 patches at 40 x 32 pixels, which take") == 1
+
+
+def test_nearly_black_pictures_are_explained():
+    drawn = np.full((3, 10, 10, 3), 200, np.uint8)
+    assert visualize.background_note([*drawn], ["a", "b", "c"]) == ""
+    drawn[1, 1:] = 0
+    assert visualize.background_note([*drawn], ["a", "b", "c"]) == ""  # a tenth is foreground
+    drawn[1, 0, :3], drawn[0, :5] = 0, 0
+    note = visualize.background_note([*drawn], ["a", "b", "c"])
+    assert note.startswith("b is nearly black: 48% of all patches were taken for background. --foreground all draws")
+    drawn[2] = 0
+    assert visualize.background_note([*drawn], ["a", "b", "c"]).startswith("2 images, such as b, are nearly black: 81% ")
