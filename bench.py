@@ -4,6 +4,7 @@
                                   # torchvision's augmentations in the official order; --data: your own images
     python bench.py train         # training steps of ViT-S/16: images per second, FLOP/s relative to a matrix product,
                                   # memory, where the time goes; --profile trace.json: also a trace and slow operators
+    python bench.py build         # main memory and seconds to build a new run, by each process under torchrun
     python bench.py heads         # only heads and losses, in chunks against all logits at once
     python bench.py attention     # attention on both crop sizes, by each backend of PyTorch and by kernels/attention.py
     python bench.py gpu           # all benchmarks for one GPU, in ten minutes; --list shows which
@@ -17,7 +18,7 @@
     python bench.py dense         # a linear depth head: convolution before or after upsampling
     python bench.py m2f           # Mask2Former on ViT-g, 896x896 pixels: minutes on a CPU, 11 GB
 
-`train`, `heads` and `attention` take all flags of train.py (--preset, --batch-size, --compile, ...); --json prints the
+`train`, `build`, `heads` and `attention` take all flags of train.py (--preset, --batch-size, --compile, ...); --json prints the
 table as JSON. The alternatives of a table take turns, several times over, so that ratios hold on a noisy machine too:
 compare those. `data` uses one core. GPU figures appear where there is a GPU. Apache License 2.0.
 """
@@ -899,6 +900,22 @@ def n_graphs(counters: dict) -> int:
     return counters["stats"]["unique_graphs"] if counters else 0
 
 
+def bench_build(args, device: torch.device) -> list[dict]:
+    """Rows of {process, GB of shards, GB at the peak, s}: main memory beyond the program itself while the networks get
+    their first values. On a GPU the shards are not part of it."""
+    mesh, cpu = support.parallel.start_processes(device, args.cfg.sharding), torch.device("cpu")
+    train.TrainState(train.Config(**train.PRESETS["digits"]), mesh, device)  # loads PyTorch's code
+    before, start = reset_peak(cpu), time.perf_counter()
+    state = train.TrainState(args.cfg, mesh, device)
+    seconds, peak = time.perf_counter() - start, peak_memory(cpu) - before
+    shards = sum(t.nbytes for network in (state.student, state.teacher)
+                 for t in support.parallel.local_shards(network.parameters())) / 1e9
+    rows = support.parallel.on_all_ranks(lambda: {
+        "process": str(train.dist.get_rank()), "GB of shards": shards, "GB at the peak": peak, "s": seconds})
+    train.dist.destroy_process_group()
+    return rows
+
+
 def train_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
@@ -1183,13 +1200,13 @@ def run_command(command: str, seconds: float, log) -> tuple[str, str, float]:
 
 SMALL = ("digits", "fashion")  # presets that train on small data sets, in large batches
 DENSE_WAYS = ("heads.LinearDepthHead", "upsampled first, as officially")
-BENCHES = {"data": bench_data, "train": bench_train, "heads": bench_heads, "attention": bench_attention,
-           "gpu": bench_gpu, "save": bench_save, "scale": bench_scale, "knn": bench_knn, "logreg": bench_logreg,
+BENCHES = {"data": bench_data, "train": bench_train, "build": bench_build, "heads": bench_heads,
+           "attention": bench_attention, "gpu": bench_gpu, "save": bench_save, "scale": bench_scale, "knn": bench_knn, "logreg": bench_logreg,
            "linear": bench_linear, "hub": bench_hub, "dense": partial(bench_memory, linear_depth, DENSE_WAYS),
            "m2f": partial(bench_memory, whole_mask2former, ("Mask2Former on ViT-g, 896x896",))}
-TRAINING = ("train", "heads", "attention")  # take all flags of train.py
+TRAINING = ("train", "build", "heads", "attention")  # take all flags of train.py
 FLAGS = {  # flag: (commands that take it, default, help)
-    "data": (("data", "save", "train"), "", "images, as for train.py's --data"),
+    "data": (("data", "save", "train", "build"), "", "images, as for train.py's --data"),
     "preset": (("save", "scale", *TRAINING), "", "of train.py; default: vits16_short, and five of them for `scale`"),
     "check": (("scale",), False, "compare the calculated memory with that of real steps"),
     "profile": (("train",), "", "file for a trace"),

@@ -157,7 +157,11 @@ FFNS = {"mlp": Mlp, "swiglu": SwiGLUFFN, "swiglufused": SwiGLUFFN, "identity": I
 class LayerScale(nn.Module):
     def __init__(self, dim: int, init_values: float):
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), float(init_values)))
+        self.init_value, self.gamma = float(init_values), nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.gamma, self.init_value)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma
@@ -279,14 +283,7 @@ class DinoVisionTransformer(nn.Module):
         self.init_weights()
 
     def init_weights(self, std: float = 0.02, pos_std: float = 0.02) -> None:
-        """The official initialization. Standard deviations: `pos_std` for the position embedding and `std` for the
-        weights of linear layers, both truncated at 2; 1e-6 for CLS and registers. mask_token and biases of linear
-        layers are 0. patch_embed.proj, LayerNorm and LayerScale stay as their constructors made them."""
-        nn.init.trunc_normal_(self.pos_embed, std=pos_std)
-        nn.init.normal_(self.cls_token, std=1e-6)
-        if self.register_tokens is not None:
-            nn.init.normal_(self.register_tokens, std=1e-6)
-        self.apply(partial(init_linear, std=std))
+        self.apply(partial(init_parameters, std=std, pos_std=pos_std))
 
     def block_list(self) -> list[nn.Module]:
         """The transformer blocks in order, whether they are stored flat or in chunks."""
@@ -382,11 +379,23 @@ class DinoVisionTransformer(nn.Module):
         return out if is_training else self.head(out["x_norm_clstoken"])
 
 
-def init_linear(module: nn.Module, std: float = 0.02) -> None:
+def init_parameters(module: nn.Module, std: float = 0.02, pos_std: float = 0.02) -> None:
+    """The official initialization of the parameters that a module holds itself, not its children. Standard deviations:
+    `std` for the weights of linear layers and `pos_std` for the position embedding, both truncated at 2; 1e-6 for CLS
+    and registers. mask_token and the biases of linear layers are 0. The patch embedding, norms, LayerScale and
+    prototypes begin as in their constructors."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=std)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+    elif isinstance(module, DinoVisionTransformer):
+        nn.init.trunc_normal_(module.pos_embed, std=pos_std)
+        nn.init.normal_(module.cls_token, std=1e-6)
+        nn.init.zeros_(module.mask_token)
+        if module.register_tokens is not None:
+            nn.init.normal_(module.register_tokens, std=1e-6)
+    elif isinstance(module, (nn.Conv2d, nn.LayerNorm, LayerScale, WeightNormLinear)):
+        module.reset_parameters()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -399,8 +408,12 @@ class WeightNormLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
-        self.weight_g = nn.Parameter(torch.ones(out_features, 1))
+        self.weight_g = nn.Parameter(torch.empty(out_features, 1))
         self.weight_v = nn.Parameter(torch.empty(out_features, in_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight_g)
         nn.init.kaiming_uniform_(self.weight_v, a=5**0.5)  # the default of nn.Linear, as officially
 
     def weight(self) -> Tensor:
@@ -427,7 +440,7 @@ class DINOHead(nn.Module):
             layers += [nn.Linear(a, b, bias=mlp_bias)] + [nn.BatchNorm1d(b)] * use_bn + [nn.GELU()]
         layers.append(nn.Linear(dims[-2], dims[-1], bias=mlp_bias))
         self.mlp = nn.Sequential(*layers) if len(layers) > 1 else layers[0]
-        self.mlp.apply(init_linear)
+        self.mlp.apply(init_parameters)
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
 
     def forward(self, x: Tensor, factored: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -484,6 +497,12 @@ def load_backbone(path: str, ckpt: dict | None = None, arguments: dict | None = 
 
 def load_strictly(model: nn.Module, weights: dict[str, Tensor], path: str, assign: bool = True) -> None:
     """load_state_dict(strict=True) that says in one line what does not fit. Raises ValueError."""
+    check_names_and_shapes(model, weights, path)
+    model.load_state_dict(weights, assign=assign)
+
+
+def check_names_and_shapes(model: nn.Module, weights: dict[str, Tensor], path: str) -> None:
+    """Raises ValueError if weights are not those of a model."""
     expected = model.state_dict()
     missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
     shapes = [k for k in expected.keys() & weights.keys() if expected[k].shape != weights[k].shape]
@@ -493,7 +512,6 @@ def load_strictly(model: nn.Module, weights: dict[str, Tensor], path: str, assig
         faults = [f"{len(keys)} {many if len(keys) > 1 else one} (such as {min(keys)})" for keys, one, many in kinds
                   if keys]
         raise ValueError(f"{path} is from another architecture: of the weights, {', '.join(faults)}")
-    model.load_state_dict(weights, assign=assign)
 
 
 def infer_arguments(path: str, weights: dict[str, Tensor]) -> dict:

@@ -1369,9 +1369,11 @@ def test_train_survives_half_a_line_of_metrics(trained, tmp_path):
 
 def step_of(cfg: train.Config, step: int = 0):
     """A function that does a step of training, on the batch of this step whenever it is called."""
+    with torch.device("meta"):
+        student, teacher = train.build_network(cfg, cfg.drop_path_rate).train(), train.build_network(cfg).eval()
     torch.manual_seed(cfg.seed)
-    student, teacher = train.build_network(cfg, cfg.drop_path_rate).train(), train.build_network(cfg).eval()
-    teacher.requires_grad_(False).load_state_dict(student.state_dict())
+    support.parallel.materialize(student, CPU, train.initialization(cfg))
+    teacher.requires_grad_(False).load_state_dict(copy.deepcopy(student.state_dict()), assign=True)
     optimizers, centers = train.build_optimizers(student, cfg), train.build_centers(cfg, CPU)
     batches = train.training_batches(cfg, support.sources.open_source(cfg.data, cfg.in_chans), 0, 1)
     n = cfg.gradient_accumulation_steps

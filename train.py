@@ -42,14 +42,14 @@ from data import (
     MEAN, STD, Batch, Prefetcher, TrainBatches, Unreadable, augment, augment_at_once, check_groups, keep_memory,
     prepare, train_loader)
 from eval_knn import evaluate_knn, knn_accuracy
-from model import ARCHS, FORMAT, DINOHead, build, init_linear, load_backbone, load_strictly
+from model import ARCHS, FORMAT, DINOHead, build, check_names_and_shapes, init_parameters, load_backbone
 from support.cli import Parser, check_fields, flag, last_line, nearest
 from support.draw import draw_batch
 from support.machine import foreseen
 from support.parallel import (
     CHECKPOINTING, SHARDINGS, Failed, SharedFlags, all_reduce_in_backward, be_deterministic, full_weights, is_sharded,
-    load_kernel, local_shards, mean_over_processes, n_replicas, on_all_ranks, pick_device, shard, start_processes,
-    worker_count)
+    load_kernel, load_whole, local_shards, materialize, mean_over_processes, n_replicas, on_all_ranks, pick_device,
+    shard, start_processes, worker_count)
 from support.run import (
     Log, NonFinite, OutputLock, StopSignals, TooManyBad, check_output, claim_output, last_words, restarted, same_command,
     stop_for, summary, take_output, weights_sha256)
@@ -322,10 +322,13 @@ def build_network(cfg: Config, drop_path_rate: float = 0.0) -> nn.ModuleDict:
     network = nn.ModuleDict(dict(backbone=backbone, dino_head=dino_head(backbone.embed_dim)))
     if cfg.ibot_separate_head and cfg.ibot_loss_weight:
         network["ibot_head"] = ibot_head(backbone.embed_dim)
-    backbone.init_weights(cfg.init_std, cfg.pos_embed_std)
-    for head in list(network.values())[1:]:
-        head.mlp.apply(partial(init_linear, std=cfg.init_std))
+    network.apply(initialization(cfg))
     return network
+
+
+def initialization(cfg: Config):
+    """Gives the parameters that a module holds itself their first values. Its children are not touched."""
+    return partial(init_parameters, std=cfg.init_std, pos_std=cfg.pos_embed_std)
 
 
 def backbone_arguments(cfg: Config) -> dict:
@@ -541,20 +544,24 @@ class TrainState:
     """Networks, optimizers and centers. All else about a run at some step follows from the config and the step."""
 
     def __init__(self, cfg: Config, mesh, device: torch.device, kernel=None):
-        torch.manual_seed(cfg.seed)
-        self.student = build_network(cfg, cfg.drop_path_rate)
-        if cfg.init:
-            load_strictly(self.student["backbone"], load_backbone(cfg.init).state_dict(), cfg.init, assign=False)
-        with torch.device("meta"):
-            self.teacher = build_network(cfg)
-        self.teacher.load_state_dict({k: v.clone() for k, v in self.student.state_dict().items()}, assign=True)
+        with torch.device("meta"):  # no process ever holds more than its shards and one parameter
+            self.student, self.teacher = build_network(cfg, cfg.drop_path_rate), build_network(cfg)
         self.teacher.requires_grad_(False).eval()
         if kernel is not None:
             for block in self.student["backbone"].block_list() + self.teacher["backbone"].block_list():
                 block.attn.kernel = kernel
         dtype, self.n_shards = compute_dtype(cfg, device), mesh.shape[-1]
-        shard(self.student.to(device), mesh, dtype, cfg.activation_checkpointing, cfg.compile, mode=cfg.sharding)
-        shard(self.teacher.to(device), mesh, dtype, compile_blocks=cfg.compile, with_backward=False)
+        shard(self.student, mesh, dtype, cfg.activation_checkpointing, cfg.compile, mode=cfg.sharding)
+        shard(self.teacher, mesh, dtype, compile_blocks=cfg.compile, with_backward=False)
+        torch.manual_seed(cfg.seed)
+        materialize(self.student, device, initialization(cfg))
+        if cfg.init:
+            pretrained = load_backbone(cfg.init).state_dict()
+            check_names_and_shapes(self.student["backbone"], pretrained, cfg.init)
+            load_whole(dict(self.student["backbone"].named_parameters()), pretrained)
+        self.teacher.to_empty(device=device)
+        with torch.no_grad():
+            torch._foreach_copy_(*(local_shards(n.parameters()) for n in (self.teacher, self.student)))
         self.optimizers = build_optimizers(self.student, cfg)
         self.centers = build_centers(cfg, device)
 

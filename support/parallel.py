@@ -1,5 +1,6 @@
 """Device, processes, sharding, activation checkpointing. Apache License 2.0."""
 import importlib.util
+import math
 import os
 import sys
 import warnings
@@ -277,6 +278,34 @@ def local_shards(tensors) -> list[Tensor]:
     from torch.distributed.tensor import DTensor  # slow to import
 
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
+def materialize(network: nn.Module, device: torch.device, initialize) -> None:
+    """Gives a network on the meta device memory and first values. `initialize` sets the parameters that a module holds
+    itself; it gets whole ones, on the CPU, of one module at a time, of which this process keeps its shards. So the
+    values do not depend on the number of processes, and no process ever holds the whole network."""
+    network.to_empty(device=device)
+    for module in network.modules():
+        held = dict(module.named_parameters(recurse=False))
+        module._parameters.update({name: nn.Parameter(torch.full(p.shape, math.nan)) for name, p in held.items()})
+        initialize(module)
+        whole = {name: module._parameters[name] for name in held}
+        module._parameters.update(held)
+        unset = [name for name, p in whole.items() if p.isnan().any()]
+        assert not unset, f"{unset[0]} of {type(module).__name__} has no initial value: see model.init_parameters()"
+        load_whole(held, whole)
+
+
+@torch.no_grad()
+def load_whole(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Copies values that every process holds whole into parameters of which it holds a shard, or all."""
+    from torch.distributed.tensor import DTensor, distribute_tensor  # slow to import
+
+    for name, p in parameters.items():
+        value = values[name]
+        if isinstance(p, DTensor):
+            value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+        local_shards([p])[0].copy_(local_shards([value])[0])
 
 
 def n_replicas(module: nn.Module) -> int:

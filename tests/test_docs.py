@@ -224,6 +224,13 @@ def test_docs_no_two_examples_share_an_output():
     assert {out: commands for out, commands in writers.items() if len(commands) > 1} == {}
 
 
+def test_docs_promises_name_tests():
+    files = [HERE / "test_all.py", *(HERE / "tests").glob("test_*.py")]
+    tests = {name for path in files for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)}
+    named = re.findall(r"`(test_\w+)`", read("docs/promises.md"))
+    assert len(named) > 30 and not {*named} - tests
+
+
 def test_docs_python_compiles():
     for block in ALL_BLOCKS:
         if block.language in ("python", "py"):

@@ -3,8 +3,10 @@ import json
 import os
 import re
 import shutil
+import sys
 import types
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -234,3 +236,44 @@ def test_train_compiles_blocks_of_rising_rates(monkeypatch):
         support.parallel.shard(network, types.SimpleNamespace(size=lambda: 1), torch.float32, compile_blocks=True)
         out = network["backbone"](torch.randn(8, 3, 12, 12), is_training=True, drop_orders=orders)
     assert out["x_norm_clstoken"].shape == (8, 64)
+
+
+def initial_weights(mode: str, folder: Path) -> None:
+    """Run by several processes: the weights of a new run, whole, are written to folder/MODE.pth."""
+    cfg = train.Config(**train.PRESETS["digits"] | dict(num_register_tokens=3, sharding=mode))
+    mesh = support.parallel.start_processes(CPU, mode)
+    state = train.TrainState(cfg, mesh, CPU)
+    weights = {name: support.parallel.full_weights(getattr(state, name)) for name in ("student", "teacher")}
+    if dist.get_rank() == 0:
+        torch.save(weights, folder / f"{mode}.pth")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_initial_weights_do_not_depend_on_the_processes(tmp_path):
+    for mode, world in (("zero2", 1), ("zero3", 3), ("hsdp", 4)):
+        Launched(tmp_path / f"log_{mode}", partial(initial_weights, mode, tmp_path), world=world,
+                 before=partial(on_machines_of, 2) if mode == "hsdp" else None).wait()
+    one, *others = (torch.load(path, weights_only=True) for path in
+                    (tmp_path / f"{mode}.pth" for mode in ("zero2", "zero3", "hsdp")))
+    assert one["student"].keys() == one["teacher"].keys() and len(others) == 2
+    for name, value in one["student"].items():
+        assert all(torch.equal(value, w[part][name]) for w in (one, *others) for part in ("student", "teacher")), name
+    cfg = train.Config(**train.PRESETS["digits"] | dict(num_register_tokens=3))
+    for name, value in train.build_network(cfg).state_dict().items():  # by the constructors: the same distributions
+        ours = one["student"][name]
+        assert value.std() == ours.std() or abs(ours.std() / value.std() - 1) < 0.5 and ours.std() > 0, name
+
+
+def build_large_network() -> None:
+    """Run by two processes: prints the table of `bench.py build`."""
+    bench.main(["build", "--preset", "vits16_short", "--batch-size", "2", "--group-size", "1", "--json"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_new_run_holds_its_shards_and_one_parameter(tmp_path):
+    log = Launched(tmp_path / "log", build_large_network, world=2).wait()
+    rows = json.loads(log[log.index("{") :])["rows"]
+    for row in rows:  # in all 0.35 GB of shards; a whole network would add 0.17 GB to each process
+        assert 0.15 < row["GB of shards"] < 0.2 and row["GB at the peak"] < row["GB of shards"] + 0.1, rows
+    assert len(rows) == 2
