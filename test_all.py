@@ -1264,9 +1264,9 @@ def test_train_repeated_command_is_a_no_op(trained, capsys):
     before = (trained / "ckpt.pth").stat().st_mtime_ns, metrics(trained)
     train_main(*TINY, "--steps", 4, "--out", trained, "--eval-every", 2, "--export-every", 3, "--save-every", 2)
     assert (trained / "ckpt.pth").stat().st_mtime_ns == before[0] and metrics(trained) == before[1]
-    *_, accuracy, last = capsys.readouterr().out.splitlines()
+    *_, accuracy, done, knn, _ = capsys.readouterr().out.splitlines()
     assert accuracy.startswith("k-NN top-1 (k=20): trained teacher ")
-    assert last == f"done; the teacher is in {trained}/ckpt.pth"
+    assert done.startswith(f"done; the teacher is in {trained}/ckpt.pth") and knn.endswith(f"eval_knn.py {trained}/ckpt.pth")
 
 
 @pytest.mark.parametrize("centering", ["centering", pytest.param("sinkhorn_knopp", marks=pytest.mark.slow)])

@@ -51,8 +51,8 @@ from support.parallel import (
     load_kernel, load_whole, local_shards, materialize, mean_over_processes, n_replicas, on_all_ranks, pick_device,
     shard, start_processes, worker_count)
 from support.run import (
-    Log, NonFinite, OutputLock, StopSignals, TooManyBad, check_output, claim_output, last_words, restarted, same_command,
-    stop_for, summary, take_output, weights_sha256)
+    Log, NonFinite, OutputLock, StopSignals, TooManyBad, check_output, claim_output, last_words, restarted,
+    same_command, stop_for, summary, take_output, weights_sha256)
 from support.saves import Saver, load_newest
 from support.sources import InMemory, check_readable, eval_specs, open_on_all_ranks
 
@@ -680,8 +680,7 @@ def set_up(argv: list[str] | None) -> Run:
     be_deterministic(cfg.deterministic)
     kernel = load_kernel(ARCHS[cfg.arch], compute_dtype(cfg, device), device) if cfg.kernels else None
     mesh = start_processes(device, cfg.sharding)
-    if dist.get_rank() == 0 and (shortage := foreseen(
-            cfg, ARCHS[cfg.arch], device, n_ranks, mesh.shape[-1], less_memory(cfg))):
+    if dist.get_rank() == 0 and (shortage := foreseen(cfg, ARCHS[cfg.arch], device, mesh.shape[-1])):
         print(f"note: {shortage}", file=sys.stderr, flush=True)
     evals = eval_specs(cfg.data, cfg.eval_train, cfg.eval_val) if cfg.eval_every else ()
     source, *eval_sources = open_on_all_ranks([cfg.data, *evals], cfg.in_chans)
@@ -801,17 +800,6 @@ def inspect_first_batch(batch: Batch, cfg: Config, log: Log) -> None:
                 f"--mean and --std with: python -m support.sources stats {cfg.data} --in-chans {cfg.in_chans}")
 
 
-def less_memory(cfg: Config) -> str:
-    """Flags with which a run needs less memory, as advice to the user."""
-    more, flags = 2 * cfg.gradient_accumulation_steps, []
-    if cfg.batch_size % (cfg.group_size * int(os.environ.get("WORLD_SIZE", 1)) * more) == 0:
-        flags.append(f"--gradient-accumulation-steps {more}")
-    if (stronger := CHECKPOINTING.index(cfg.activation_checkpointing) + 1) < len(CHECKPOINTING):
-        flags.append(f"--activation-checkpointing {CHECKPOINTING[stronger]}")
-    same = f"{' or '.join(flags)} needs less, with the same result; " if flags else ""
-    return f"{same}a smaller --batch-size also does, but is another run"
-
-
 def main(argv: list[str] | None = None) -> None:
     try:
         run = set_up(argv)
@@ -822,8 +810,7 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(print("\nstopped before the first step", file=sys.stderr) or 130)
     except (RuntimeError, MemoryError, OSError) as error:
-        cfg = parse(argv)[0]
-        stop_for(error, cfg.out, less_memory(cfg))
+        stop_for(error, parse(argv)[0])
     try:
         train(run)
     except (ValueError, TooManyBad, Failed) as error:
@@ -831,7 +818,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"error: {last_line(error)}", file=sys.stderr)
         sys.exit(1 if isinstance(error, Failed) else 2)
     except (RuntimeError, MemoryError, OSError) as error:
-        stop_for(error, run.cfg.out, less_memory(run.cfg))
+        stop_for(error, run.cfg)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from support.parallel import CHECKPOINTING
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Failures
 
@@ -45,6 +47,17 @@ def known_failure(error: BaseException, less_memory: str = "") -> str:
 def as_gigabytes(number: float, unit: str) -> str:
     """"2", "GiB" -> "2.1 GB"."""
     return f"{number * 2 ** (10 * 'bKMGTPE'.index(unit[0])) / 1e9:.2g} GB"
+
+
+def less_memory(cfg) -> str:
+    """Flags with which a training needs less memory, as advice to the user."""
+    more, flags = 2 * cfg.gradient_accumulation_steps, []
+    if cfg.batch_size % (cfg.group_size * int(os.environ.get("WORLD_SIZE", 1)) * more) == 0:
+        flags.append(f"--gradient-accumulation-steps {more}")
+    if (stronger := CHECKPOINTING.index(cfg.activation_checkpointing) + 1) < len(CHECKPOINTING):
+        flags.append(f"--activation-checkpointing {CHECKPOINTING[stronger]}")
+    same = f"{' or '.join(flags)} needs less, with the same result; " if flags else ""
+    return f"{same}a smaller --batch-size also does, but is another run"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -105,9 +118,10 @@ def operations_per_second() -> float:
     return 2 * x.numel() * len(weight) / min(measure() for _ in range(3))
 
 
-def foreseen(cfg, arch: dict, device: torch.device, n_ranks: int, n_shards: int, less_memory: str) -> str:
+def foreseen(cfg, arch: dict, device: torch.device, n_shards: int) -> str:
     """What this machine will lack for a training, and the remedy, in one line; "" if nothing that can be foreseen."""
-    on_gpu, images = device.type == "cuda", cfg.batch_size // (n_ranks * cfg.gradient_accumulation_steps)
+    on_gpu, n_ranks = device.type == "cuda", int(os.environ.get("WORLD_SIZE", 1))
+    images = cfg.batch_size // (n_ranks * cfg.gradient_accumulation_steps)
     itemsize = 2 if cfg.dtype == "bf16" or cfg.dtype == "auto" and on_gpu else 4
     operations, needed = training_estimate(cfg, arch, images, n_shards, itemsize)
     operations *= cfg.gradient_accumulation_steps
@@ -118,13 +132,13 @@ def foreseen(cfg, arch: dict, device: torch.device, n_ranks: int, n_shards: int,
                      "networks: docs/pictures.md")
     if needed > (free := free_memory(device)):
         found.append(f"{needed / 1e9:.0f} GB of {'GPU ' * on_gpu}memory are needed, {free / 1e9:.0f} GB are free; "
-                     f"{less_memory}")
+                     f"{less_memory(cfg)}")
     return ". ".join(found)
 
 
 def many_patches(vit, shape: torch.Size, name: str) -> str:
-    """A note if a ViT needs more than a minute for a batch of images of this shape, (B, C, H, W), or more memory than is
-    free; else "". Attention takes time with the square of the number of patches."""
+    """A note if a ViT needs more than a minute for a batch of images of this shape, (B, C, H, W), or more memory than
+    is free; else "". Attention takes time with the square of the number of patches."""
     device, (n, _, height, width) = next(vit.parameters()).device, shape
     patches, depth, dim = height * width // vit.patch_size**2, vit.n_blocks, vit.embed_dim
     operations = n * patches * depth * (24 * dim**2 + 4 * dim * patches)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from support.files import replacing, write_json
-from support.machine import known_failure
+from support.machine import known_failure, less_memory
 from support.parallel import Failed, on_all_ranks, root_cause
 
 
@@ -263,11 +263,12 @@ def last_save(out: Path) -> int:
     return max((int(name[1]) for name in names if name), default=0)
 
 
-def stop_for(error: BaseException, out: str, less_memory: str) -> None:
+def stop_for(error: BaseException, cfg) -> None:
     """Ends this process with one line and exit code 1 if the machine failed; raises any other error again."""
-    if not (failure := known_failure(error, less_memory)):
+    if not (failure := known_failure(error, less_memory(cfg))):
         raise error
-    saved = f"the last good save is that of step {step}" if (step := last_save(Path(out))) else "there is no save yet"
+    step = last_save(Path(cfg.out))
+    saved = f"the last good save is that of step {step}" if step else "there is no save yet"
     print(f"error: {failure} ({saved})", file=sys.stderr, flush=True)
     os._exit(1) if "WORLD_SIZE" in os.environ else sys.exit(1)  # an orderly exit might wait for the other processes
 

@@ -51,36 +51,41 @@ COMMANDS = {
     "neighbors": lambda argv: visualize.parse(["neighbors", *argv])}
 
 FLAGS = """
-train: --learning-rate --lr, -lr --lr, --blr --lr, --epochs --steps, --epochs=100 --steps, --max_steps --steps, --bs --batch-size
-train: -b --batch-size, --batch --batch-size, --batchsize --batch-size, --batch_size --batch-size, --bach-size --batch-size
-train: --workers --num-workers, -j --num-workers, --num_worker --num-workers, --wd --weight-decay, --weigth-decay --weight-decay
-train: --amp --dtype, --fp16 --dtype, --precision --dtype, --accum --gradient-accumulation-steps, --grad_accum --gradient-accumulation-steps
-train: --recompute --activation-checkpointing, --gradient-checkpointing --activation-checkpointing, --shard --sharding, --fsdp --sharding
-train: --model --arch, --output --out, --save-dir --out, --output_dir --out, -o --out, --checkpoint --init, --pretrained --init
-train: --weights --init, --data-path --data, --data_dir --data, --dataset --data, --train --data, --root --data, --images --data
-train: --image-size --global-crops-size, --img_size --global-crops-size, --crop-size --global-crops-size, --ema --momentum-teacher
-train: --momentum --momentum-teacher, --config --preset, --config-file --preset, --save-freq --save-every, --gpu --device
-train: --no-cuda --device, --sed --seed, --random-seed --seed, --clip --clip-grad, --warmup-epochs --warmup-steps, --compil --compile
-train: --nocompile --no-compile, --patch --patch-size, --grad --gradient-accumulation-steps, --registers --num-register-tokens
-knn: --data --train, --dataset --train, --val-dir --val, --k --ks, --temp --temperature, --batch_size -, --image-size --crop
-knn: --output --out, --overwrite -, --workers --num-workers, --fp16 --dtype, --learning-rate -, --sharding -
-linear: --lr --learning-rates, --steps --epochs, --bs --batch-size, --data --train, --no-resum -, --overwrite -
-logreg: --max-iters --max-iter, --epochs --max-iter, --c --cs
-dense: --learning-rate --lr, --train --data, --epochs --steps, --warmup-steps --warmup, --clip-grad --clip
-pca: --checkpoint --model, --weights --model, --arch --model, --image-size --size, --output --out, --gpu --device, --foregroud --foreground
-neighbors: --dataset --data, --knn -, --n-neighbors --k, --query --queries
-curves: --output --out, --lr -
-features: --checkpoint --model, --batch --batch-size, --workers --num-workers, --output-dir --out, --resolution --size
-program: --checkpoint --model, --resolution --size
-train: --overwrit -, --force -, --clobber -, --foo -, --xyzzy -, --delete -, --resum --resume
+train: --learning-rate->--lr -lr->--lr --blr->--lr --epochs->--steps --epochs=100->--steps --max_steps->--steps
+train: --bs->--batch-size -b->--batch-size --batch->--batch-size --batchsize->--batch-size --batch_size->--batch-size
+train: --bach-size->--batch-size --workers->--num-workers -j->--num-workers --num_worker->--num-workers
+train: --wd->--weight-decay --weigth-decay->--weight-decay --amp->--dtype --fp16->--dtype --precision->--dtype
+train: --accum->--gradient-accumulation-steps --grad_accum->--gradient-accumulation-steps
+train: --recompute->--activation-checkpointing --gradient-checkpointing->--activation-checkpointing --shard->--sharding
+train: --fsdp->--sharding --model->--arch --output->--out --save-dir->--out --output_dir->--out -o->--out
+train: --checkpoint->--init --pretrained->--init --weights->--init --data-path->--data --data_dir->--data
+train: --dataset->--data --train->--data --root->--data --images->--data --image-size->--global-crops-size
+train: --img_size->--global-crops-size --crop-size->--global-crops-size --ema->--momentum-teacher
+train: --momentum->--momentum-teacher --config->--preset --config-file->--preset --save-freq->--save-every
+train: --gpu->--device --no-cuda->--device --sed->--seed --random-seed->--seed --clip->--clip-grad
+train: --warmup-epochs->--warmup-steps --compil->--compile --nocompile->--no-compile --patch->--patch-size
+train: --grad->--gradient-accumulation-steps --registers->--num-register-tokens --overwrit->- --force->- --clobber->-
+train: --foo->- --xyzzy->- --delete->- --resum->--resume
+knn: --data->--train --dataset->--train --val-dir->--val --k->--ks --temp->--temperature --batch_size->-
+knn: --image-size->--crop --output->--out --overwrite->- --workers->--num-workers --fp16->--dtype --learning-rate->-
+knn: --sharding->-
+linear: --lr->--learning-rates --steps->--epochs --bs->--batch-size --data->--train --no-resum->- --overwrite->-
+logreg: --max-iters->--max-iter --epochs->--max-iter --c->--cs
+dense: --learning-rate->--lr --train->--data --epochs->--steps --warmup-steps->--warmup --clip-grad->--clip
+pca: --checkpoint->--model --weights->--model --arch->--model --image-size->--size --output->--out --gpu->--device
+pca: --foregroud->--foreground
+neighbors: --dataset->--data --knn->- --n-neighbors->--k --query->--queries
+curves: --output->--out --lr->-
+features: --checkpoint->--model --batch->--batch-size --workers->--num-workers --output-dir->--out --resolution->--size
+program: --checkpoint->--model --resolution->--size
 """
 
 
 @pytest.mark.parametrize("command,typed,meant", [
-    (line.partition(":")[0], *pair.split()) for line in FLAGS.strip().splitlines()
-    for pair in line.partition(":")[2].split(",")])
+    (line.partition(":")[0], *pair.split("->")) for line in FLAGS.strip().splitlines()
+    for pair in line.partition(":")[2].split()])
 def test_suggested_flags(command, typed, meant):
-    """Another word for a flag, or one spelled alike, suggests it; "-": nothing is close, so nothing is suggested. The
+    """Another word for a flag, or one spelled alike, suggests it; "-": nothing is close, and nothing is suggested. The
     unknown flag is named before a required one that is missing."""
     with pytest.raises(ValueError) as told:
         COMMANDS[command]([typed])
@@ -111,7 +116,8 @@ def test_a_path_without_a_flag_is_data(tmp_path):
 @pytest.mark.parametrize("names,typed,meant", [
     (model.ARCHS, "vit_s", "vit_small"), (model.ARCHS, "vits16", "vit_small with --patch-size 16"),
     (model.ARCHS, "ViT-S/14", "vit_small with --patch-size 14"), (model.ARCHS, "vit_b", "vit_base"),
-    (model.ARCHS, "vit_b_16", "vit_base with --patch-size 16"), (model.ARCHS, "vitl14", "vit_large with --patch-size 14"),
+    (model.ARCHS, "vit_b_16", "vit_base with --patch-size 16"),
+    (model.ARCHS, "vitl14", "vit_large with --patch-size 14"),
     (model.ARCHS, "vit_g", "vit_giant2"), (model.ARCHS, "ViT-Ti", "vit_tiny"), (model.ARCHS, "vit_nan", "vit_nano"),
     (model.ARCHS, "dinov2_vits14", "vit_small with --patch-size 14"), (model.ARCHS, "vit_huge", ""),
     (model.ARCHS, "vit_small_patch16_224", "vit_small with --patch-size 16"), (model.ARCHS, "resnet50", ""),
@@ -122,17 +128,20 @@ def test_a_path_without_a_flag_is_data(tmp_path):
     (support.sources.NAMED, "imagenet1k", "ImageNet"), (support.sources.NAMED, "imagenet", "ImageNet"),
     (support.sources.NAMED, "ImageNet-21k", "ImageNet22k"), (support.sources.NAMED, "cifar", "CIFAR10"),
     (support.sources.NAMED, "cifar-100", "CIFAR100"), (support.sources.NAMED, "fashion_mnist", "FashionMNIST"),
-    (support.sources.NAMED, "inat", ""), (support.sources.NAMED, "/my/photos", ""), (support.sources.NAMED, "laion", ""),
+    (support.sources.NAMED, "inat", ""), (support.sources.NAMED, "/my/photos", ""),
+    (support.sources.NAMED, "laion", ""),
     (hub.RELEASED, "dinov2_vits", "dinov2_vits14"), (hub.RELEASED, "vits14", "dinov2_vits14"),
     (hub.RELEASED, "dinov2_vitb14_reg4", "dinov2_vitb14_reg"), (hub.RELEASED, "facebook/dinov2-small", "dinov2_vits14"),
-    (hub.RELEASED, "dinov2-with-registers-large", "dinov2_vitl14_reg"), (hub.RELEASED, "dinov2_vits16", "dinov2_vits14"),
+    (hub.RELEASED, "dinov2-with-registers-large", "dinov2_vitl14_reg"),
+    (hub.RELEASED, "dinov2_vits16", "dinov2_vits14"),
     (hub.RELEASED, "vit_small_patch14_reg4_dinov2.lvd142m", "dinov2_vits14_reg"), (hub.RELEASED, "none.pth", ""),
     (hub.RELEASED, "out/ckpt.pth", ""), (hub.RELEASED, "runs/vitb.pth", ""), (hub.RELEASED, "vits16/ckpt.pth", ""),
     (hub.DENSE_HEADS, "nyu_dbt", "nyu_dpt"), (hub.DENSE_HEADS, "ade20k", "ade20k_ms"),
     (("auto", "bf16", "fp32"), "fp16", "bf16"), (("auto", "bf16", "fp32"), "float32", "fp32"),
     (("ddp", "zero2", "zero3", "hsdp"), "fsdp", "zero3"), (("ddp", "zero2", "zero3", "hsdp"), "none", "ddp"),
     (("centering", "sinkhorn_knopp"), "sinkhorn", "sinkhorn_knopp"), (visualize.COMMANDS, "attn", "attention"),
-    (visualize.COMMANDS, "loss", "curves"), (visualize.COMMANDS, "seg", "segment"), (export.COMMANDS, "onnx", "program")])
+    (visualize.COMMANDS, "loss", "curves"), (visualize.COMMANDS, "seg", "segment"),
+    (export.COMMANDS, "onnx", "program")])
 def test_suggested_values(names, typed, meant):
     assert nearest(typed, names) == (f", did you mean {meant}?" if meant else "")
 
@@ -153,11 +162,11 @@ def checkout(folder: Path) -> Path:
 
 def small_run(folder: Path, *flags) -> subprocess.CompletedProcess:
     """`torchrun train.py --preset vitl16_short`, with all that is large made small by flags, started elsewhere."""
-    small = ("--arch vit_nano --batch-size 4 --group-size 4 --steps 1 --warmup-steps 0 --num-workers 0 --global-crops-size 32 "
-             "--local-crops-size 16 --head-n-prototypes 16 --head-hidden-dim 16 --head-bottleneck-dim 8").split()
+    small = ("--arch vit_nano --batch-size 4 --group-size 4 --steps 1 --warmup-steps 0 --num-workers 0 "
+             "--global-crops-size 32 --local-crops-size 16 --head-n-prototypes 16 --head-hidden-dim 16 --head-bottleneck-dim 8").split()
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", folder / "train.py", "--preset", "vitl16_short", *small, *flags],
-        capture_output=True, text=True, cwd=folder.parent, env=os.environ | dict(PYTHONPATH="", OMP_NUM_THREADS="1"))
+        [sys.executable, "-m", "torch.distributed.run", folder / "train.py", "--preset", "vitl16_short", *small,
+         *flags], capture_output=True, text=True, cwd=folder.parent, env=os.environ | dict(PYTHONPATH="", OMP_NUM_THREADS="1"))
 
 
 @pytest.mark.slow
@@ -196,8 +205,8 @@ def test_no_imagenet_beside_train(preset, beside):
 # ----------------------------------------------------------------------------------------------------------------------
 # Running out of memory
 
-CUDA_FULL = ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.12 GiB "
-             "is free.")
+CUDA_FULL = ("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which "
+             "1.12 GiB is free.")
 
 
 def allocate(function):
@@ -209,7 +218,8 @@ def allocate(function):
 
 @pytest.mark.parametrize("error,text", [
     (torch.OutOfMemoryError(CUDA_FULL), "out of GPU memory (2.1 GB more were needed); lower --x"),
-    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out of GPU memory; lower"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+     "out of GPU memory; lower"),
     (RuntimeError("CUDA error: out of memory\nCompile with ..."), "out of GPU memory; lower --x"),
     (RuntimeError("MPS backend out of memory (MPS allocated: 5.00 GB)"), "out of GPU memory; lower --x"),
     (allocate(lambda: torch.empty(2**60, dtype=torch.uint8)), "out of memory (1.2e+09 GB more were needed); lower --x"),
@@ -218,13 +228,16 @@ def allocate(function):
                   "allocate 4194304000 bytes."), "out of memory (4.2 GB more were needed); lower --x"),
     (MemoryError(), "out of memory; lower --x"), (RuntimeError("std::bad_alloc"), "out of memory; lower --x"),
     (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory; lower --x"),
-    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "too little memory; lower --num-workers"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+     "too little memory; lower --num-workers"),
     (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "too little memory; lower --num-workers"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers "
                   "are out of shared memory."), "/dev/shm, is full; lower --num-workers"),
-    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Segmentation fault. "), "--num-workers 0 shows where"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Segmentation fault. "),
+     "--num-workers 0 shows where"),
     (RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"), "another process"),
-    (RuntimeError("expected scalar type Float"), ""), (ValueError("out of memory"), ""), (OSError(errno.ENOSPC, "full"), "")])
+    (RuntimeError("expected scalar type Float"), ""), (ValueError("out of memory"), ""),
+    (OSError(errno.ENOSPC, "full"), "")])
 def test_failures_of_the_machine_are_known(error, text):
     told = known_failure(error, "lower --x")
     assert (text in told) if text else told == "" and "\n" not in told
@@ -232,7 +245,8 @@ def test_failures_of_the_machine_are_known(error, text):
 
 @pytest.mark.parametrize("script,argv,text", [
     ("eval_knn.py", [], "--dtype bf16"), ("eval_logreg.py", [], "--dtype bf16"), ("eval_linear.py", [], "--batch-size"),
-    ("eval_dense.py", ["--task", "seg", "--data", "{tmp}"], "--batch-size"), ("visualize.py", ["pca", "{tmp}/a.png"], "--size"),
+    ("eval_dense.py", ["--task", "seg", "--data", "{tmp}"], "--batch-size"),
+    ("visualize.py", ["pca", "{tmp}/a.png"], "--size"),
     ("export.py", ["features", "{tmp}/a.png", "--out", "{tmp}/f.npz"], "--size or --batch-size")])
 def test_a_command_out_of_memory(script, argv, text, tmp_path, monkeypatch, capsys):
     def read(*_):
@@ -264,10 +278,11 @@ def ends_in_one_line(log: str) -> str:
 @pytest.mark.parametrize("flags", [("--head-n-prototypes", 4_000_000), ("--batch-size", 2048)])
 def test_training_out_of_memory(flags, tmp_path):
     """Where the network does not fit, and where a step does not."""
-    training = Launched(tmp_path / "log", train.main, *TINY, "--steps", 4, "--out", tmp_path / "out", *flags, before=little_memory)
+    training = Launched(tmp_path / "log", train.main, *TINY, "--steps", 4, "--out", tmp_path / "out", *flags,
+                        before=little_memory)
     assert re.fullmatch(r"error: out of memory \([\d.]+ GB more were needed\); --gradient-accumulation-steps 2 or "
-                        r"--activation-checkpointing selective needs less, with the same result; a smaller --batch-size "
-                        r"also does, but is another run \(there is no save yet\)", ends_in_one_line(training.wait(ok=1)))
+                        r"--activation-checkpointing selective needs less, with the same result; a smaller "
+                        r"--batch-size also does, but is another run \(there is no save yet\)", ends_in_one_line(training.wait(ok=1)))
 
 
 def full_at(step: int, rank: int = 0) -> None:
@@ -294,8 +309,8 @@ def test_training_out_of_memory_names_the_last_save(tmp_path):
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_training_out_of_memory_in_one_of_two_processes(rank, tmp_path):
     """Both end, within seconds."""
-    training = Launched(tmp_path / "log", train.main, *TINY, "--steps", 6, "--save-every", 2, "--out", tmp_path / "out", world=2,
-                   before=partial(full_at, 3, rank))
+    training = Launched(tmp_path / "log", train.main, *TINY, "--steps", 6, "--save-every", 2, "--out", tmp_path / "out",
+                        world=2, before=partial(full_at, 3, rank))
     began = time.monotonic()
     log = training.wait(ok=1)
     assert time.monotonic() - began < 60 and "Traceback" not in log, log
@@ -339,7 +354,7 @@ def kill_worker(how: int) -> None:
                                       (signal.SIGBUS, "shared memory, /dev/shm, is full")])
 def test_training_with_a_killed_worker(how, text, tmp_path):
     training = Launched(tmp_path / "log", train.main, *TINY, "--steps", 400, "--save-every", 2, "--num-workers", 1,
-                   "--out", tmp_path / "out", before=partial(kill_worker, how))
+                        "--out", tmp_path / "out", before=partial(kill_worker, how))
     error = ends_in_one_line(training.wait(ok=1))
     assert error.startswith("error: a data-loading worker was killed: ") and text in error and "that of step 2" in error
 
@@ -354,9 +369,9 @@ def test_memory_and_time_are_foreseen(monkeypatch):
     monkeypatch.setattr(support.machine, "free_memory", lambda device: 20e9)
     monkeypatch.setattr(support.machine, "operations_per_second", lambda: 50e9)
 
-    def told(*argv, n_ranks: int = 1) -> str:
+    def told(*argv) -> str:
         cfg = train.parse(list(argv))[0]
-        return foreseen(cfg, model.ARCHS[cfg.arch], torch.device("cpu"), n_ranks, n_ranks, train.less_memory(cfg))
+        return foreseen(cfg, model.ARCHS[cfg.arch], torch.device("cpu"), 1)
 
     assert told() == told("--preset", "fashion") == ""
     note = told("--preset", "vits16_short")
@@ -364,7 +379,8 @@ def test_memory_and_time_are_foreseen(monkeypatch):
     assert re.search(r"\. 2\d\d GB of memory are needed, 20 GB are free; --gradient-accumulation-steps 2 or ", note)
     assert told("--preset", "vits16_short", "--batch-size", "64", "--gradient-accumulation-steps", "64",
                 "--group-size", "1").count("memory") == 0
-    assert [duration(s) for s in (7, 150, 9000, 2e5, 1e9)] == ["7 seconds", "2 minutes", "2 hours", "2 days", "32 years"]
+    assert [duration(s) for s in (7, 150, 9000, 2e5, 1e9)] == [
+        "7 seconds", "2 minutes", "2 hours", "2 days", "32 years"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -373,7 +389,8 @@ def test_memory_and_time_are_foreseen(monkeypatch):
 
 @pytest.mark.parametrize("threads,load,cores,usable,text", [
     (8, 1.0, 8, 8, "OMP_NUM_THREADS=7"), (8, 7.9, 8, 8, "a load of 7.9 on 8 cores, and PyTorch has 8 threads"),
-    (2, 9.0, 2, 2, "OMP_NUM_THREADS=1"), (64, 30.0, 64, 4, "4 cores may be used"), (64, 63.0, 64, 4, "OMP_NUM_THREADS=1"),
+    (2, 9.0, 2, 2, "OMP_NUM_THREADS=1"),
+    (64, 30.0, 64, 4, "4 cores may be used"), (64, 63.0, 64, 4, "OMP_NUM_THREADS=1"),
     (8, 0.2, 8, 8, ""), (1, 9.0, 2, 2, ""), (4, 30.0, 64, 4, "")])
 def test_a_busy_machine(threads, load, cores, usable, text, monkeypatch, capsys):
     """pick_device(), which every command calls, says so in one line, unless the user has set the number of threads."""
@@ -419,7 +436,8 @@ def test_last_words(trained, capsys, monkeypatch):
         "    python ../code/visualize.py curves 'my out'"]
     monkeypatch.setattr(sys, "argv", ["train.py"])
     first, *commands = support.run.last_words(str(trained), labeled=True).splitlines()
-    assert first == (f"done; the teacher is in {trained}/ckpt.pth, the log in {trained}/metrics.jsonl. What to run next:")
+    assert first == (f"done; the teacher is in {trained}/ckpt.pth, the log in {trained}/metrics.jsonl. What to run "
+                     "next:")
     for command in commands:
         python, script, *argv = command.split()
         assert python == "python" and (HERE / script).exists() and all(Path(a).exists() for a in argv if "/" in a)
@@ -449,7 +467,7 @@ def test_commands_announce_many_patches(script, argv, tmp_path, monkeypatch, cap
     main([argv[0], str(tmp_path / "a.png"), str(tmp_path / "b.png"), *argv[1:], "--model", str(tmp_path / "vit.pth"),
           "--size", "0", "--device", "cpu", "--out", str(tmp_path / ("o.npz" if "export" in script else "o.png"))])
     told = capsys.readouterr().err
-    assert told.count("note: ") == told.count(f"note: {tmp_path}/a.png has 20 patches at 40 x 32 pixels, which take") == 1
+    assert told.count("note: ") == told.count(f"note: {tmp_path}/a.png has 20 patches at 40 x 32 pixels") == 1
 
 
 def test_nearly_black_pictures_are_explained():
@@ -461,4 +479,4 @@ def test_nearly_black_pictures_are_explained():
     note = visualize.background_note([*drawn], ["a", "b", "c"])
     assert note.startswith("b is nearly black: 48% of all patches were taken for background. --foreground all draws")
     drawn[2] = 0
-    assert visualize.background_note([*drawn], ["a", "b", "c"]).startswith("2 images, such as b, are nearly black: 81% ")
+    assert visualize.background_note([*drawn], ["a", "b", "c"]).startswith("2 images, such as b, are nearly black: 81%")
