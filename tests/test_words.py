@@ -163,10 +163,11 @@ def checkout(folder: Path) -> Path:
 def small_run(folder: Path, *flags) -> subprocess.CompletedProcess:
     """`torchrun train.py --preset vitl16_short`, with all that is large made small by flags, started elsewhere."""
     small = ("--arch vit_nano --batch-size 4 --group-size 4 --steps 1 --warmup-steps 0 --num-workers 0 "
-             "--global-crops-size 32 --local-crops-size 16 --head-n-prototypes 16 --head-hidden-dim 16 --head-bottleneck-dim 8").split()
+             "--global-crops-size 32 --local-crops-size 16 --head-n-prototypes 16 --head-hidden-dim 16 "
+             "--head-bottleneck-dim 8").split()
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", folder / "train.py", "--preset", "vitl16_short", *small,
-         *flags], capture_output=True, text=True, cwd=folder.parent, env=os.environ | dict(PYTHONPATH="", OMP_NUM_THREADS="1"))
+         *flags], capture_output=True, text=True, cwd=folder.parent, env=os.environ | dict(PYTHONPATH=""))
 
 
 @pytest.mark.slow
@@ -280,9 +281,10 @@ def test_training_out_of_memory(flags, tmp_path):
     """Where the network does not fit, and where a step does not."""
     training = Launched(tmp_path / "log", train.main, *TINY, "--steps", 4, "--out", tmp_path / "out", *flags,
                         before=little_memory)
+    error = ends_in_one_line(training.wait(ok=1))
     assert re.fullmatch(r"error: out of memory \([\d.]+ GB more were needed\); --gradient-accumulation-steps 2 or "
                         r"--activation-checkpointing selective needs less, with the same result; a smaller "
-                        r"--batch-size also does, but is another run \(there is no save yet\)", ends_in_one_line(training.wait(ok=1)))
+                        r"--batch-size also does, but is another run \(there is no save yet\)", error)
 
 
 def full_at(step: int, rank: int = 0) -> None:
