@@ -18,9 +18,9 @@
     python bench.py dense         # a linear depth head: convolution before or after upsampling
     python bench.py m2f           # Mask2Former on ViT-g, 896x896 pixels: minutes on a CPU, 11 GB
 
-`train`, `build`, `heads` and `attention` take all flags of train.py (--preset, --batch-size, --compile, ...); --json prints the
-table as JSON. The alternatives of a table take turns, several times over, so that ratios hold on a noisy machine too:
-compare those. `data` uses one core. GPU figures appear where there is a GPU. Apache License 2.0.
+`train`, `build`, `heads` and `attention` take all flags of train.py (--preset, --batch-size, --compile, ...); --json
+prints the table as JSON. The alternatives of a table take turns, several times over, so that ratios hold on a noisy
+machine too: compare those. `data` uses one core. GPU figures appear where there is a GPU. Apache License 2.0.
 """
 import contextlib
 import ctypes
@@ -1201,8 +1201,9 @@ def run_command(command: str, seconds: float, log) -> tuple[str, str, float]:
 SMALL = ("digits", "fashion")  # presets that train on small data sets, in large batches
 DENSE_WAYS = ("heads.LinearDepthHead", "upsampled first, as officially")
 BENCHES = {"data": bench_data, "train": bench_train, "build": bench_build, "heads": bench_heads,
-           "attention": bench_attention, "gpu": bench_gpu, "save": bench_save, "scale": bench_scale, "knn": bench_knn, "logreg": bench_logreg,
-           "linear": bench_linear, "hub": bench_hub, "dense": partial(bench_memory, linear_depth, DENSE_WAYS),
+           "attention": bench_attention, "gpu": bench_gpu, "save": bench_save, "scale": bench_scale, "knn": bench_knn,
+           "logreg": bench_logreg, "linear": bench_linear, "hub": bench_hub,
+           "dense": partial(bench_memory, linear_depth, DENSE_WAYS),
            "m2f": partial(bench_memory, whole_mask2former, ("Mask2Former on ViT-g, 896x896",))}
 TRAINING = ("train", "build", "heads", "attention")  # take all flags of train.py
 FLAGS = {  # flag: (commands that take it, default, help)

@@ -446,7 +446,7 @@ def augment_by_groups(crops: Tensor, ops: Tensor, mean=MEAN, std=STD) -> Tensor:
 def augment_at_once(crops: Tensor, ops: Tensor, mean=MEAN, std=STD) -> Tensor:
     """augment() for a GPU: every step on all crops, then each crop keeps its old or new pixels. No shape depends on the
     values, nothing waits for the device, and torch.compile makes a few kernels of it."""
-    x, ops = to_float(crops.permute(0, 3, 1, 2)), ops.to(crops.device, non_blocking=True)
+    x, ops = to_float(crops.permute(0, 3, 1, 2)), to_device(ops, crops.device)
     values = dict(zip((*OPERATIONS, *PLACES), ops[..., None, None, None].unbind(1)))  # each (n, 1, 1, 1)
     for step in steps_of(x.shape[1]):
         x = torch.where(is_applied(step, values), OPERATIONS[step[0]].apply(x, values[step[0]]), x)
@@ -515,10 +515,16 @@ def keep_memory(largest: int | None = None) -> None:
     libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: up to 2 GB of the heap are kept when freed
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """On a CUDA GPU it arrives while Python goes on, if it comes from pinned memory. MPS would read ordinary memory as
+    late, when that may hold something else already."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def prepare(batch: Batch, device: torch.device, mean=MEAN, std=STD, augment=augment) -> Batch:
     """The batch on the device, its crops augmented and normalized. `augment` may be a compiled augment_at_once."""
     def on_device(tensor: Tensor) -> Tensor:
-        return tensor.to(device, non_blocking=True)
+        return to_device(tensor, device)
 
     return batch._replace(
         global_crops=augment(on_device(batch.global_crops), batch.global_ops, mean, std),

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import hub
-from data import hue, make_loader, normalize
+from data import hue, make_loader, normalize, to_device
 from heads import (
     CLASSES, RANGES, RECIPES, DPTHead, Dense, LinearDepthHead, Recipe, SegmentationHead, bilinear, colors,
     gradient_loss, predict_depth, resize_as_opencv, scaled_size, segment, segmentation_loss, sig_loss)
@@ -655,7 +655,7 @@ class HeadTraining:
             job.task == "depth") else dict(chosen_on="the last step", short=job.test.short, ratios=job.ratios)
         settings = [self.protocol, self.eval_every, job.model_hash, job.train.fingerprint, job.val.fingerprint,
                     job.train.classes, args.dtype, job.test, job.crop, args.flip]
-        self.saved = ResumeFile(f"{job.stem}.eval_dense", settings, job.device, not args.no_resume)
+        self.saved = ResumeFile(f"{job.stem}.eval_dense", settings, not args.no_resume)
         self.head_path = Path(f"{job.stem}.{job.train.dataset or job.task}_{args.decoder}_head.pth")
         if self.head_path.is_dir() or not os.access(self.head_path.parent, os.W_OK):
             raise ValueError(f"{self.head_path} cannot be written; choose another place by --out")
@@ -736,7 +736,7 @@ class HeadTraining:
         with tqdm(total=steps, initial=self.done, desc=f"{job.task} {job.args.decoder}", leave=False,
                   disable=no_bar()) as bar:
             for images, targets in self.batches():
-                loss = self.step(images.to(job.device, non_blocking=True), targets.to(job.device, non_blocking=True))
+                loss = self.step(to_device(images, job.device), to_device(targets, job.device))
                 self.done += 1
                 bar.update()
                 due = self.done % self.eval_every == 0 or self.done == steps

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Prefetcher, cut_crop, make_loader, normalize, read_sample, to_float
+from data import Prefetcher, cut_crop, make_loader, normalize, read_sample, to_device, to_float
 from hub import read_head
 from support.cli import at_least, positive, run
 from support.evaluation import (
@@ -183,7 +183,7 @@ def from_images(e: Evaluation, probe, start: int, stop: int):
                          pin_memory=e.device.type == "cuda")
 
     def prepare(batch):
-        images, labels = (t.to(e.device, non_blocking=True) for t in batch[:2])
+        images, labels = (to_device(t, e.device) for t in batch[:2])
         return normalize(to_float(images), e.config["mean"], e.config["std"]), labels, batch[2]
 
     for images, labels, bad in Prefetcher(loader, prepare, e.device):
@@ -312,7 +312,7 @@ class Probe:
             batch_size=args.batch_size, steps=self.steps, epoch_length=self.epoch, learning_rates=args.learning_rates,
             crop_scale=args.crop_scale, flip_prob=args.flip_prob, seed=args.seed, chosen_on="--val", metric=args.metric)
         settings = [self.protocol, e.model_hash, data_hash(e.train), e.specs[1], e.crop, e.resize, args.dtype]
-        self.saved = ResumeFile(f"{e.stem}.eval_linear", settings, e.device, not args.no_resume)
+        self.saved = ResumeFile(f"{e.stem}.eval_linear", settings, not args.no_resume)
 
     def restore(self, state: dict) -> int:
         self.grid.values.copy_(state["values"])

@@ -793,6 +793,15 @@ def test_data_workers_and_processes_change_nothing_in_mid_epoch():
         assert torch.equal(whole.global_crops.unflatten(0, (2, 24)), torch.cat(crops, 1))
 
 
+def test_only_a_gpu_gets_images_while_python_goes_on():
+    """MPS reads memory that may be gone by then. No source copies that way on its own account."""
+    tensor = types.SimpleNamespace(to=lambda device, non_blocking: (device.type, non_blocking))
+    found = dict(data.to_device(tensor, torch.device(name)) for name in ("cpu", "mps", "cuda"))
+    assert found == dict(cpu=False, mps=False, cuda=True)
+    sources = [path.read_text() for pattern in ("*.py", "support/*.py") for path in HERE.glob(pattern)]
+    assert not any("non_blocking=" + "True" in text for text in sources)
+
+
 def test_data_augment_compiles_and_both_ways_agree():
     rng = random.Random(0)
     compiled = torch.compile(data.augment_at_once, backend="aot_eager", fullgraph=True, dynamic=False)

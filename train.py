@@ -47,9 +47,9 @@ from support.cli import Parser, check_fields, flag, last_line, nearest
 from support.draw import draw_batch
 from support.machine import foreseen
 from support.parallel import (
-    CHECKPOINTING, SHARDINGS, Failed, SharedFlags, all_reduce_in_backward, be_deterministic, full_weights, is_sharded,
-    load_kernel, load_whole, local_shards, materialize, mean_over_processes, n_replicas, on_all_ranks, pick_device,
-    shard, start_processes, worker_count)
+    CHECKPOINTING, SHARDINGS, Failed, Lost, SharedFlags, all_reduce_in_backward, be_deterministic, full_weights,
+    is_sharded, leave_processes, load_kernel, load_whole, local_shards, materialize, mean_over_processes, n_replicas,
+    noticing_losses, on_all_ranks, pick_device, shard, start_processes, worker_count)
 from support.run import (
     Log, NonFinite, OutputLock, StopSignals, TooManyBad, check_output, claim_output, last_words, restarted,
     same_command, stop_for, summary, take_output, weights_sha256)
@@ -764,8 +764,7 @@ def train(run: Run) -> None:
                          "--max-bad-share")
     if rank == 0:
         print(closing_message(run, log, done, signals.name), flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_processes(wait_for_others=True)
 
 
 def first_line(run: Run, n_ranks: int) -> str:
@@ -802,19 +801,20 @@ def inspect_first_batch(batch: Batch, cfg: Config, log: Log) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     try:
-        run = set_up(argv)
-    except ValueError as error:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        with noticing_losses():
+            run = set_up(argv)
+    except (ValueError, Lost) as error:
+        leave_processes(wait_for_others=False)
+        sys.exit(print(f"error: {error}", file=sys.stderr) or (1 if isinstance(error, Lost) else 2))
     except KeyboardInterrupt:
         sys.exit(print("\nstopped before the first step", file=sys.stderr) or 130)
     except (RuntimeError, MemoryError, OSError) as error:
         stop_for(error, parse(argv)[0])
     try:
-        train(run)
+        with noticing_losses():
+            train(run)
     except (ValueError, TooManyBad, Failed) as error:
-        if isinstance(error, Unreadable) or dist.get_rank() == 0:  # an unreadable image is this rank's alone
+        if isinstance(error, (Unreadable, Lost)) or dist.get_rank() == 0:  # these concern this rank alone
             print(f"error: {last_line(error)}", file=sys.stderr)
         sys.exit(1 if isinstance(error, Failed) else 2)
     except (RuntimeError, MemoryError, OSError) as error:

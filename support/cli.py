@@ -22,6 +22,7 @@ from typing import Annotated, Callable, Literal, NoReturn, get_args, get_origin
 import torch
 
 from support.machine import known_failure
+from support.parallel import Lost, noticing_losses
 from support.suggest import nearest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -148,21 +149,22 @@ def run_subcommand(commands: dict[str, Callable], manual: str, argv: list[str] |
 
 
 def run(main: Callable[[], object], interrupted: str = "", less_memory: str = "") -> None:
-    """Runs a command. A mistake of the user ends with one line on stderr and exit code 2; a failure of the machine,
-    such as too little memory, with one line and exit code 1, where `less_memory` says what to lower first; Ctrl-C with
+    """Runs a command. A mistake of the user ends with one line on stderr and exit code 2; a failure of the machine with
+    one line and code 1: another process is lost, or memory runs out, when `less_memory` says what to lower; Ctrl-C with
     code 130, after the line `interrupted` if there is one."""
     try:
-        main()
+        with noticing_losses():
+            main()
     except KeyboardInterrupt:
         if interrupted:
             print(interrupted, file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         failure = known_failure(error, less_memory)
-        if not failure and not isinstance(error, (ValueError, OSError)):
+        if not failure and not isinstance(error, (ValueError, OSError, Lost)):
             raise
         print(f"error: {failure or last_line(error)}", file=sys.stderr)
-        sys.exit(1 if failure else 2)
+        sys.exit(1 if failure or isinstance(error, Lost) else 2)
 
 
 def last_line(error: BaseException) -> str:

@@ -30,10 +30,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import hub
-from data import MEAN, STD, make_loader, normalize, to_float, widen
+from data import MEAN, STD, make_loader, normalize, to_device, to_float, widen
 from model import FORMAT
 from support.cli import DTYPES, Parser, at_least
-from support.parallel import join_processes, leave_processes, pick_device, worker_count, world
+from support.parallel import join_processes, leave_processes, on_all_ranks, pick_device, worker_count, world
 from support.files import write_file
 from support.sources import eval_specs, open_source, without_code
 
@@ -127,7 +127,7 @@ def extract_features(model, source, resize: int, crop: int, device: torch.device
     for (images, ok), rows in zip(tqdm(loader, desc=f"features of {source.name}", leave=False, disable=no_bar()),
                                   batches):
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            features = model(normalize(to_float(images.to(device, non_blocking=True)), mean, std))
+            features = model(normalize(to_float(to_device(images, device)), mean, std))
         features, ok = features.float() if features.is_floating_point() else features, ok.to(device)
         if table is None:
             table = features.new_zeros(len(source), features.shape[-1])
@@ -147,9 +147,8 @@ def extract_features(model, source, resize: int, crop: int, device: torch.device
 def sum_over_ranks(table: Tensor | None, device: torch.device) -> Tensor:
     """The sum of tables in which each row is zero on all ranks but one, hence exact. With few images a rank may have
     had no batch, and so has no table; rank 0 always has one."""
-    layout = [None if table is None else (table.shape, table.dtype)]
-    dist.broadcast_object_list(layout)
-    table = torch.zeros(layout[0][0], dtype=layout[0][1], device=device) if table is None else table
+    shape, dtype = on_all_ranks(lambda: None if table is None else (table.shape, table.dtype))[0]  # waits for the slow
+    table = torch.zeros(shape, dtype=dtype, device=device) if table is None else table
     dist.all_reduce(table)
     return table
 
@@ -342,7 +341,7 @@ class Evaluation:
                     data_hash(source), self.resize, self.crop, self.args.dtype, *config["mean"], *config["std"]]
         path = Path(self.args.cache).expanduser() / f"{settings_hash(settings)[:32]}.pt"
         cached = load_table(path)
-        if all_agree(cached is not None, self.device) and cached:
+        if all_agree(cached is not None) and cached:
             return cached[0].to(self.device), cached[1].to(self.device)
         table, ok = self.extract(source, model)
         if ok.all():  # unreadable files may be repaired later
@@ -376,8 +375,8 @@ class ResumeFile:
     """The state of an interrupted evaluation, in PREFIX.DIGEST.resume. The digest is of all settings that the result
     depends on, so only the same command finds it. `wanted` False starts from scratch."""
 
-    def __init__(self, prefix: str, settings: list, device: torch.device, wanted: bool = True):
-        self.path, self.device, self.wanted = Path(f"{prefix}.{settings_hash(settings)[:8]}.resume"), device, wanted
+    def __init__(self, prefix: str, settings: list, wanted: bool = True):
+        self.path, self.wanted = Path(f"{prefix}.{settings_hash(settings)[:8]}.resume"), wanted
 
     def load(self, restore: Callable[[dict], int]) -> None:
         """If there is a state, calls restore(state), which returns the number of steps done. Raises ValueError if it is
@@ -388,7 +387,7 @@ class ResumeFile:
                 done = restore(hub.read_pth(str(self.path)))
             except (ValueError, KeyError, TypeError, RuntimeError):
                 raise ValueError(f"{self.path} is damaged; remove it to start from scratch") from None
-        if not all_agree(done, self.device):
+        if not all_agree(done):
             raise ValueError(f"not all processes see {self.path}; use a folder that all machines share, or --no-resume")
 
     def save(self, state: dict) -> None:
@@ -399,12 +398,9 @@ class ResumeFile:
             self.path.unlink(missing_ok=True)
 
 
-def all_agree(number: int, device: torch.device) -> bool:
+def all_agree(number: int) -> bool:
     """Whether `number` is the same on all ranks."""
-    ends = torch.tensor([number, -number], device=device)
-    if world()[1] > 1:
-        dist.all_reduce(ends, dist.ReduceOp.MIN)
-    return bool(ends[0] == -ends[1])
+    return world()[1] == 1 or len(set(on_all_ranks(lambda: number))) == 1
 
 
 def save_on_rank_0(path: Path, content) -> None:

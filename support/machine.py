@@ -24,12 +24,11 @@ WORKER = re.compile(r"DataLoader worker \(pid.*?\) (?:is killed by signal: ([\w 
 ENDS = {"Killed": "there is too little memory; lower --num-workers",
         "Bus error": "shared memory, /dev/shm, is full; lower --num-workers"}  # by the signal
 GPU = re.compile("CUDA|CUBLAS|CUDNN|MPS")
-LOST_PEER = re.compile(r"connection (?:was )?(?:closed|reset) by|broken pipe|remote process exited", re.I)
 
 
 def known_failure(error: BaseException, less_memory: str = "") -> str:
-    """What happened and what to do, in one line, if memory ran out (then do `less_memory`), a data-loading worker was
-    killed, or another process of the run is gone; "" for other errors, which deserve a traceback."""
+    """What happened and what to do, in one line, if memory ran out (then do `less_memory`) or a data-loading worker
+    was killed; "" for other errors, which deserve a traceback."""
     text = str(error)
     if worker := WORKER.search(text):
         how = worker[1] or "Killed"
@@ -39,8 +38,6 @@ def known_failure(error: BaseException, less_memory: str = "") -> str:
         tried = re.search(r"allocate (\d+(?:\.\d+)?) ?([KMGTPE]iB|bytes)", text)
         size = f" ({as_gigabytes(float(tried[1]), tried[2])} more were needed)" if tried else ""
         return f"out of {'GPU ' * bool(GPU.search(text))}memory{size}" + f"; {less_memory}" * bool(less_memory)
-    if isinstance(error, RuntimeError) and LOST_PEER.search(text):
-        return "another process of this run has ended; its own message says why"
     return ""
 
 

@@ -1,8 +1,14 @@
 """Device, processes, sharding, activation checkpointing. Apache License 2.0."""
+import contextlib
 import importlib.util
+import ipaddress
 import math
 import os
+import socket
+import struct
 import sys
+import time
+import uuid
 import warnings
 from datetime import timedelta
 from functools import partial
@@ -92,37 +98,129 @@ def be_deterministic(wanted: bool) -> None:
 # Processes
 
 
-TIMEOUT = timedelta(hours=2)  # of every collective: rank 0 may list a large folder or write a large file meanwhile
+TIMEOUT = timedelta(minutes=15)  # of collectives that all processes reach at about the same time: those of steps
+LONG_TIMEOUT = timedelta(hours=2)  # of those that wait while one lists a large folder, or reads or writes a large file
+
+LOCAL_ADDR = "between machines, give each torchrun --local-addr and the address of its machine"
+
+patient_group = None  # that of on_all_ranks(), with LONG_TIMEOUT
 
 
 def start_processes(device: torch.device, sharding: str = "zero2") -> DeviceMesh:
     """Joins torchrun's process group, or makes a group of one: no other code needs to know. Returns make_mesh()'s mesh.
-    """
+    Raises ValueError as join_processes() does."""
     # The backbone returns views of one tensor; nothing here changes them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(device)
-    alone = {} if "WORLD_SIZE" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None,
-                            **alone)
+    join_processes(device)
+    if not dist.is_initialized():
+        connect(device, dist.HashStore(), 0, 1)
     return make_mesh(device.type, sharding)
 
 
 def join_processes(device: torch.device) -> None:
-    """Joins torchrun's process group, if torchrun started this process."""
+    """Joins torchrun's process group, if torchrun started this process. Raises ValueError if the others cannot be
+    reached."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(device_id=device if device.type == "cuda" else None, timeout=TIMEOUT)
+    if "WORLD_SIZE" not in os.environ:
+        return
+    there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun has started the store already
+    try:
+        store, rank, n = next(dist.rendezvous("env://", timeout=timedelta(minutes=1) if there else TIMEOUT))
+        store.set_timeout(TIMEOUT)
+        store = store_of_this_start(store, rank, n)
+    except dist.DistError as error:
+        raise ValueError(f"the processes did not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+                         f"({root_cause(error).rstrip('.')}); {LOCAL_ADDR}") from None
+    choose_interface(store, rank, n)
+    connect(device, store, rank, n)
+
+
+def connect(device: torch.device, store: dist.Store, rank: int, n: int) -> None:
+    """Makes the process group of all collectives, and that of on_all_ranks()."""
+    global patient_group
+    on_gpu = device.type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=n, timeout=TIMEOUT,
+                            device_id=device if on_gpu else None)
+    patient_group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
 
 
 def leave_processes(wait_for_others: bool) -> None:
     """Leaves the process group, if there is one; with `wait_for_others`, after a barrier."""
+    global patient_group
     if dist.is_initialized():
         if wait_for_others:
             dist.barrier()
         dist.destroy_process_group()
+    patient_group = None
+
+
+def store_of_this_start(store: dist.Store, rank: int, n: int) -> dist.Store:
+    """A part of the store that holds nothing from earlier starts of the processes.
+
+    After a failure torchrun gives the processes it starts the store of those that failed, in which they would find the
+    addresses of dead ones, and wait for them. TORCHELASTIC_RESTART_COUNT cannot tell the starts apart, since each
+    machine counts its own. So rank 0 invents a name for the part and tells whoever asks, also the dead; each other
+    process asks under a new name of its own, so that no old answer is taken for its own.
+    """
+    if rank:
+        me = uuid.uuid4().hex
+        store.set(f"rank {rank}", me)
+        name = store.get(f"answer to {me}").decode()
+        store.add(f"{name} joined by", 1)
+        return dist.PrefixStore(name, store)
+    name, answered, end = uuid.uuid4().hex, set(), time.monotonic() + TIMEOUT.total_seconds()
+    while (joined := store.add(f"{name} joined by", 0)) < n - 1:
+        for other in {store.get(f"rank {r}").decode() for r in range(1, n)} - answered:
+            store.set(f"answer to {other}", name)
+            answered.add(other)
+        if time.monotonic() > end:
+            raise dist.DistStoreError(f"only {joined + 1} of {n} processes came")
+        time.sleep(0.01)
+    return dist.PrefixStore(name, store)
+
+
+def choose_interface(store: dist.Store, rank: int, n: int) -> None:
+    """Between machines, has gloo use the network interface that leads to MASTER_ADDR, unless GLOO_SOCKET_IFNAME names
+    one. By itself gloo takes the address of this machine's own name, which is 127.0.0.1 in many clouds."""
+    if n == int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or sys.platform != "linux":
+        return
+    address = address_towards(os.environ["MASTER_ADDR"])
+    store.set(f"address of {rank}", address)
+    if ipaddress.ip_address(address).is_loopback:  # MASTER_ADDR is this machine; the last rank runs on another
+        address = address_towards(store.get(f"address of {n - 1}").decode())
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        if name := interface_of(address):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+        else:
+            print(f"note: no network interface has {address} as its first address; if the processes do not reach each "
+                  "other, name one in GLOO_SOCKET_IFNAME", file=sys.stderr, flush=True)
+
+
+def address_towards(host: str) -> str:
+    """This machine's address on the way to a host. Raises ValueError if there is no way."""
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as s:
+            s.connect(target)  # which sends nothing, with UDP
+            return s.getsockname()[0]
+    except OSError as error:
+        raise ValueError(f"no network leads to {host} ({error.strerror}); {LOCAL_ADDR}") from None
+
+
+def interface_of(address: str) -> str:
+    """The name of the network interface with this IPv4 or IPv6 address; nothing if none has it as its first."""
+    import fcntl  # Linux
+
+    wanted, found = ipaddress.ip_address(address).packed, {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has no IPv4 address
+                found[fcntl.ioctl(s, 0x8915, struct.pack("256s", name.encode()))[20:24]] = name  # SIOCGIFADDR
+    if (table := Path("/proc/net/if_inet6")).exists():
+        rows = map(str.split, table.read_text().splitlines())
+        found |= {bytes.fromhex(digits): name for digits, *_, name in rows}
+    return found.get(wanted, "")
 
 
 def world() -> tuple[int, int]:
@@ -138,15 +236,32 @@ class Failed(RuntimeError):
     """Something failed on at least one process, and every process knows."""
 
 
+class Lost(Failed):
+    """Another process is gone."""
+
+
+@contextlib.contextmanager
+def noticing_losses():
+    """Raises Lost where communication fails because another process has ended, or has not answered in time."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo/transport" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        reason = root_cause(error).rpartition("] ")[2]  # without the line of gloo's source
+        raise Lost(f"contact with another process was lost ({reason}); run the same command again") from None
+
+
 def on_all_ranks(work, group=None) -> list:
-    """Calls work() on every rank and returns all results, by rank. If it raises on any, raises Failed on all."""
+    """Calls work() on every rank and returns all results, by rank. If it raises on any, raises Failed on all. It may
+    take up to LONG_TIMEOUT longer on one than on others."""
     cause = None
     try:
         mine = work(), ""
     except Exception as error:
         mine, cause = (None, root_cause(error)), error
     gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine, group=group)
+    dist.all_gather_object(gathered, mine, group=group or patient_group)
     if failures := [text for _, text in gathered if text]:
         raise Failed(failures[0]) from cause
     return [result for result, _ in gathered]
@@ -173,7 +288,9 @@ class SharedFlags:
     collects, so that training never waits for an answer."""
 
     def __init__(self):
-        self.group, self.work, self.flags = dist.new_group(backend="gloo", timeout=TIMEOUT), None, torch.zeros(0)
+        # Where a process is lost, this says so in one line, shortly before NCCL's watchdog would, in many.
+        self.group = dist.new_group(backend="gloo", timeout=0.9 * TIMEOUT)
+        self.work, self.flags = None, torch.zeros(0)
 
     def share(self, *flags: bool) -> list[bool]:
         """Starts sharing these flags. Returns, for each, whether any process had set it in the call before."""

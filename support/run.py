@@ -415,8 +415,9 @@ class NonFinite:
 
     def watch(self, step: int, finite: Tensor, terms: dict[str, Tensor]) -> None:
         self.settle()
-        on_host = torch.empty((), dtype=torch.bool, pin_memory=finite.is_cuda).copy_(finite, non_blocking=True)
-        copied = torch.cuda.current_stream().record_event() if finite.is_cuda else None
+        on_gpu = finite.is_cuda
+        on_host = torch.empty((), dtype=torch.bool, pin_memory=on_gpu).copy_(finite, non_blocking=on_gpu)
+        copied = torch.cuda.current_stream().record_event() if on_gpu else None
         self.pending = step, on_host, copied, terms
 
     def settle(self) -> None:

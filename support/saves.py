@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from support.files import make_durable, replacing, sha256, write_json
-from support.parallel import TIMEOUT, Failed, local_shards, on_all_ranks, root_cause
+from support import parallel
+from support.parallel import LONG_TIMEOUT, Failed, local_shards, on_all_ranks, root_cause
 from support.run import OutputLock, claim_output
 
 
@@ -152,7 +153,7 @@ def load_save(state, save: Path) -> None:
         raise ValueError(f"another optimizer wrote it: {min(saved ^ created.keys())}")
     for key, name, tensor in created.values():
         tensors.setdefault(key, {})[name] = tensor
-    dcp.load(tensors, checkpoint_id=str(save))
+    dcp.load(tensors, checkpoint_id=str(save), process_group=parallel.patient_group)
     for name, entries in optimizer_state_of(state).items():
         entries.update({key: type(value)(tensors[key][name].item()) for key, value in entries.items()
                         if isinstance(value, (int, float)) and name in with_state})
@@ -215,7 +216,7 @@ class Saver:
         self.cfg, self.state, self.lock, self.damaged, self.say = cfg, state, lock, damaged, say
         self.make_checkpoint = make_checkpoint  # (step) -> the content of ckpt.pth
         self.folder, self.main = Path(cfg.out) / "resume", dist.get_rank() == 0
-        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT)  # for the threads, while training uses its own
+        self.group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)  # for the threads, beside training
         saves = dist.get_rank() < state.n_shards  # the first replica is saved
         self.mesh = DeviceMesh("cpu", range(state.n_shards), _init_backend=False) if saves else None
         self.copies: dict[str, dict[str, Tensor]] = {}  # in host memory
@@ -294,7 +295,7 @@ class Saver:
         to, source = ([t for named in tree.values() for t in local_shards(named.values())]
                       for tree in (self.copies, state))
         with torch.no_grad():
-            torch._foreach_copy_(to, source, non_blocking=True)
+            torch._foreach_copy_(to, source, non_blocking=source[0].is_cuda)
         if source[0].is_cuda:
             torch.cuda.synchronize()
         return self.copies

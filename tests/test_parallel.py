@@ -1,10 +1,15 @@
 import itertools
 import json
 import os
+import random
 import re
 import shutil
+import signal
 import sys
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +23,8 @@ import model
 import train
 import support.parallel
 import support.sources
-from tests.common import (CPU, TINY, Launched, assert_close, metrics, saved_tensors, set_up_and_release, stop_at,
-                          train_main)
+from tests.common import (CPU, TINY, Launched, assert_close, free_port, metrics, saved_tensors, set_up_and_release,
+                          stop_at, train_main, wait_for)
 
 
 def test_train_compiles_once(tmp_path, monkeypatch):
@@ -236,6 +241,68 @@ def test_train_compiles_blocks_of_rising_rates(monkeypatch):
         support.parallel.shard(network, types.SimpleNamespace(size=lambda: 1), torch.float32, compile_blocks=True)
         out = network["backbone"](torch.randn(8, 3, 12, 12), is_training=True, drop_orders=orders)
     assert out["x_norm_clstoken"].shape == (8, 64)
+
+
+def test_processes_meet_in_a_store_with_the_keys_of_dead_ones():
+    """torchrun gives those it starts after a failure the old store. Each start of all has a part of its own, also if
+    the one before ended half-way, and they set the same keys anew."""
+    store, n = dist.HashStore(), 4
+    store.set_timeout(timedelta(seconds=60))
+    for r in range(1, n):
+        store.set(f"rank {r}", "a dead process")
+    parts = []
+    with ThreadPoolExecutor(n) as pool:
+        for start in range(3):
+            ranks = random.Random(start).sample(range(n), n)
+            futures = {r: pool.submit(support.parallel.store_of_this_start, store, r, n) for r in ranks}
+            parts.append({r: future.result(60) for r, future in futures.items()})
+            assert not any(part.check(["address"]) for part in parts[-1].values())
+            parts[-1][0].set("address", str(start))
+            assert [parts[-1][r].get("address") for r in range(n)] == [str(start).encode()] * n
+    assert parts[0][3].get("address") == b"0"
+
+
+def test_a_process_alone_uses_the_gpu_it_is_given(monkeypatch):
+    used = []
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    support.parallel.join_processes(torch.device("cuda:1"))
+    assert used == [torch.device("cuda:1")] and not dist.is_initialized()
+
+
+def test_processes_that_do_not_meet_end_with_one_line(monkeypatch):
+    monkeypatch.setattr(support.parallel, "TIMEOUT", timedelta(seconds=1))
+    for name, value in dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE=2, RANK=0).items():
+        monkeypatch.setenv(name, str(value))
+    reason = r"did not meet at 127.0.0.1:\d+ \(.*\); between machines, give each torchrun --local-addr"
+    for rank in range(2):  # nobody else comes; nobody is there
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(ValueError, match=reason):
+            support.parallel.start_processes(CPU)
+    assert not dist.is_initialized()
+
+
+def impatient() -> None:
+    """Steps wait 4 seconds for another process, as in hours. Listing takes longer."""
+    support.parallel.TIMEOUT = timedelta(seconds=4)
+    if os.environ["RANK"] == "0":
+        listing = support.sources.open_source
+        support.sources.open_source = lambda *a: (time.sleep(5), listing(*a))[1]
+
+
+def test_a_process_that_vanishes_is_noticed_soon(tmp_path):
+    """It stops answering, as that of a machine without power or network would: the other ends with one line. While rank
+    0 lists images, the others wait longer."""
+    job = Launched(tmp_path / "log", train.main, *TINY, "--steps", 10**6, "--out", tmp_path / "out", world=2,
+                   before=impatient)
+    job.until("of 1000000, global batch 8 (2 x cpu")
+    wait_for(lambda: len(metrics(tmp_path / "out")) > 2)
+    job.signal(signal.SIGSTOP, rank=1)
+    job.processes[0].join(60)
+    job.signal(signal.SIGKILL, rank=1)
+    assert job.processes[0].exitcode == 1, job.text()
+    *_, line = job.text().strip().splitlines()
+    assert "Traceback" not in job.text() and line.startswith("error: contact with another process was lost (")
+    assert "imed out" in line and line.endswith("; run the same command again") and not (tmp_path / "out/lock").exists()
 
 
 def initial_weights(mode: str, folder: Path) -> None:

@@ -20,9 +20,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint
 import torch.distributed.launcher.api as launcher
 
+import data
 import train
 import support.parallel
 import support.files
@@ -111,6 +113,10 @@ def test_signals_that_windows_lacks_are_not_needed(monkeypatch):
     monkeypatch.setattr(signal, "Signals", [signal.SIGINT, signal.SIGTERM])
     with support.run.StopSignals(None) as heard:
         assert [*heard.before] == [signal.SIGINT, signal.SIGTERM] and signal.getsignal(signal.SIGUSR1) == before
+    ignored = []
+    monkeypatch.setattr(signal, "signal", lambda number, handler: ignored.append(number))
+    data.start_worker(0)  # of a loader
+    assert ignored == [signal.SIGINT, signal.SIGTERM]
 
 
 @pytest.mark.parametrize("name,world", [("SIGTERM", 2), pytest.param("SIGUSR1", 1, marks=pytest.mark.slow),
@@ -569,19 +575,40 @@ def train_in_agent(killed: Path, argv: list[str]) -> None:
 
 def quick_agent(n: int, endpoint: str, killed: Path, argv: list[str]) -> None:
     """What `torchrun --nnodes {n} --nproc-per-node 1 --max-restarts 3` does, with a forked worker, for a fast start."""
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     config = launcher.LaunchConfig(min_nodes=n, max_nodes=n, nproc_per_node=1, run_id="four", rdzv_backend="c10d",
                                    rdzv_endpoint=endpoint, max_restarts=3, start_method="fork")
     launcher.elastic_launch(config, train_in_agent)(killed, argv)
 
 
-def agent(endpoint: str, argv, log: Path, prefix=(), flags=()) -> subprocess.Popen:
-    """One of four `torchrun --nnodes 4`, a machine of its own as far as it knows."""
-    command = [*prefix, sys.executable, "-m", "torch.distributed.run", "--nnodes", "4", "--nproc-per-node", "1",
+def agent(endpoint: str, argv, log: Path, prefix=(), flags=(), n: int = 4) -> subprocess.Popen:
+    """One of n `torchrun --nnodes n`, a machine of its own as far as it knows."""
+    command = [*prefix, sys.executable, "-m", "torch.distributed.run", "--nnodes", n, "--nproc-per-node", "1",
                "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, *flags, "train.py", *argv]
     with open(log, "ab") as file:
         return subprocess.Popen([str(c) for c in command], cwd=HERE, stdout=file, stderr=file, start_new_session=True,
-                                env=os.environ | dict(OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"))
+                                env=os.environ | dict(OMP_NUM_THREADS="1"))
+
+
+@pytest.mark.slow
+def test_torchrun_goes_on_whichever_process_is_killed(tmp_path):
+    """The command of the README with --max-restarts: either process, before and after the first save."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    argv = [*TINY, "--steps", 40, "--save-every", 7, "--out", out]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               "--max-restarts", "4", "train.py", *map(str, argv)]
+    with open(log, "w") as file:
+        job = subprocess.Popen(command, cwd=HERE, stdout=file, stderr=file, start_new_session=True,
+                               env=os.environ | dict(OMP_NUM_THREADS="1"))
+    starts = lambda: [int(s) for s in re.findall(r"step (\d+) of 40, global batch", log.read_text())]  # noqa: E731
+    try:
+        for n, (victim, step) in enumerate([(0, 0), (1, 0), (0, 7), (1, 14)], 1):
+            wait_for(lambda: len(starts()) == n and (not step or f"saved step {step}:" in log.read_text()), 90)
+            os.kill(int(children(job)[victim]), signal.SIGKILL)
+        assert job.wait(timeout=90) == 0, log.read_text()[-3000:]
+    finally:
+        kill_machine(job)
+    assert len(starts()) == 5 and starts()[:3] == [0, 0, 0] and starts()[3] >= 7 and starts()[4] >= 14
+    assert [r["step"] for r in metrics(out)] == list(range(40)) and "Traceback" not in log.read_text()
 
 
 def children(process) -> list[str]:
@@ -724,10 +751,11 @@ def test_four_agents_survive_the_loss_of_a_machine(tmp_path):
     four_agents(tmp_path, machine_too=True)
 
 
-@pytest.mark.slow
-def test_four_agents_in_four_network_namespaces(tmp_path):
-    """Four machines, as far as the network goes: addresses of their own, joined by a bridge."""
-    names = [f"dinov2test{i}" for i in range(4)]
+@contextlib.contextmanager
+def separate_machines(n: int, folder: Path):
+    """The prefix and the flags of torchrun on n machines, as far as network and names go: addresses of their own,
+    joined by a bridge. Each knows the others' names, and takes its own for 127.0.0.1, as in many clouds."""
+    names = [f"dinov2test{i}" for i in range(n)]
     ip = lambda *a: subprocess.run(["ip", *a], capture_output=True, check=True)  # noqa: E731
     try:
         ip("link", "add", "dinov2test", "type", "bridge")
@@ -742,11 +770,62 @@ def test_four_agents_in_four_network_namespaces(tmp_path):
             ip("-n", name, "addr", "add", f"10.99.0.{i + 1}/24", "dev", "eth0")
             ip("-n", name, "link", "set", "eth0", "up")
             ip("-n", name, "link", "set", "lo", "up")
-        machines = [(("ip", "netns", "exec", name, "env", "GLOO_SOCKET_IFNAME=eth0"),
-                     ("--local-addr", f"10.99.0.{i + 1}", "--rdzv-conf", f"is_host={i == 0}"))
-                    for i, name in enumerate(names)]
-        four_agents(tmp_path, machine_too=False, endpoint="10.99.0.1:29500", machines=machines)
+            others = "".join(f"10.99.0.{j + 1} {other}\n" for j, other in enumerate(names) if j != i)
+            (folder / f"hosts{i}").write_text(f"127.0.0.1 localhost\n127.0.0.1 {name}\n{others}")
+        enter = 'hostname "$1" && mount --bind "$2" /etc/hosts && shift 2 && exec "$@"'
+        yield [(("env", "-u", "GLOO_SOCKET_IFNAME", "ip", "netns", "exec", name, "unshare", "--uts", "--mount", "sh",
+                 "-c", enter, "sh", name, folder / f"hosts{i}"),
+                ("--local-addr", name, "--rdzv-conf", f"is_host={i == 0}")) for i, name in enumerate(names)]
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
         subprocess.run(["ip", "link", "del", "dinov2test"], capture_output=True)
+
+
+@pytest.mark.slow
+def test_two_machines_whose_names_are_127_0_0_1(tmp_path):
+    """Without GLOO_SOCKET_IFNAME; and the first process finds the network by itself, though MASTER_ADDR is its own."""
+    argv = [*TINY, "--steps", 3, "--out", tmp_path / "out"]
+    with separate_machines(2, tmp_path) as machines:
+        agents = [agent("dinov2test0:29500", argv, tmp_path / "log", *machine, n=2) for machine in machines]
+        try:
+            assert [a.wait(timeout=100) for a in agents] == [0, 0], (tmp_path / "log").read_text()[-3000:]
+        finally:
+            for a in agents:
+                kill_machine(a)
+    assert len(metrics(tmp_path / "out")) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere gloo chooses")
+def test_interfaces_are_found_by_address():
+    address = support.parallel.address_towards("127.0.0.1")
+    assert support.parallel.interface_of(address) == "lo" and support.parallel.interface_of("203.0.113.7") == ""
+    if Path("/proc/net/if_inet6").exists() and "00000001 01" in Path("/proc/net/if_inet6").read_text():
+        assert support.parallel.interface_of(support.parallel.address_towards("::1")) == "lo"
+    with pytest.raises(ValueError, match="no network leads to no.such.host.invalid .*; between machines, give each"):
+        support.parallel.address_towards("no.such.host.invalid")
+
+
+@pytest.mark.parametrize("given,found,chosen", [("", "10.0.0.5", "eth7"), ("ib0", "10.0.0.5", "ib0"),
+                                                ("", "127.0.0.1", "eth9"), ("", "10.0.0.6", "")])
+def test_gloo_gets_the_interface_that_leads_to_the_first_process(given, found, chosen, monkeypatch, capsys):
+    """What the user names stays; on the machine of MASTER_ADDR it is the interface that leads to the last process."""
+    store, towards = dist.HashStore(), dict(head=found, other="10.0.0.7")
+    store.set("address of 7", "other")
+    for name, value in dict(GLOO_SOCKET_IFNAME=given, MASTER_ADDR="head", LOCAL_WORLD_SIZE="4").items():
+        monkeypatch.setenv(name, value)
+    if not given:
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setattr(support.parallel, "address_towards", towards.get)
+    monkeypatch.setattr(support.parallel, "interface_of", {"10.0.0.5": "eth7", "10.0.0.7": "eth9"}.get)
+    support.parallel.choose_interface(store, 0, 8)
+    assert os.environ.get("GLOO_SOCKET_IFNAME", "") == chosen and store.get("address of 0").decode() == found
+    assert ("note: no network interface has 10.0.0.6" in capsys.readouterr().err) == (chosen == "")
+    monkeypatch.setattr(support.parallel, "interface_of", None)
+    support.parallel.choose_interface(store, 0, 4)  # one machine: nothing to choose
+
+
+@pytest.mark.slow
+def test_four_agents_in_four_network_namespaces(tmp_path):
+    with separate_machines(4, tmp_path) as machines:
+        four_agents(tmp_path, machine_too=False, endpoint="dinov2test0:29500", machines=machines)
