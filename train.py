@@ -219,6 +219,8 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
         raise ValueError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; presets: {', '.join(PRESETS)}")
     defaults = Config(**PRESETS[preset])
     parser.add_fields(defaults, any_length=("mean", "std"))
+    if stray := [word for word in parser.parse_known_args(argv)[1] if word in PRESETS]:
+        raise ValueError(f"unknown argument {stray[0]!r}, did you mean --preset {stray[0]}?")
     args = parser.parse_args(argv)
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -680,12 +682,12 @@ def set_up(argv: list[str] | None) -> Run:
     be_deterministic(cfg.deterministic)
     kernel = load_kernel(ARCHS[cfg.arch], compute_dtype(cfg, device), device) if cfg.kernels else None
     mesh = start_processes(device, cfg.sharding)
-    if dist.get_rank() == 0 and (shortage := foreseen(cfg, ARCHS[cfg.arch], device, mesh.shape[-1])):
-        print(f"note: {shortage}", file=sys.stderr, flush=True)
     evals = eval_specs(cfg.data, cfg.eval_train, cfg.eval_val) if cfg.eval_every else ()
     source, *eval_sources = open_on_all_ranks([cfg.data, *evals], cfg.in_chans)
     check_readable(source)
     knn = Knn(cfg, device, eval_sources) if cfg.eval_every else None
+    if dist.get_rank() == 0 and (shortage := foreseen(cfg, ARCHS[cfg.arch], device, mesh.shape[-1])):
+        print(f"note: {shortage}", file=sys.stderr, flush=True)
     state = TrainState(cfg, mesh, device, kernel)
     lock = take_output(cfg)
     try:

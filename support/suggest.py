@@ -129,5 +129,8 @@ def by_spelling(word: str, names: list[str]) -> str:
     begun = sorted((known for known in spelled if known.startswith(word)), key=len) if len(word) > 2 else []
     if begun and all(known.startswith(begun[0]) for known in begun):
         return spelled[begun[0]]
-    close = difflib.get_close_matches(word, spelled, n=1, cutoff=0.65)
-    return spelled[close[0]] if close else ""
+    if close := difflib.get_close_matches(word, spelled, n=1, cutoff=0.65):
+        return spelled[close[0]]
+    others = {plain(other) for words in SYNONYMS for other in words.split()}  # another word, misspelled
+    close = difflib.get_close_matches(word, others, n=1, cutoff=0.8)
+    return close and by_synonym(close[0], names) or ""

@@ -51,6 +51,7 @@ COMMANDS = {
     "neighbors": lambda argv: visualize.parse(["neighbors", *argv])}
 
 FLAGS = """
+train: --lerning-rate->--lr --ephocs->--steps
 train: --learning-rate->--lr -lr->--lr --blr->--lr --epochs->--steps --epochs=100->--steps --max_steps->--steps
 train: --bs->--batch-size -b->--batch-size --batch->--batch-size --batchsize->--batch-size --batch_size->--batch-size
 train: --bach-size->--batch-size --workers->--num-workers -j->--num-workers --num_worker->--num-workers
@@ -108,9 +109,12 @@ def test_what_to_do_instead_of_a_flag(command, typed, text):
         COMMANDS[command]([typed])
 
 
-def test_a_path_without_a_flag_is_data(tmp_path):
+def test_a_path_without_a_flag_is_data_and_a_preset_a_preset(tmp_path):
     with pytest.raises(ValueError, match=f"did you mean --data {tmp_path}"):
         train.parse([str(tmp_path)])
+    with pytest.raises(ValueError, match="unknown argument 'vits16_short', did you mean --preset vits16_short"):
+        train.parse(["vits16_short", "--data", "digits"])
+    assert train.parse(["--data", "digits"])[0].data == "digits"
 
 
 @pytest.mark.parametrize("names,typed,meant", [
@@ -274,14 +278,18 @@ def ends_in_one_line(log: str) -> str:
     return errors[0]
 
 
+def too_large_a_step() -> None:
+    train.train_step = lambda *arguments: torch.empty(2**50)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of a process")
-@pytest.mark.parametrize("flags", [("--head-n-prototypes", 4_000_000), ("--batch-size", 2048)])
-def test_training_out_of_memory(flags, tmp_path):
+@pytest.mark.parametrize("flags,before", [(("--head-n-prototypes", 4_000_000), little_memory), ((), too_large_a_step)])
+def test_training_out_of_memory(flags, before, tmp_path):
     """Where the network does not fit, and where a step does not."""
     training = Launched(tmp_path / "log", train.main, *TINY, "--steps", 4, "--out", tmp_path / "out", *flags,
-                        before=little_memory)
+                        before=before)
     error = ends_in_one_line(training.wait(ok=1))
-    assert re.fullmatch(r"error: out of memory \([\d.]+ GB more were needed\); --gradient-accumulation-steps 2 or "
+    assert re.fullmatch(r"error: out of memory \([\d.e+]+ GB more were needed\); --gradient-accumulation-steps 2 or "
                         r"--activation-checkpointing selective needs less, with the same result; a smaller "
                         r"--batch-size also does, but is another run \(there is no save yet\)", error)
 
@@ -426,7 +434,7 @@ def in_terminal(name: str) -> None:
     os.dup2(terminal, 1)
     os.dup2(terminal, 2)
     monotonic = time.monotonic
-    time.monotonic = lambda: 100 * monotonic()  # minutes pass
+    time.monotonic = lambda: 10_000 * monotonic()  # minutes pass
 
 
 def test_last_words(trained, capsys, monkeypatch):
