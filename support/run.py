@@ -393,6 +393,7 @@ def stop_for(error: BaseException, cfg) -> None:
         raise error
     step = last_save(Path(cfg.out))
     saved = f"the last good save is that of step {step}" if step else "there is no save yet"
+    sys.stdout.flush()
     print(f"error: {failure} ({saved})", file=sys.stderr, flush=True)
     os._exit(1) if "WORLD_SIZE" in os.environ else sys.exit(1)  # an orderly exit might wait for the other processes
 
