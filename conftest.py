@@ -8,6 +8,7 @@ import torch
 from tests.common import TINY, train_main
 
 torch.set_num_threads(1)  # tensors are tiny here: several threads wait for each other, for long where cores are busy
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also for programs that tests start
 
 
 def pytest_configure(config) -> None:

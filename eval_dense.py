@@ -999,4 +999,5 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    run(main, interrupted="stopped; the same command resumes training from its last save")
+    run(main, interrupted="stopped; the same command resumes training from its last save",
+        less_memory="lower --batch-size or --short, or use --dtype bf16")

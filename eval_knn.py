@@ -194,4 +194,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, less_memory="use --dtype bf16, or a smaller --crop")

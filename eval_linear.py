@@ -464,4 +464,5 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    run(main, interrupted="stopped; the same command continues from the last epoch")
+    run(main, interrupted="stopped; the same command continues from the last epoch",
+        less_memory="lower --batch-size, or use --dtype bf16")

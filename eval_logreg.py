@@ -363,4 +363,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, less_memory="use --dtype bf16, or a smaller --crop")

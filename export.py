@@ -28,6 +28,7 @@ from model import DinoVisionTransformer
 from support.cli import DTYPES, Parser, printable, run, run_subcommand
 from support.evaluation import check_finite
 from support.images import FITS, FittedImages
+from support.machine import many_patches
 from support.parallel import pick_device, worker_count
 from support.files import refuse_inputs, replacing, write_file
 from support.sources import image_paths
@@ -226,7 +227,9 @@ def image_size(given: list[int] | None, model: DinoVisionTransformer) -> tuple[i
 def image_features(model: DinoVisionTransformer, batches, rules: dict, device, dtype: torch.dtype, spec: str):
     """Yields (path, CLS (D,), registers (R, D), patches (h, w, D)) per image, float32 arrays, for the batches of
     same_size_batches. Raises ValueError if features are not finite."""
-    for paths, images in batches:
+    for i, (paths, images) in enumerate(batches):
+        if i == 0 and (note := many_patches(model, images.shape, paths[0])):
+            print(f"note: {note}", file=sys.stderr)
         images = normalize(to_float(images.to(device)), rules["mean"], rules["std"])  # (b, C, H, W)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             out = model.forward_features(images)
@@ -390,4 +393,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, less_memory="lower --size or --batch-size")

@@ -1361,9 +1361,9 @@ def test_train_repeated_command_is_a_no_op(trained, capsys):
     before = (trained / "ckpt.pth").stat().st_mtime_ns, metrics(trained)
     train_main(*TINY, "--steps", 4, "--out", trained, "--eval-every", 2, "--export-every", 3, "--save-every", 2)
     assert (trained / "ckpt.pth").stat().st_mtime_ns == before[0] and metrics(trained) == before[1]
-    *_, accuracy, last = capsys.readouterr().out.splitlines()
+    *_, accuracy, done, knn, _ = capsys.readouterr().out.splitlines()
     assert accuracy.startswith("k-NN top-1 (k=20): trained teacher ")
-    assert last == f"done; the teacher is in {trained}/ckpt.pth"
+    assert done.startswith(f"done; the teacher is in {trained}/ckpt.pth") and knn.endswith(f"eval_knn.py {trained}/ckpt.pth")
 
 
 @pytest.mark.parametrize("centering", ["centering", pytest.param("sinkhorn_knopp", marks=pytest.mark.slow)])
@@ -1898,7 +1898,7 @@ def must_be_exact() -> None:
 
 @pytest.mark.parametrize("argv,text", [
     (["--preset", "vitl16_shor"], "unknown preset 'vitl16_shor', did you mean vitl16_short?"),
-    (["--preset", "vitl16_short"], "ImageNet:split=TRAIN:root="),
+    (["--preset", "vitl16_short"], "any other folder of images: --data /my/photos"),
     (["--batch_size", "8"], "unknown argument '--batch_size', did you mean --batch-size?"),
     (["--step", "8"], "unknown argument '--step', did you mean --steps?"),
     (["--lr", "fast"], "invalid float value: 'fast'"),
@@ -1915,7 +1915,7 @@ def must_be_exact() -> None:
     (["--patch-size", "0"], "--patch-size must be 1 or more"),
     (["--data", ""], "--data must not be empty"),
     (["--betas", "0.9", "1.0"], "--betas must lie between"),
-    (["--preset", "vitl14", "--group-size", "32"], "write ImageNet22k as"),
+    (["--preset", "vitl14", "--group-size", "32"], "name it by ImageNet22k:root="),
     (["--resume", "--overwrite"], "give one of the two"),
     (["--clip-grad", "-1"], "--clip-grad must be 0 or more"),
     (["--lr", "nan"], "--lr must be 0 or more"),

@@ -47,13 +47,14 @@ from model import ARCHS, FORMAT, DINOHead, build, check_names_and_shapes, init_p
 from support.cli import Parser, check_fields, flag, last_line, nearest
 from support.draw import draw_batch
 from support.evaluation import at_most
+from support.machine import foreseen
 from support.parallel import (
     CHECKPOINTING, SHARDINGS, Failed, Lost, SharedFlags, all_reduce_in_backward, be_deterministic, full_weights,
     is_sharded, leave_processes, load_kernel, load_whole, local_shards, materialize, mean_over_processes, n_replicas,
     noticing_losses, on_all_ranks, pick_device, shard, start_processes, worker_count)
 from support.run import (
-    Log, NonFinite, OutputLock, StopSignals, TooManyBad, check_output, claim_output, restarted, same_command, summary,
-    take_output)
+    Log, NonFinite, OutputLock, StopSignals, TooManyBad, check_output, claim_output, last_words, restarted,
+    same_command, stop_for, summary, take_output)
 from support.saves import Saver, load_newest
 from support.sources import InMemory, check_readable, eval_specs, open_on_all_ranks
 
@@ -220,6 +221,8 @@ def parse(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
         raise ValueError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}; presets: {', '.join(PRESETS)}")
     defaults = Config(**PRESETS[preset])
     parser.add_fields(defaults, any_length=("mean", "std"))
+    if stray := [word for word in parser.parse_known_args(argv)[1] if word in PRESETS]:
+        raise ValueError(f"unknown argument {stray[0]!r}, did you mean --preset {stray[0]}?")
     args = parser.parse_args(argv)
     values = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -686,6 +689,8 @@ def set_up(argv: list[str] | None) -> Run:
     source, *eval_sources = open_on_all_ranks([cfg.data, *evals], cfg.in_chans)
     check_readable(source)
     knn = Knn(cfg, device, eval_sources) if cfg.eval_every else None
+    if dist.get_rank() == 0 and (shortage := foreseen(cfg, ARCHS[cfg.arch], device, mesh.shape[-1])):
+        print(f"note: {shortage}", file=sys.stderr, flush=True)
     state = TrainState(cfg, mesh, device, kernel)
     lock = take_output(cfg)
     try:
@@ -781,10 +786,10 @@ def closing_message(run: Run, log: Log, done: int, signal_name: str) -> str:
     if done < run.cfg.steps:
         return (f"{signal_name or 'a signal'} after step {done} of {run.cfg.steps}: everything is saved. To continue:\n"
                 f"    {same_command()}")
-    lines = [summary(log, done)] * bool(run.knn) + [f"done; the teacher is in {run.cfg.out}/ckpt.pth"]
+    lines = [summary(log, done)] * bool(run.knn)
     if run.cfg.deterministic:
         lines.append(f"weights {hub.weights_hash(hub.load(f'{run.cfg.out}/ckpt.pth'))}")  # as `python hub.py info` says
-    return "\n".join(lines)
+    return "\n".join([*lines, last_words(run.cfg.out, run.source.labels is not None)])
 
 
 def evaluated_at(cfg: Config, done: int) -> bool:
@@ -809,6 +814,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(print(f"error: {last_line(error)}", file=sys.stderr) or (1 if isinstance(error, Lost) else 2))
     except KeyboardInterrupt:
         sys.exit(print("\nstopped before the first step", file=sys.stderr) or 130)
+    except (RuntimeError, MemoryError, OSError) as error:
+        stop_for(error, parse(argv)[0])
     try:
         with noticing_losses():
             train(run)
@@ -816,6 +823,8 @@ def main(argv: list[str] | None = None) -> None:
         if isinstance(error, (Unreadable, Lost)) or dist.get_rank() == 0:  # these concern this rank alone
             print(f"error: {last_line(error)}", file=sys.stderr)
         sys.exit(1 if isinstance(error, Failed) else 2)
+    except (RuntimeError, MemoryError, OSError) as error:
+        stop_for(error, run.cfg)
 
 
 if __name__ == "__main__":

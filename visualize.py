@@ -55,6 +55,7 @@ from support.draw import (
     save_depth, save_labels, save_png, sheet, stack, to_rgb, zoom)
 from support.evaluation import check_finite, common_labels, extract_features, full_float32, normalize_rows_
 from support.images import FITS, PatchFit, fit_image, plan_fit, read_image
+from support.machine import many_patches
 from support.parallel import pick_device, worker_count
 from support.sources import Source, eval_specs, image_paths, open_source, without_code
 
@@ -78,7 +79,7 @@ class Viewer:
     def __init__(self, model: str, device: str = "auto", fit: str = "crop", size: list[int] | None = None):
         if size and (len(size) > 2 or min(size) < 0 or len(size) == 2 and min(size) == 0):
             raise ValueError("--size is the short side, or height and width, in pixels; 0 leaves images as they are")
-        self.device, self.how = pick_device(device), fit
+        self.device, self.how, self.warned = pick_device(device), fit, False
         self.model, self.config = load_model(model, self.device)
         self.patch, self.mean, self.std = self.model.patch_size, self.config["mean"], self.config["std"]
         self.size = (min(self.model.patch_embed.img_size),) if size is None else tuple(s for s in size if s)
@@ -94,6 +95,9 @@ class Viewer:
         return FittedImage(path, fit_image(image, fit, self.mean), fit, tuple(image.shape[-2:]))
 
     def batch(self, image: FittedImage) -> Tensor:
+        if not self.warned and (note := many_patches(self.model, image.pixels[None].shape, image.path)):
+            tqdm.write(f"note: {note}", file=sys.stderr)
+            self.warned = True
         return normalize(to_float(image.pixels[None].to(self.device)), self.mean, self.std)  # (1, C, h*p, w*p)
 
     @torch.inference_mode()
@@ -239,6 +243,17 @@ def pca_colors(features: list[Tensor], which: str = "auto", threshold: float | N
     return drawn
 
 
+def background_note(drawn: list[np.ndarray], paths: list[str]) -> str:
+    """What to say if less than a tenth of an image, as pca_colors() draws it, is foreground; else ""."""
+    black = [1 - colors.any(-1).mean() for colors in drawn]
+    if not (dark := [path for path, share in zip(paths, black) if share > 0.9]):
+        return ""
+    which = f"{dark[0]} is" if len(dark) == 1 else f"{len(dark)} images, such as {dark[0]}, are"
+    everywhere = np.average(black, weights=[colors.size for colors in drawn])
+    return (f"{which} nearly black: {everywhere:.0%} of all patches were taken for background. --foreground all draws "
+            "them, too; high and low choose the side")
+
+
 def show_pca(args: argparse.Namespace) -> None:
     folder = is_folder(args.out)
     out = picture_path(args.out, args.images, folder)
@@ -249,6 +264,8 @@ def show_pca(args: argparse.Namespace) -> None:
         paths.append(image.path)
         features.append(viewer.patches(image))
     drawn = pca_colors(features, args.foreground, args.threshold)
+    if note := background_note(drawn, paths):
+        print(f"note: {note}", file=sys.stderr)
     shown = evenly_spaced(len(paths), 24 if folder else MAX_IMAGES)
     if folder:
         for name, colors in zip(picture_names(paths), drawn):
@@ -375,7 +392,11 @@ def show_depth(args: argparse.Namespace) -> None:
     network, _, rules = load_dense(args, "depth", args.depth_range)
     device = next(network.parameters()).device
     side = min(SHEET_WIDTH // (2 * results.per_row) - GAP, 480)
-    for path, image in results.images_of(rules["in_chans"]):
+    for i, (path, image) in enumerate(results.images_of(rules["in_chans"])):
+        scale = args.size / min(image.shape[1:]) if args.size else 1
+        shape = torch.Size([1, len(image), *(round(scale * side) for side in image.shape[1:])])
+        if i == 0 and (note := many_patches(network.backbone, shape, path)):
+            tqdm.write(f"note: {note}", file=sys.stderr)
         meters = heads.predict_depth(network, image.to(device), rules["mean"], rules["std"], args.size, bool(args.flip))
         check_finite(meters, f"{args.model} with {args.head}")
         meters = meters.cpu().numpy()
@@ -673,4 +694,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, less_memory="lower --size, or name fewer images")

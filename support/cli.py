@@ -11,16 +11,19 @@ Apache License 2.0.
 """
 import argparse
 import dataclasses
-import difflib
 import inspect
+import itertools
 import math
+import os
 import re
 import sys
-from typing import Annotated, Callable, Literal, get_args, get_origin
+from typing import Annotated, Callable, Literal, NoReturn, get_args, get_origin
 
 import torch
 
+from support.machine import known_failure
 from support.parallel import Lost, noticing_losses
+from support.suggest import nearest
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -68,11 +71,22 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
     def parse_args(self, argv: list[str] | None) -> argparse.Namespace:
+        argv = sys.argv[1:] if argv is None else argv
+        if not {"-h", "--help"}.intersection(argv):
+            for word in itertools.takewhile(lambda word: word != "--", argv):
+                if re.match(r"--[^ ]+$", name := word.split("=")[0]) and name not in self._option_string_actions:
+                    self.unknown(word)  # here, since argparse would first miss the flag that was meant
         args, unknown = self.parse_known_args(argv)
         if unknown:
-            flags = [s for action in self._actions for s in action.option_strings]
-            raise ValueError(f"unknown argument {unknown[0]!r}{nearest(unknown[0].split('=')[0], flags)}; see --help")
+            self.unknown(unknown[0])
         return args
+
+    def unknown(self, word: str) -> NoReturn:
+        positional = [action.dest for action in self._actions if not action.option_strings]
+        meant = nearest(word.split("=")[0], [*self._option_string_actions, *positional])
+        if not word.startswith("-") and "--data" in self._option_string_actions and os.path.exists(word):
+            meant = f", did you mean --data {word}?"
+        raise ValueError(f"unknown argument {word!r}{meant}; see --help")
 
 
 def flag(field: str) -> str:
@@ -124,13 +138,6 @@ def positive(text: str) -> float:
     return float(text)
 
 
-def nearest(name: str, names) -> str:
-    """", did you mean X?" with the closest of `names`, in upper or lower case; "" if none is close."""
-    spelled = {known.lower(): known for known in names}
-    close = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.5)
-    return f", did you mean {spelled[close[0]]}?" if close else ""
-
-
 HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")  # controls, bidi, not UTF-8
 
 
@@ -151,9 +158,10 @@ def run_subcommand(commands: dict[str, Callable], manual: str, argv: list[str] |
     return commands[name](rest)
 
 
-def run(main: Callable[[], object], interrupted: str = "") -> None:
-    """Runs a command. A mistake of the user ends with one line on stderr and exit code 2, the loss of another process
-    with 1; Ctrl-C with code 130, after the line `interrupted` if there is one."""
+def run(main: Callable[[], object], interrupted: str = "", less_memory: str = "") -> None:
+    """Runs a command. A mistake of the user ends with one line on stderr and exit code 2; a failure of the machine with
+    one line and code 1: another process is lost, or memory runs out, when `less_memory` says what to lower; Ctrl-C with
+    code 130, after the line `interrupted` if there is one."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 shows escapes
     try:
         with noticing_losses():
@@ -162,9 +170,12 @@ def run(main: Callable[[], object], interrupted: str = "") -> None:
         if interrupted:
             print(interrupted, file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, Lost) as error:
-        print(f"error: {last_line(error)}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, Lost) else 2)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        failure = known_failure(error, less_memory)
+        if not failure and not isinstance(error, (ValueError, OSError, Lost)):
+            raise
+        print(f"error: {failure or last_line(error)}", file=sys.stderr)
+        sys.exit(1 if failure or isinstance(error, Lost) else 2)
 
 
 def last_line(error: BaseException) -> str:

@@ -348,7 +348,7 @@ class Evaluation:
         try:
             return open_on_all_ranks(specs, self.config["in_chans"])
         except ValueError as error:
-            raise ValueError(str(error).removeprefix("--data ")) from None
+            raise ValueError(str(error).removeprefix("--data ").replace("--data", "--train")) from None
 
     def __enter__(self):
         return self

@@ -47,6 +47,8 @@ def pick_device(name: str) -> torch.device:
         torch.set_float32_matmul_precision("high")  # TF32
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"--device {name}: PyTorch finds no Apple GPU here; use --device cpu")
+    if device.type == "cpu" and (note := busy_note()):
+        print(f"note: {note}", file=sys.stderr, flush=True)
     return device
 
 
@@ -64,6 +66,20 @@ def usable_cores(proc: str = "/proc/self/cgroup", mounts: str = "/sys/fs/cgroup"
                 if quota not in ("max", "-1"):
                     cores = min(cores, max(1, int(quota) // int(period)))
     return cores
+
+
+def busy_note() -> str:
+    """What to say if PyTorch has more threads than there are cores free, on which each would wait for the slowest; else
+    "". Nothing if OMP_NUM_THREADS is set."""
+    threads, cores = torch.get_num_threads(), usable_cores()
+    if "OMP_NUM_THREADS" in os.environ or threads == 1:
+        return ""
+    load = os.getloadavg()[0] if sys.platform != "win32" else 0.0
+    free = max(1, min(cores, round((os.cpu_count() or 1) - load)))
+    if threads <= free:
+        return ""
+    why = f"a load of {load:.1f} on {os.cpu_count()} cores" if free < cores else f"{cores} cores may be used"
+    return f"{why}, and PyTorch has {threads} threads; it may be faster with OMP_NUM_THREADS={free}"
 
 
 def worker_count(wanted: int, processes_here: int = 1) -> int:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from support.cli import printable
 from support.files import replacing, write_json
+from support.machine import known_failure, less_memory
 from support.parallel import Failed, on_all_ranks, root_cause
 
 
@@ -380,12 +381,44 @@ def same_command() -> str:
     return shlex.join([*launcher, sys.argv[0], *words])
 
 
+def last_save(out: Path) -> int:
+    """The step of the newest save of a run, by its name; 0 if there is none."""
+    names = [re.fullmatch(r"step_(\d+)", path.name) for path in (out / "resume").glob("step_*")]
+    return max((int(name[1]) for name in names if name), default=0)
+
+
+def stop_for(error: BaseException, cfg) -> None:
+    """Ends this process with one line and exit code 1 if the machine failed; raises any other error again."""
+    if not (failure := known_failure(error, less_memory(cfg))):
+        raise error
+    step = last_save(Path(cfg.out))
+    saved = f"the last good save is that of step {step}" if step else "there is no save yet"
+    sys.stdout.flush()
+    print(f"error: {failure} ({saved})", file=sys.stderr, flush=True)
+    os._exit(1) if "WORLD_SIZE" in os.environ else sys.exit(1)  # an orderly exit might wait for the other processes
+
+
+def last_words(out: str, labeled: bool) -> str:
+    """Where the results are, and commands that show them."""
+    ckpt = f"{out}/ckpt.pth"
+    commands = [["eval_knn.py", ckpt] if labeled else ["visualize.py", "neighbors", "--model", ckpt],
+                ["visualize.py", "curves", out]]
+    lines = [shlex.join(["python", os.path.join(os.path.dirname(sys.argv[0]), name), *rest])
+             for name, *rest in commands]
+    return "\n    ".join([f"done; the teacher is in {ckpt}, the log in {out}/metrics.jsonl. What to run next:", *lines])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The log
 
 
 class TooManyBad(Exception):
     """More images than allowed cannot be read. Raised on all ranks, after saving."""
+
+
+def on_terminal() -> bool:
+    """Whether a progress bar can be seen: not where a container or a CI system gives a terminal of no size."""
+    return sys.stderr.isatty() and all(os.get_terminal_size(sys.stderr.fileno()))
 
 
 def read_records(path: Path) -> list[dict]:
@@ -421,7 +454,8 @@ class Log:
     def __init__(self, path: Path, start: int, steps: int, counters: dict[str, int], lock: OutputLock | None = None):
         self.main, self.lock = dist.get_rank() == 0, lock
         self.path, self.records, self.behind = path, [], False
-        self.bar = tqdm(total=steps, initial=start, unit="step", disable=None if self.main else True, smoothing=0.05)
+        self.bar = tqdm(total=steps, initial=start, unit="step", disable=not (self.main and on_terminal()),
+                        smoothing=0.05)
         self.steps, self.printed = steps, time.monotonic() - 50  # without a terminal: after 10 s, then every minute
         self.bad_path, self.new_bad = path.with_name("bad_samples.txt"), []  # (name, reason) since the last line
         self.counters = dict(bad_samples=0, skipped_steps=0, skipped_in_a_row=0) | counters

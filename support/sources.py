@@ -252,10 +252,7 @@ def read_idx(root: Path, dataset: str, name: str) -> np.ndarray:
 
 def open_imagenet(name: str, options: dict[str, str]) -> Source:
     split = choose_split(name, options, ("TRAIN", "VAL", "TEST"))
-    if "root" not in options:
-        raise ValueError("write ImageNet as ImageNet:split=TRAIN:root=/path (splits: TRAIN, VAL, TEST), or pass "
-                         "--data /my/photos")
-    root = Path(options["root"]).expanduser()
+    root = imagenet_root(name, options, "ImageNet:split=TRAIN:root=/path (splits: TRAIN, VAL, TEST)")
     folder = root / split.lower()
     if not folder.is_dir():
         raise ValueError(f"{folder} does not exist; ImageNet's root must hold the folders train and val")
@@ -263,6 +260,15 @@ def open_imagenet(name: str, options: dict[str, str]) -> Source:
         return open_folder(folder)
     numbers = ("actual_index",) if split == "TEST" else ("actual_index", "class_index")
     return ImageNetEntries(root, load_entries(options, f"entries-{split}.npy", numbers), split)
+
+
+def imagenet_root(name: str, options: dict[str, str], example: str) -> Path:
+    """root=..., else a folder or link beside train.py that has the name of the data set in lower case."""
+    beside = Path(__file__).parents[1] / name.lower()
+    if "root" not in options and not beside.is_dir():
+        raise ValueError(f"{name} is not at {beside}, where a folder or a link may be; name it by {example}, or use "
+                         "any other folder of images: --data /my/photos")
+    return Path(options.get("root", beside)).expanduser()
 
 
 def load_entries(options: dict[str, str], name: str, numbers: tuple[str, ...]) -> np.ndarray:
@@ -286,10 +292,7 @@ def load_entries(options: dict[str, str], name: str, numbers: tuple[str, ...]) -
 
 
 def open_imagenet22k(name: str, options: dict[str, str]) -> InTars:
-    if "root" not in options:
-        raise ValueError("write ImageNet22k as ImageNet22k:root=/path (the folder of the <wnid>.tar files), or pass "
-                         "--data /my/photos")
-    root = Path(options["root"]).expanduser()
+    root = imagenet_root(name, options, "ImageNet22k:root=/path (the folder of the <wnid>.tar files)")
     if "extra" not in options:
         tars = sorted(glob.glob(f"{glob.escape(str(root))}/*.tar"))
         if not tars:
