@@ -53,7 +53,7 @@ from support.draw import (
 from support.evaluation import ResumeFile, add_record, add_result_flags, check_writable, no_bar, results_stem, say
 from support.images import FORMATS, check_size, read_image
 from support.parallel import from_rank_0, join_processes, leave_processes, pick_device, worker_count, world
-from support.files import write_file
+from support.files import refuse_inputs, write_file
 from support.sources import SPLIT_FOLDERS, Source, image_paths
 
 IGNORE = 255  # the label of pixels that do not count
@@ -659,6 +659,7 @@ class HeadTraining:
         self.head_path = Path(f"{job.stem}.{job.train.dataset or job.task}_{args.decoder}_head.pth")
         if self.head_path.is_dir() or not os.access(self.head_path.parent, os.W_OK):
             raise ValueError(f"{self.head_path} cannot be written; choose another place by --out")
+        refuse_inputs(self.head_path, args.checkpoint)
         if self.head_path.exists():
             say(f"note: {self.head_path} will be replaced")
 

@@ -28,6 +28,7 @@ from support.evaluation import (
 from support.parallel import world
 
 KS = (10, 20, 100, 200)
+KNN_SAMPLE = (200_000, 50_000)  # during training at most so many training images, and images to classify
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from support.cli import at_least, positive, run
 from support.evaluation import (
     Evaluation, EvaluationParser, ResumeFile, accuracies, count_left_out, data_hash, full_float32, no_bar,
     save_on_rank_0, say, stack_images, with_label)
+from support.files import refuse_inputs
 from support.parallel import world
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)  # for batch 256
@@ -312,6 +313,8 @@ class Probe:
             batch_size=args.batch_size, steps=self.steps, epoch_length=self.epoch, learning_rates=args.learning_rates,
             crop_scale=args.crop_scale, flip_prob=args.flip_prob, seed=args.seed, chosen_on="--val", metric=args.metric)
         settings = [self.protocol, e.model_hash, data_hash(e.train), e.specs[1], e.crop, e.resize, args.dtype]
+        self.head_path = Path(f"{e.stem}.linear_head{'_cached' * args.cached}.pth")
+        refuse_inputs(self.head_path, args.checkpoint)
         self.saved = ResumeFile(f"{e.stem}.eval_linear", settings, not args.no_resume)
 
     def restore(self, state: dict) -> int:
@@ -388,8 +391,8 @@ def evaluate_linear(e: Evaluation) -> tuple[dict, dict]:
     result = of_best(measured) | dict(best_classifier=names[best])
     if not args.head:
         result |= dict(classifiers=dict(zip(names, measured["top1"].tolist())), curve=probe.curve)
-        result["head"] = f"{e.stem}.linear_head{'_cached' * args.cached}.pth"
-        save_on_rank_0(Path(result["head"]), probe.grid.head(best))
+        result["head"] = str(probe.head_path)
+        save_on_rank_0(probe.head_path, probe.grid.head(best))
     if args.real:
         predictions, ok = probe.predictions(e.val)
         answers = [a if readable else [] for a, readable in zip(real, ok.tolist())]

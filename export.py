@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import tempfile
+import uuid
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from support.cli import DTYPES, Parser, printable, run, run_subcommand
 from support.evaluation import check_finite
 from support.images import FITS, FittedImages
 from support.parallel import pick_device, worker_count
-from support.files import replacing, write_file
+from support.files import refuse_inputs, replacing, write_file
 from support.sources import image_paths
 
 
@@ -118,8 +119,7 @@ def convert(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     path, ckpt = read(args.source)
     model = load(path, ckpt)
-    if args.out.exists() and args.out.samefile(path):
-        raise ValueError(f"{args.out} is the file to convert; choose another name")
+    refuse_inputs(args.out, path)
     if args.to == "hf":
         write_transformers(model, args.out, image_rules(model, ckpt))
     else:
@@ -187,19 +187,21 @@ def features(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         raise ValueError("--batch-size must be 1 or more")
-    if args.out.suffix != ".npz" and (args.out.suffix and not args.out.is_dir() or args.out.is_file()):
+    stacked, out = args.out.suffix == ".npz", args.out
+    if out.is_dir() if stacked else out.is_file() or out.suffix and not out.is_dir():
         raise ValueError(f"--out {args.out} must be a file that ends in .npz, or a folder")
     device = pick_device(args.device)
     path, ckpt = read(args.model)
     model = load(path, ckpt).to(device)
     rules, paths = image_rules(model, ckpt), image_paths(args.images)
+    refuse_inputs(args.out, path, *paths)
     dataset = FittedImages(paths, rules["in_chans"], model.patch_size, args.fit, image_size(args.size, model),
                            rules["mean"])
     few = args.num_workers < 0 and len(paths) < 64  # starting workers would take longer than reading
     loader = make_loader(dataset, 0 if few else worker_count(args.num_workers), batch_size=None)
     batches = same_size_batches(loader, paths, args.images, args.batch_size)
     results = image_features(model, batches, rules, device, DTYPES[args.dtype], args.model)
-    if args.out.suffix == ".npz":
+    if stacked:
         n = write_stacked(args.out, results)
     else:
         n = write_each(args.out, results, os.path.commonpath([os.path.dirname(os.path.abspath(p)) for p in paths]))
@@ -253,7 +255,7 @@ def same_size_batches(loader, paths: list[str], named: list[str], batch_size: in
 def write_stacked(out: Path, results) -> int:
     """Writes all images into one .npz. The patches, which may not fit into memory, go through a temporary file. Returns
     the number of images."""
-    temporary, paths, cls, registers, shape = out.with_name(f".{out.name}.{os.getpid()}.patches"), [], [], [], None
+    temporary, paths, cls, registers, shape = out.with_name(f".{out.name}.{uuid.uuid4().hex}.patches"), [], [], [], None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -322,7 +324,9 @@ def program(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.out.suffix not in (".onnx", ".pt2") or args.out.is_dir():
         raise ValueError(f"{args.out} must be a file that ends in .onnx or .pt2")
-    model = load(args.model)
+    path, ckpt = read(args.model)
+    refuse_inputs(args.out, path)
+    model = load(path, ckpt)
     size = args.size or list(model.patch_embed.img_size)
     if len(size) > 2 or any(side < 1 or side % model.patch_size for side in size):
         raise ValueError(f"--size takes one or two multiples of this model's patch size, {model.patch_size}")

@@ -1690,7 +1690,7 @@ def test_resume_from_what_is_whole(trained, tmp_path, capsys):
     shutil.copytree(trained, whole)
     support.parallel.start_processes(CPU)
     for name, how in itertools.product(names, harm):
-        save = shutil.copytree(whole / "resume/step_000000004", tmp_path / f"{name} {how}")
+        save = shutil.copytree(whole / "resume/step_000000004", tmp_path / f"{name} {how}/step_000000004")
         assert support.saves.verify(save)["step"] == 4
         harm[how](save / name)
         assert support.saves.verify(save).startswith(name), (name, how)
@@ -1897,6 +1897,7 @@ def test_errors_of_output_folders(trained, tmp_path):
     assert [r["step"] for r in metrics(copy_of)] == [0, 1] and (copy_of / "notes.txt").exists()
     assert not (copy_of / "eval").exists()
     (copy_of / "config.json").unlink()
+    shutil.rmtree(copy_of / "resume")
     for flags in ([], ["--overwrite"]):
         with pytest.raises(ValueError, match="holds ckpt.pth but no config.json"):
             train_main(*TINY, "--steps", 2, "--out", copy_of, *flags)

@@ -41,10 +41,11 @@ import losses
 from data import (
     MEAN, STD, Batch, Prefetcher, TrainBatches, Unreadable, augment, augment_at_once, check_groups, keep_memory,
     prepare, train_loader)
-from eval_knn import evaluate_knn, knn_accuracy
+from eval_knn import KNN_SAMPLE, evaluate_knn, knn_accuracy
 from model import ARCHS, FORMAT, DINOHead, build, check_names_and_shapes, init_parameters, load_backbone
 from support.cli import Parser, check_fields, flag, last_line, nearest
 from support.draw import draw_batch
+from support.evaluation import at_most
 from support.parallel import (
     CHECKPOINTING, SHARDINGS, Failed, Lost, SharedFlags, all_reduce_in_backward, be_deterministic, full_weights,
     is_sharded, leave_processes, load_kernel, load_whole, local_shards, materialize, mean_over_processes, n_replicas,
@@ -585,11 +586,12 @@ class Knn:
     """k-NN accuracy of the teacher during the run, and of raw pixels. Each process extracts a share of the features."""
 
     def __init__(self, cfg: Config, device: torch.device, sources: list):
-        self.cfg, self.device, self.sources = cfg, device, sources
+        self.cfg, self.device = cfg, device
         for source in sources:
             if source is not None and source.labels is None:
                 raise ValueError(f"--eval-every needs labels, and {source.name} has none; make one sub-folder per "
                                  "class, or set --eval-every 0")
+        self.sources = [at_most(source, n) for source, n in zip(sources, KNN_SAMPLE)]
 
     def teacher(self, teacher: nn.ModuleDict) -> dict[str, float]:
         cfg = self.cfg

@@ -529,6 +529,13 @@ def loss_terms(record: dict) -> list[str]:
     return [*itertools.takewhile(lambda name: not name.startswith(("grad_norm", "lr")), after)]
 
 
+def values_of(record: dict) -> dict[str, float | None]:
+    """What curves show of a line of metrics.jsonl. Raises whatever a line that train.py did not write leads to."""
+    values = {key: record[key] for key in ("loss", *loss_terms(record)) if "loss" in record}
+    values |= {key: record[key].get("top1_k20") for key in ("knn", "knn_raw_pixels") if record.get(key)}
+    return {key: None if value is None else float(value) for key, value in values.items()}
+
+
 def read_run(name: str) -> dict[str, list[tuple[int, float]]]:
     """From a run's metrics.jsonl, (step, value) in order, of the losses, of "knn" and of "knn_raw_pixels" (top-1 at
     k = 20, in percent). Skips an incomplete last line. Raises ValueError if there is no such file, or nothing in it."""
@@ -541,16 +548,13 @@ def read_run(name: str) -> dict[str, list[tuple[int, float]]]:
     for i, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-            step = record["step"]
-        except (ValueError, KeyError, TypeError):
+            step, shown = int(record["step"]), values_of(record)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             if i == len(lines):  # the run is writing it right now
                 break
             raise ValueError(f"{path}, line {i}, is not a training record") from None
-        for key in ("loss", *loss_terms(record)) if "loss" in record else ():
-            curves.setdefault(key, {})[step] = record[key]
-        for key in ("knn", "knn_raw_pixels"):
-            if "top1_k20" in (record.get(key) or {}):
-                curves.setdefault(key, {})[step] = record[key]["top1_k20"]
+        for key, value in shown.items():
+            curves.setdefault(key, {})[step] = value
     # train.py writes null for a value that is not finite
     curves = {key: sorted((s, v) for s, v in curve.items() if v is not None and math.isfinite(v))
               for key, curve in curves.items()}

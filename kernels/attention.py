@@ -22,6 +22,7 @@ import re
 import shutil
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ def compile_library(command: list[str], target: str) -> tuple[ctypes.CDLL, str]:
     files = [source, HERE / "hardware.h", HERE / "emulate.h"]
     content = b"".join(f.read_bytes() for f in files) + repr((command, version)).encode()
     path = Path(torch.hub.get_dir(), "dinov2_kernels", f"attention_{hashlib.sha256(content).hexdigest()[:16]}.so")
-    log, partial = path.with_suffix(".log"), path.with_suffix(".partial")
+    log, partial = path.with_suffix(".log"), path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_suffix(".lock"), "w") as lock:

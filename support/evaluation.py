@@ -11,6 +11,7 @@ Apache License 2.0.
 import argparse
 import contextlib
 import datetime
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -33,8 +34,8 @@ import hub
 from data import MEAN, STD, make_loader, normalize, to_device, to_float, widen
 from model import FORMAT
 from support.cli import DTYPES, Parser, at_least, printable
+from support.files import check_sums, write_file
 from support.parallel import join_processes, leave_processes, on_all_ranks, pick_device, worker_count, world
-from support.files import write_file
 from support.sources import Source, eval_specs, open_on_all_ranks, without_code
 
 NOT_FINITE = "the checkpoint has diverged, or half precision is too coarse for it (use --dtype fp32)"
@@ -77,6 +78,33 @@ class EvalImages(torch.utils.data.Dataset):
         image = resize_short_side(image.float() if is_16_bit else image, self.resize)
         image = center_crop(image, self.crop, self.crop)
         return image.round().clamp(0, 65535).to(torch.uint16) if is_16_bit else image, True
+
+
+class Sample(Source):
+    """`n` images of a source, drawn at random, the same each time, in their order."""
+
+    def __init__(self, source: Source, n: int):
+        self.rows = np.sort(np.random.default_rng(0).choice(len(source), n, replace=False))
+        self.source, self.name, self.channels, self.classes = source, source.name, source.channels, source.classes
+        self.labels = None if source.labels is None else np.asarray(source.labels)[self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def describe(self, i: int) -> str:
+        return self.source.describe(int(self.rows[i]))
+
+    def image(self, i: int) -> Tensor:
+        return self.source.image(int(self.rows[i]))
+
+
+def at_most(source: Source | None, n: int) -> Source | None:
+    """The source, or a Sample of n images if it has more, which a note says."""
+    if source is None or len(source) <= n:
+        return source
+    say(f"note: k-NN during training uses {n:,} of the {len(source):,} images of {source.name}, always the same random "
+        "ones; eval_knn.py uses all")
+    return Sample(source, n)
 
 
 def resize_short_side(image: Tensor, short: int) -> Tensor:
@@ -341,7 +369,7 @@ class Evaluation:
         settings = [what, self.model_hash, vit.num_heads, vit.interpolate_offset, vit.interpolate_antialias,
                     data_hash(source), self.resize, self.crop, self.args.dtype, *config["mean"], *config["std"]]
         path = Path(self.args.cache).expanduser() / f"{settings_hash(settings)[:32]}.pt"
-        cached = load_table(path)
+        cached = load_table(path, len(source))
         if all_agree(cached is not None) and cached:
             return cached[0].to(self.device), cached[1].to(self.device)
         table, ok = self.extract(source, model)
@@ -377,22 +405,27 @@ class ResumeFile:
     depends on, so only the same command finds it. `wanted` False starts from scratch."""
 
     def __init__(self, prefix: str, settings: list, wanted: bool = True):
-        self.path, self.wanted = Path(f"{prefix}.{settings_hash(settings)[:8]}.resume"), wanted
+        self.settings, self.wanted = settings_hash(settings), wanted
+        self.path = Path(f"{prefix}.{self.settings[:8]}.resume")
 
     def load(self, restore: Callable[[dict], int]) -> None:
         """If there is a state, calls restore(state), which returns the number of steps done. Raises ValueError if it is
-        damaged, or if the ranks do not resume from the same step."""
+        damaged or was saved with other settings, or if the ranks do not resume from the same step."""
         done = 0
         if self.wanted and self.path.exists():
             try:
-                done = restore(hub.read_pth(str(self.path)))
-            except (ValueError, KeyError, TypeError, RuntimeError):
+                check_sums(self.path)
+                state = hub.read_pth(str(self.path))
+                if state["settings"] != self.settings:
+                    raise ValueError("it is of another command")
+                done = restore(state)
+            except Exception:  # a damaged file can fail in any way
                 raise ValueError(f"{self.path} is damaged; remove it to start from scratch") from None
         if not all_agree(done):
             raise ValueError(f"not all processes see {self.path}; use a folder that all machines share, or --no-resume")
 
     def save(self, state: dict) -> None:
-        save_on_rank_0(self.path, state)
+        save_on_rank_0(self.path, state | dict(settings=self.settings))
 
     def remove(self) -> None:
         if world()[0] == 0:
@@ -413,14 +446,19 @@ def save_on_rank_0(path: Path, content) -> None:
             say(f"note: {error}; the evaluation goes on")
 
 
-def load_table(path: Path) -> tuple[Tensor, Tensor] | None:
-    """Features, and which images could be read; None if there is no such file, or it is damaged."""
+def load_table(path: Path, n: int) -> tuple[Tensor, Tensor] | None:
+    """Features of n images, all of which could be read; None if there is no such file, or it is damaged."""
+    if not path.exists():
+        return None
     try:
+        check_sums(path)
         table, ok = torch.load(path, map_location="cpu", weights_only=True)
-        return table, ok
-    except Exception as error:  # a damaged file can fail in any way
-        if not isinstance(error, FileNotFoundError):
-            say(f"{path} is damaged; computing the features again")
+        if (table.ndim == 2 and len(table) == n and table.dtype in (torch.float32, torch.int32)
+                and ok.dtype == torch.bool and ok.shape == (n,) and ok.all() and table.isfinite().all()):
+            return table, ok
+    except Exception:  # a damaged file can fail in any way
+        pass
+    say(f"note: {path} is damaged; computing the features again")
 
 
 def data_hash(source) -> str:
@@ -437,15 +475,47 @@ def settings_hash(settings: list) -> str:
 
 
 def check_writable(out: str) -> None:
-    """Raises ValueError unless the file --out can be written; creates nothing."""
-    if out:
-        existed = os.path.exists(out)
-        try:
-            open(out, "a").close()
-        except OSError as error:
-            raise ValueError(f"--out {out} cannot be written: {error.strerror}") from None
-        if not existed:
-            os.remove(out)
+    """Raises ValueError unless the file --out holds results, to which more can be added, or can be created. Creates
+    nothing, since all processes look at once."""
+    if not out:
+        return
+    path, reason = Path(out), ""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND))
+    except FileNotFoundError as error:
+        reason = "" if os.access(path.parent, os.W_OK) else error.strerror
+    except OSError as error:
+        reason = error.strerror
+    if reason:
+        raise ValueError(f"--out {out} cannot be written: {reason}")
+    if not holds_results(path):
+        raise ValueError(f"--out {out} exists and does not hold results of evaluations; name another file")
+
+
+def holds_results(path: Path) -> bool:
+    """Whether results may be added to this file: it is new, empty or no file on a disk, or has a line of results."""
+    if not path.is_file():
+        return True
+    with open(path, "rb") as file:
+        start = file.read(1 << 20)
+    return not start or any(map(is_result, start.splitlines()))
+
+
+def is_result(line: bytes) -> bool:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and "evaluation" in record
+
+
+def add_line(path: Path, line: str) -> None:
+    """Adds a line of results to a file; to a new line, if the last was cut off. Raises OSError."""
+    if not holds_results(path):
+        raise FileExistsError(errno.EEXIST, "it does not hold results of evaluations", str(path))
+    torn = path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+    with open(path, "a") as file:
+        file.write("\n" * torn + line + "\n")
 
 
 def results_stem(args: argparse.Namespace, path: str) -> Path:
@@ -464,8 +534,7 @@ def add_record(path: Path, record: dict, columns: dict[str, str], as_json: bool,
                    time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"))
     fate = f"written to {path}"
     try:
-        with open(path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        add_line(path, json.dumps(record))
     except OSError as error:
         fate = f"{path} could not be written"
         say(f"{fate}: {error.strerror}")

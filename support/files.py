@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import uuid
+import zipfile
 from pathlib import Path
 
 from tqdm import tqdm
@@ -49,6 +50,20 @@ def write_file(path: Path, write) -> None:
 def write_json(path: Path, content: dict) -> None:
     with replacing(path, durable=True) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def refuse_inputs(out: Path, *inputs) -> None:
+    """Raises ValueError if `out`, which is to be written, is one of the files to be read."""
+    if out.exists() and any(os.path.exists(path) and out.samefile(path) for path in inputs):
+        raise ValueError(f"{out} is one of the files to be read; choose another name")
+
+
+def check_sums(path: Path) -> None:
+    """Raises BadZipFile or ValueError if a file that torch.save wrote has changed since: it holds a CRC-32 of each of
+    its parts, at which torch.load does not look."""
+    with zipfile.ZipFile(path) as file:
+        if part := file.testzip():
+            raise ValueError(f"{path} has changed since it was written, in {part}")
 
 
 def sha256(path: Path, show_progress: bool = False) -> str:

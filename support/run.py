@@ -12,8 +12,10 @@ import shutil
 import signal
 import socket
 import sys
+import textwrap
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import torch
@@ -44,24 +46,52 @@ def check_output(cfg, resume: bool, overwrite: bool, changeable: set[str]) -> No
         raise ValueError("--resume continues the run in --out, --overwrite deletes it; give one of the two")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
-    if not (out / "config.json").exists():
+    try:
+        stored = stored_settings(out)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be read ({root_cause(error)}); make it readable, or choose another folder"
+                         ) from None
+    if not stored and settings_in(out / "config.json"):
+        raise ValueError(f"--out {out} holds a config.json that is not of a training run; choose another --out")
+    if not stored and not os.path.lexists(out / "config.json"):
         if resume:
             raise ValueError(f"--resume: {out} holds no run; omit the flag to start one")
         if foreign := [name for name in OUTPUTS if (out / name).exists()]:
             raise ValueError(f"--out {out} holds {foreign[0]} but no config.json, so it is not a training run; "
                              "choose another --out")
+    elif not overwrite and os.path.lexists(out / "resume") and not (out / "resume").is_dir():
+        raise ValueError(f"{out}/resume, where the saves should be, is not a folder; put the folder back, or start "
+                         "over with --overwrite")
     elif not (resume or overwrite):
-        try:
-            theirs = json.loads((out / "config.json").read_text())
-        except ValueError:
-            raise ValueError(f"{out}/config.json is damaged; --resume continues the run with these settings") from None
-        mine, defaults = (json.loads(json.dumps(dataclasses.asdict(c))) for c in (cfg, type(cfg)()))
-        theirs = defaults | theirs  # older versions had fewer fields
-        changed = [f"{k} {theirs[k]} -> {v}" for k, v in mine.items() if theirs[k] != v and k not in changeable]
-        if changed:
-            some = ", ".join(changed[:12]) + " …" * (len(changed) > 12)
-            raise ValueError(f"--out {out} holds a different run ({some}); choose another --out, or --overwrite it, or "
-                             "--resume it with the new values")
+        check_settings(out, stored, cfg, changeable)
+
+
+def check_settings(out: Path, stored: list[dict], cfg, changeable: set[str]) -> None:
+    """Raises ValueError if the run in --out has other settings than this one."""
+    if not stored:
+        raise ValueError(f"{out}/config.json is damaged; --resume continues the run with these settings")
+    mine, defaults = (json.loads(json.dumps(dataclasses.asdict(c))) for c in (cfg, type(cfg)()))
+    theirs = [defaults | settings for settings in stored]  # older versions had fewer fields
+    changed = [[f"{k} {textwrap.shorten(str(t[k]), 200)} -> {v}" for k, v in mine.items()
+                if t[k] != v and k not in changeable] for t in theirs]
+    if all(changed):
+        some = ", ".join(changed[0][:12]) + " …" * (len(changed[0]) > 12)
+        raise ValueError(f"--out {out} holds a different run ({some}); choose another --out, or --overwrite it, or "
+                         "--resume it with the new values")
+
+
+def stored_settings(out: Path) -> list[dict]:
+    """The settings of the run in --out: those in config.json, unless it is missing or damaged, and those of the newest
+    save, whose run they were. Raises OSError for files that cannot be read."""
+    newest = next(filter(None, map(complete_of, saves_in(out / "resume"))), {})
+    found = settings_in(out / "config.json"), newest.get("config")
+    return [settings for settings in found if isinstance(settings, dict) and "data" in settings]
+
+
+def settings_in(path: Path) -> dict:
+    """The content of a config.json; {} if there is none, or a damaged one."""
+    content = read_json(path)
+    return content if isinstance(content, dict) else {}
 
 
 def restarted() -> bool:
@@ -72,11 +102,105 @@ def restarted() -> bool:
 def claim_output(cfg, overwrite: bool) -> None:
     """Makes --out this run's folder: removes what killed runs left half-written and, with `overwrite`, their run."""
     out = Path(cfg.out)
-    for path in [out / name for name in OUTPUTS if (out / name).exists()] if overwrite else []:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in [out / name for name in OUTPUTS] if overwrite else []:
+        remove(path)
     for path in itertools.chain.from_iterable(out.glob(f"{name}.*.partial") for name in PARTIAL):
-        path.unlink(missing_ok=True)
+        remove(path)
+    for name in ("config.json", "ckpt.pth", "metrics.jsonl", "bad_samples.txt"):
+        make_way(out / name)
+    for name in ("eval", "nonfinite"):
+        make_way(out / name, folder=True)
+    if saves_in(out / "resume") and "data" not in settings_in(out / "config.json"):
+        print(f"note: {out}/config.json is missing or damaged; it is written again", file=sys.stderr, flush=True)
     write_json(out / "config.json", dataclasses.asdict(cfg))
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, a folder, or a link, but not what a link points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def set_aside(path: Path, why: str) -> None:
+    """Renames a file or folder to damaged_NAME_XXXXXXXX, for inspection."""
+    aside = path.with_name(f"damaged_{path.name}_{uuid.uuid4().hex[:8]}")
+    os.replace(path, aside)
+    print(f"note: {path} {why}; it is now {aside.name}", file=sys.stderr, flush=True)
+
+
+def make_way(path: Path, folder: bool = False) -> None:
+    """Sets aside a folder where a file should be, a file where a folder should be, a link to nothing."""
+    if os.path.lexists(path) and not (path.is_dir() if folder else path.is_file()):
+        set_aside(path, f"is not a {'folder' if folder else 'file'}")
+
+
+def read_json(path: Path):
+    """The content of a JSON file; None if there is none, or nothing that can be understood."""
+    try:
+        return json.loads(path.read_bytes()) if path.is_file() else None
+    except (ValueError, RecursionError):
+        return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The list of saves
+
+
+def saves_in(folder: Path) -> list[Path]:
+    """The folders that have the name of a save, step_000000070, newest first. Others, such as copies, do not count."""
+    named = [path for path in folder.iterdir() if is_save_name(path.name)] if folder.is_dir() else []
+    return sorted((path for path in named if path.is_dir()), key=step_of, reverse=True)
+
+
+def is_save_name(name: str) -> bool:
+    return bool(re.fullmatch("step_[0-9]{9,18}", name)) and name == save_name(int(name[5:]))
+
+
+def save_name(step: int) -> str:
+    return f"step_{step:09d}"
+
+
+def step_of(save: Path) -> int:
+    return int(save.name[5:])
+
+
+def read_complete(save: Path, step: int | None = None) -> dict | str:
+    """The content of the file `complete` of a save; or what is wrong with it, in words. `step`: the number it should
+    name, if not that in the name of the folder."""
+    there = {path.name for path in save.iterdir() if path.is_file()}
+    if "complete" not in there:
+        return "complete: missing"
+    complete, step = read_json(save / "complete"), step_of(save) if step is None else step
+    if not is_complete(complete):
+        return "complete: not readable"
+    if complete["step"] != step:
+        return f"complete: names step {complete['step']} instead of {step}"
+    tensors = {name for name in there if name.startswith("__") and name.endswith(".distcp")}
+    if unlisted := {".metadata", *tensors} - complete["files"].keys():
+        return f"complete: does not list {min(unlisted)}"
+    missing = complete["files"].keys() - there
+    return f"{min(missing)}: missing" if missing else complete
+
+
+def complete_of(save: Path) -> dict:
+    """The content of the file `complete` of a save; {} if it is damaged or cannot be read."""
+    try:
+        content = read_complete(save)
+        return content if isinstance(content, dict) else {}
+    except OSError:
+        return {}
+
+
+def is_complete(content) -> bool:
+    """Whether this may be the content of a file `complete`."""
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("files", "counters")):
+        return False
+    step, counters = content.get("step"), content["counters"]
+    if not all(type(n) is int and 0 <= n < 2**63 for n in (step, *counters.values())):
+        return False
+    return counters.get("skipped_in_a_row", 0) <= counters.get("skipped_steps", 0) <= step
 
 
 class OutputLock:
@@ -116,7 +240,7 @@ class OutputLock:
             if self.descriptor is None:
                 owner = "another process"
                 with contextlib.suppress(OSError):  # removed, or on SMB, where nobody else may read a locked file
-                    owner = self.path.read_text() or owner
+                    owner = textwrap.shorten(self.path.read_text("utf-8", "replace"), 200) or owner
                 if not wait or owner.endswith(here) or waited >= self.LEASE:
                     raise ValueError(f"--out {self.path.parent} is in use by {owner}; wait for it, or choose another "
                                      "--out")
@@ -264,6 +388,32 @@ class TooManyBad(Exception):
     """More images than allowed cannot be read. Raised on all ranks, after saving."""
 
 
+def read_records(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl, one for each step and kind: of several the last. If some cannot be understood, sets
+    the file aside, unless that is only the last, which a killed run may leave half-written."""
+    records, bad = {}, []
+    for line in (content := path.read_bytes()).splitlines():
+        try:
+            record = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            record = None
+        if is_record(record):
+            records[record["step"], "knn" in record] = record
+        else:
+            bad.append(line)
+    if bad and (len(bad) > 1 or not content.endswith(bad[0])):
+        set_aside(path, f"has {len(bad)} damaged lines, which are left out")
+    return list(records.values())
+
+
+def is_record(record) -> bool:
+    """Whether this may be a line of metrics.jsonl."""
+    if not isinstance(record, dict) or type(record.get("step")) is not int or record["step"] < 0:
+        return False
+    accuracies = [record[key] for key in ("knn", "knn_raw_pixels") if record.get(key) is not None]
+    return all(isinstance(a, dict) and isinstance(a.get("top1_k20"), (int, float)) for a in accuracies)
+
+
 class Log:
     """metrics.jsonl and the progress bar, on rank 0 only. A resumed run drops the lines that it will write again. With
     `lock`, writes nothing unless --out is still this run's."""
@@ -271,21 +421,44 @@ class Log:
     def __init__(self, path: Path, start: int, steps: int, counters: dict[str, int], lock: OutputLock | None = None):
         self.main, self.lock = dist.get_rank() == 0, lock
         self.path, self.records, self.behind = path, [], False
-        if self.main:
-            for line in path.read_text().splitlines() if path.exists() else ():
-                with contextlib.suppress(ValueError):  # a killed run may leave half a line
-                    self.records.append(json.loads(line))
-            # k-NN lines count the steps done, the others name the step itself, from 0
-            self.records = [r for r in self.records if r["step"] < start + ("knn" in r and start > 0)]
-            self.rewrite()
         self.bar = tqdm(total=steps, initial=start, unit="step", disable=None if self.main else True, smoothing=0.05)
         self.steps, self.printed = steps, time.monotonic() - 50  # without a terminal: after 10 s, then every minute
         self.bad_path, self.new_bad = path.with_name("bad_samples.txt"), []  # (name, reason) since the last line
         self.counters = dict(bad_samples=0, skipped_steps=0, skipped_in_a_row=0) | counters
         self.bad_before = self.counters["bad_samples"]
-        listed = self.bad_path.read_text("utf-8", "surrogateescape") if self.bad_path.exists() else ""
+        if self.main:
+            # k-NN lines count the steps done, the others name the step itself, from 0
+            self.records = [r for r in self.read_back(read_records, path, [])
+                            if r["step"] < start + ("knn" in r and start > 0)]
+            self.store(anew=True)
+        listed = self.read_back(lambda path: path.read_text("utf-8", "surrogateescape"), self.bad_path, "")
         self.bad_files = dict(line.partition("\t")[::2] for line in listed.split("\n") if line)  # name -> reason
         self.n_listed = len(self.bad_files)
+
+    def read_back(self, read, path: Path, nothing):
+        """read(path), or `nothing` if there is no such file, or none that can be read: it is set aside."""
+        try:
+            return read(path) if path.is_file() else nothing
+        except OSError as error:
+            if self.main:
+                with contextlib.suppress(OSError):
+                    set_aside(path, f"cannot be read ({root_cause(error)})")
+            return nothing
+
+    def store(self, anew: bool) -> None:
+        """Adds the last record to the file, or writes all `anew`. If that fails, it is done with a later one."""
+        try:
+            self.check_lock()
+            if anew or self.behind or not self.path.exists():
+                self.rewrite()
+            else:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(self.records[-1]) + "\n")
+            self.behind = False
+        except OSError as error:
+            if not self.behind:
+                self.say(f"note: {self.path} cannot be written ({root_cause(error)}); its lines are kept in memory")
+            self.behind = True
 
     def rewrite(self) -> None:
         with replacing(self.path, durable=True) as temporary:
@@ -298,21 +471,10 @@ class Log:
 
     def write(self, record: dict) -> None:
         """Adds a line, with null for numbers that are not finite. If that fails, it is written with a later one."""
-        if not self.main:
-            return
-        self.records.append({k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()})
-        try:
-            self.check_lock()
-            if self.behind or not self.path.exists():
-                self.rewrite()
-            else:
-                with open(self.path, "a") as file:
-                    file.write(json.dumps(self.records[-1]) + "\n")
-            self.behind = False
-        except OSError as error:
-            if not self.behind:
-                self.say(f"note: {self.path} cannot be written ({root_cause(error)}); its lines are kept in memory")
-            self.behind = True
+        if self.main:
+            finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
+            self.records.append(finite)
+            self.store(anew=False)
 
     def knn(self, step: int, key: str = "knn") -> dict | None:
         return next((r[key] for r in self.records if r["step"] == step and key in r), None)

@@ -3,9 +3,9 @@
 A save, out/resume/step_N, holds tensors as torch.distributed.checkpoint writes them (*.distcp, .metadata), and the file
 `complete`: the step, the counters and the SHA-256 of the other files.
 """
+import contextlib
 import dataclasses
 import errno
-import json
 import os
 import pickle
 import shutil
@@ -22,25 +22,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from support.files import make_durable, replacing, sha256, write_json
 from support import parallel
-from support.parallel import LONG_TIMEOUT, Failed, local_shards, on_all_ranks, root_cause
-from support.run import OutputLock, claim_output
+from support.parallel import LONG_TIMEOUT, Failed, Lost, local_shards, noticing_losses, on_all_ranks, root_cause
+from support.run import (
+    OutputLock, claim_output, complete_of, make_way, read_complete, save_name, saves_in, set_aside, step_of)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading saves
-
-
-def read_complete(save: Path) -> dict | str:
-    """The content of the file `complete` of a save; or what is wrong with it, in words."""
-    try:
-        complete = json.loads((save / "complete").read_text())
-        files, _ = dict(complete["files"]), (int(complete["step"]), dict(complete["counters"]))
-    except FileNotFoundError:
-        return "complete: missing"
-    except (ValueError, TypeError, KeyError):
-        return "complete: not readable"
-    missing = files.keys() - {path.name for path in save.iterdir()}
-    return f"{min(missing)}: missing" if missing else complete
 
 
 def verify(save: Path) -> dict | str:
@@ -81,9 +69,9 @@ class MetadataOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it holds code, {module}.{name}; nothing in it was run")
 
 
-def check_metadata(path: Path) -> None:
-    """Call it before PyTorch's own reader, which would run code in the pickle or in any entry that is not a tensor.
-    Raises UnpicklingError if there is any."""
+def check_metadata(path: Path) -> dict[str, tuple]:
+    """{name: (dtype, shape)} of the tensors in a save. Call it before PyTorch's own reader, which would run code in the
+    pickle or in any entry that is not a tensor. Raises UnpicklingError if there is any."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata  # slow to import
 
     with open(path, "rb") as file:
@@ -91,6 +79,7 @@ def check_metadata(path: Path) -> None:
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
             raise pickle.UnpicklingError(f"its entry {name} is not a tensor; nothing in it was run")
+    return {name: (entry.properties.dtype, entry.size) for name, entry in metadata.state_dict_metadata.items()}
 
 
 def networks_of(state) -> dict[str, dict[str, Tensor]]:
@@ -115,6 +104,8 @@ def optimizer_tensors_of(state) -> dict[str, dict[str, Tensor]]:
                 if not isinstance(value, (Tensor, int, float)):
                     raise ValueError(f"the optimizer's {key!r} of {name} is a {type(value).__name__}; only tensors and "
                                      "numbers can be saved")
+                if key in ("student", "teacher", "centers"):
+                    raise ValueError(f"the optimizer keeps something by the name of {key!r}, which saves need")
                 value = value if torch.is_tensor(value) else torch.tensor(value, dtype=torch.float64)
                 tensors.setdefault(key, {})[name] = value
     return tensors
@@ -166,36 +157,68 @@ def load_newest(state, folder: Path) -> tuple[dict, list[str]]:
     """Loads the newest intact save in `folder`, written by any number of processes. Returns the content of its file
     `complete`, or {} if there is no save, and the names of newer saves that are damaged. Raises ValueError if all are
     damaged, or if it does not fit or holds anything but tensors."""
-    names = [sorted((path.name for path in folder.glob("step_*")), reverse=True)]
-    dist.broadcast_object_list(names)  # only one looks: on a slow network file system others may see less
-    damaged = []
-    for name in names[0]:
-        try:
-            complete = verify(folder / name)
-        except Failed as error:
-            raise ValueError(f"{folder / name} cannot be read ({error}); try again") from None
-        if isinstance(complete, str):
-            damaged.append(name)
-            if dist.get_rank() == 0:
-                print(f"note: {folder / name} is damaged ({complete}) and skipped", file=sys.stderr, flush=True)
-            continue
-        try:
-            check_metadata(folder / name / ".metadata")
-            load_save(state, folder / name)
-        except BaseException as error:  # PyTorch's CheckpointException is no Exception
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            raise ValueError(f"{folder / name} is intact but does not fit this run ({root_cause(error)}); if settings "
-                             f"have changed, go back to those in {folder.parent}/config.json") from None
-        return complete, damaged
-    if damaged:
+    try:
+        complete, damaged, renamed = find_newest(folder)
+    except Failed as error:
+        raise ValueError(f"{folder} cannot be read ({error}); make it readable and try again") from None
+    if renamed:
+        raise ValueError(f"{folder} holds no save with a name like {save_name(70)}, only {renamed}; rename it to go on "
+                         "from it, or start over with --overwrite")
+    if complete is None and damaged:
         raise ValueError(f"no save in {folder} is intact; copy {folder.parent}/ckpt.pth, the teacher, elsewhere if you "
                          "need it, then start over with --overwrite")
-    return {}, []
+    if complete is None:
+        return {}, []
+    save = folder / save_name(complete["step"])
+    try:
+        check_metadata(save / ".metadata")
+        with noticing_losses():
+            load_save(state, save)
+    except BaseException as error:  # PyTorch's CheckpointException is no Exception
+        if isinstance(error, (KeyboardInterrupt, Lost)):
+            raise
+        raise ValueError(f"{save} is intact but does not fit this run ({root_cause(error)}); if settings have changed, "
+                         f"go back to those in {folder.parent}/config.json") from None
+    return complete, damaged
+
+
+def find_newest(folder: Path) -> tuple[dict | None, list[str], str]:
+    """The content of `complete` of the newest intact save, if any; the names of newer ones, which are damaged; and if
+    there are no saves but a folder that may be a renamed one, its name. Raises Failed on all ranks if one cannot read.
+    """
+    def look() -> tuple[list[str], str]:
+        names = [save.name for save in saves_in(folder)]
+        return names, "" if names else min((p.parent.name for p in folder.glob("step_*/complete")), default="")
+
+    damaged, main = [], dist.get_rank() == 0  # only one looks: on a slow network file system others may see less
+    names, renamed = on_all_ranks(lambda: look() if main else None)[0]
+    for name in names:
+        complete = verify(folder / name)
+        if isinstance(complete, dict):
+            return complete, damaged, ""
+        damaged.append(name)
+        if main:
+            print(f"note: {folder / name} is damaged ({complete}) and skipped", file=sys.stderr, flush=True)
+    return None, damaged, renamed
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing saves, while training goes on
+
+
+def check_save(folder: Path, step: int, shapes: dict[str, tuple]) -> None:
+    """Checks before a save gets its name what loading it will check. Raises ValueError or UnpicklingError if this code
+    could not read it, or if it has other tensors than {name: (dtype, shape)}."""
+    if isinstance(complete := read_complete(folder, step), str):
+        raise ValueError(complete)
+    written = check_metadata(folder / ".metadata")
+    if wrong := [name for name in written.keys() | shapes.keys() if written.get(name) != shapes.get(name)]:
+        raise ValueError(f"{min(wrong)} was written as {written.get(min(wrong))}, not as {shapes.get(min(wrong))}")
+
+
+def without_name(save: Path) -> Path:
+    """Renames a save that is to be deleted, so that nothing half-deleted is ever taken for one."""
+    return save.rename(save.with_name(f"partial_{uuid.uuid4().hex}"))
 
 
 class Saver:
@@ -220,7 +243,7 @@ class Saver:
         self.mesh = DeviceMesh("cpu", range(state.n_shards), _init_backend=False) if saves else None
         self.copies: dict[str, dict[str, Tensor]] = {}  # in host memory
         self.owed: dict[Path, dict] = {}  # teacher checkpoints yet to be written
-        self.thread, self.step, self.good = None, start, start  # of the last attempt, of the last success
+        self.thread, self.began, self.step, self.good = None, start, start, start  # last attempt, last success
         self.error, self.failing_since, self.last = "", None, time.monotonic()  # of the last attempt
         self.asked, self.stall, self.seconds = False, 0.0, 0.0
         self.reason = ""  # what hopeless() found last
@@ -310,7 +333,8 @@ class Saver:
             shards = f"__{dist.get_rank()}_*"  # that this process has written
             digests = on_all_ranks(lambda: {path.name: sha256(path) for path in folder.glob(shards)}, self.group)
             files = {name: digest for written in digests for name, digest in written.items()}
-            on_all_ranks(lambda: self.publish(folder, step, counters, files) if self.main else None, self.group)
+            shapes = {f"{part}.{name}": (t.dtype, t.shape) for part in copies for name, t in copies[part].items()}
+            on_all_ranks(lambda: self.publish(folder, step, counters, files, shapes) if self.main else None, self.group)
         except BaseException as error:  # PyTorch's CheckpointException is no Exception
             self.error = root_cause(error)
             if self.main and folder is not None and folder.exists():
@@ -326,42 +350,53 @@ class Saver:
         self.lock.check()
         out = Path(self.cfg.out)
         if not (out / "config.json").exists():
+            lost = "" if saves_in(self.folder) else "; the saves that were in it are lost"
             claim_output(self.cfg, overwrite=False)
-            self.say(f"note: {out} had disappeared and was created again; the saves that were in it are lost")
-        for path in self.folder.glob("partial*"):  # left by a run that was killed
+            self.say(f"note: {out if lost else out / 'config.json'} had disappeared and was created again{lost}")
+        for path in self.folder.glob("partial_" + "[0-9a-f]" * 32):  # left by a run that was killed
             shutil.rmtree(path, ignore_errors=True)
         folder = self.folder / f"partial_{uuid.uuid4().hex}"
         folder.mkdir(parents=True)
         return folder
 
-    def publish(self, folder: Path, step: int, counters: dict, files: dict[str, str]) -> None:
+    def publish(self, folder: Path, step: int, counters: dict, files: dict[str, str], shapes: dict) -> None:
         """Writes ckpt.pth, completes the save, gives it its name, and deletes all but the newest `keep`."""
         if unseen := wait_for_files(folder, files):
             raise OSError(errno.ENOENT, "written by another machine but not visible here; --out must be a folder that "
                           "all machines share", str(folder / min(unseen)))
         self.lock.check()
-        for path, ckpt in list(self.owed.items()):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path, durable=True) as temporary:
-                torch.save(ckpt, temporary)
-            del self.owed[path]
+        self.write_checkpoints()
         for path in (Path(self.cfg.out) / "metrics.jsonl", Path(self.cfg.out) / "bad_samples.txt"):
             if path.exists():
                 make_durable(path)  # a save must not survive a power cut without them
-        check_metadata(folder / ".metadata")  # or this save could never be read
         write_json(folder / "complete", dict(
             step=step, counters=counters, files=files | {".metadata": sha256(folder / ".metadata")},
             processes=dist.get_world_size(), torch=str(torch.__version__), config=dataclasses.asdict(self.cfg)))
+        check_save(folder, step, shapes)
         self.lock.check()
-        final = self.folder / f"step_{step:09d}"
-        for name in self.damaged:  # set aside for inspection
-            os.replace(self.folder / name, self.folder / f"damaged_{name}_{uuid.uuid4().hex[:8]}")
+        for name in self.damaged:
+            with contextlib.suppress(FileNotFoundError):  # somebody has removed it
+                set_aside(self.folder / name, "is damaged")
         self.damaged = []
-        shutil.rmtree(final, ignore_errors=True)
+        final = self.folder / save_name(step)
+        doomed = [without_name(final)] if final.is_dir() and not final.is_symlink() else []
+        if os.path.lexists(final):
+            set_aside(final, "is in the way of a save")
         folder.rename(final)
         make_durable(self.folder)
-        for old in sorted(self.folder.glob("step_*"))[: -self.cfg.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        older = [save for save in saves_in(self.folder) if step_of(save) < step and complete_of(save)]
+        for save in doomed + [without_name(save) for save in older[self.cfg.keep - 1 :]]:
+            save.unlink() if save.is_symlink() else shutil.rmtree(save, ignore_errors=True)
+
+    def write_checkpoints(self) -> None:
+        """Writes ckpt.pth and the exports that are due."""
+        for path, ckpt in list(self.owed.items()):
+            make_way(path.parent, folder=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            make_way(path)
+            with replacing(path, durable=True) as temporary:
+                torch.save(ckpt, temporary)
+            del self.owed[path]
 
     def collect(self, wait: bool = True) -> None:
         """Reports how the last save ended; waits for one under way unless told not to."""
@@ -382,10 +417,27 @@ class Saver:
         """Waits until the state after `step` steps is saved. Raises Failed if saving cannot succeed any more."""
         while True:
             self.collect()
-            if self.good == step and not self.error:
+            if self.good == step and not self.error and (self.step > self.began or self.checkpoint_is_whole(step)):
                 return
             if hopeless := on_all_ranks(self.hopeless, self.group)[0]:
                 raise Failed(hopeless)
             if self.error:
                 time.sleep(self.RETRY)
             self.start(step, counters, [])
+
+    def checkpoint_is_whole(self, step: int) -> bool:
+        """Whether ckpt.pth holds this teacher; asked if all steps were done before. To be called on all ranks."""
+        ckpt, path = self.make_checkpoint(step), Path(self.cfg.out) / "ckpt.pth"
+
+        def differs() -> bool:
+            try:
+                there = torch.load(path, map_location="cpu", weights_only=True)
+                return there["step"] != step or any(not torch.equal(t, there["teacher"][name])
+                                                    for name, t in ckpt["teacher"].items())
+            except Exception:  # a damaged file can fail in any way
+                return True
+
+        wrong = on_all_ranks(lambda: self.main and differs(), self.group)[0]
+        if wrong:
+            self.say(f"note: {path} is missing or damaged; the teacher is written again")
+        return not wrong

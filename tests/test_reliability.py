@@ -199,6 +199,7 @@ def test_saves_that_fail_are_retried(tmp_path, monkeypatch, capsys):
     os.rename(out / "resume/step_000000012", out / "away")
     (out / "resume").rename(out / "gone")
     (out / "resume").write_text("in the way")
+    monkeypatch.setattr(train, "check_output", lambda *a: None)  # which would see it before the start
     monkeypatch.setattr(train, "load_newest", lambda *a: (dict(step=12), []))
     with pytest.raises(support.parallel.Failed, match="saving has failed for 0.001 minutes .* last good .* step 12;"):
         train_main(*flags, "--steps", 500, "--save-patience", 0.001, "--export-every", 4, "--out", out)
