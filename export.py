@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data import make_loader, normalize, to_float
 from hub import image_rules, load, read
 from model import DinoVisionTransformer
-from support.cli import DTYPES, Parser, printable, run, run_subcommand
+from support.cli import DTYPES, Parser, note, printable, run, run_subcommand
 from support.evaluation import check_finite
 from support.images import FITS, FittedImages
 from support.machine import many_patches
@@ -137,12 +137,12 @@ def convert(argv: list[str]) -> None:
         save_weights(weights, args.out)
     again = load(args.out, img_size=(height, width))
     if height != width:
-        print(f"note: {args.out} does not say that its position table is for {height}x{width} pixels; hub.load takes "
-              f"img_size=({height}, {width})", file=sys.stderr)
+        note(f"{args.out} does not say that its position table is for {height}x{width} pixels; load it by "
+             f"hub.load({str(args.out)!r}, img_size=({height}, {width}))")
     rules = [(m.interpolate_offset, m.interpolate_antialias) for m in (model, again)]
     if rules[0] != rules[1]:
-        print(f"note: features are the same at {height}x{width} pixels; at other sizes, programs that read this layout "
-              "interpolate positions differently", file=sys.stderr)
+        note(f"features are the same at {height}x{width} pixels; at other sizes, programs that read this layout "
+             "interpolate positions differently")
     print(f"{args.out}: {sum(v.numel() for v in again.state_dict().values()):,} weights, layout {args.to}")
 
 
@@ -228,8 +228,8 @@ def image_features(model: DinoVisionTransformer, batches, rules: dict, device, d
     """Yields (path, CLS (D,), registers (R, D), patches (h, w, D)) per image, float32 arrays, for the batches of
     same_size_batches. Raises ValueError if features are not finite."""
     for i, (paths, images) in enumerate(batches):
-        if i == 0 and (note := many_patches(model, images.shape, paths[0])):
-            print(f"note: {note}", file=sys.stderr)
+        if i == 0 and (warning := many_patches(model, images.shape, paths[0])):
+            note(warning)
         images = normalize(to_float(images.to(device)), rules["mean"], rules["std"])  # (b, C, H, W)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             out = model.forward_features(images)

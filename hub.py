@@ -54,7 +54,7 @@ from model import ARCHS, DinoVisionTransformer, is_weight, load_backbone, load_s
 from support.cli import Parser, nearest, printable, run, run_subcommand
 from support.files import replacing
 from support.weights import (SAFETENSORS, dicts_of_tensors, find_backbone, how_to_extract, kind_of_file,
-                             name_of_network, no_backbone, shown_key, weights_hash)
+                             name_of_network, no_backbone, starts_with, weights_hash)
 
 URL = "https://dl.fbaipublicfiles.com/dinov2"
 RELEASED = tuple(f"dinov2_vit{size}14{reg}" for size in "sblg" for reg in ("", "_reg"))
@@ -190,7 +190,8 @@ def load(spec: str | Path, ckpt: dict | None = None, **arguments) -> DinoVisionT
 def is_of_train(ckpt: dict) -> bool:
     """Whether train.py wrote it, even if parts are missing."""
     arguments = ckpt["model"] if isinstance(ckpt.get("model"), dict) else {}
-    return "format" in ckpt or {"preset", "config"} <= ckpt.keys() or {"embed_dim", "num_heads"} <= arguments.keys()
+    marks = ({"format", "teacher"}, {"format", "config"}, {"preset", "config"})  # others also have a "format"
+    return any(keys <= ckpt.keys() for keys in marks) or {"embed_dim", "num_heads"} <= arguments.keys()
 
 
 def check_notes(path: str, ckpt: dict) -> None:
@@ -232,7 +233,7 @@ def layout_of_keys(keys) -> str:
 def to_official(path: str, source: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of the backbone in float32, with the names and shapes of the released files."""
     weights = {}
-    if name := name_of_network(source):
+    if name_of_network(source):
         raise ValueError(no_backbone(path, source))
     for key, value in source.items():
         name = official_name(key)
@@ -250,10 +251,6 @@ def to_official(path: str, source: dict[str, Tensor]) -> dict[str, Tensor]:
         weights["pos_embed"] = F.pad(weights["pos_embed"], (0, 0, 1, 0))  # (1, 1+h*w, D)
     weights.setdefault("mask_token", weights["cls_token"].new_zeros(1, weights["cls_token"].shape[-1]))
     return rename_timm_swiglu(weights)
-
-
-def first_entries(ckpt: dict) -> str:
-    return ", ".join(map(shown_key, list(ckpt)[:3]))
 
 
 def official_name(key: str) -> str:
@@ -332,8 +329,8 @@ def read_head(path: str | Path, dim: int, n_blocks: int) -> tuple[Tensor, Tensor
     both float32, and the number of layers. Raises ValueError if it is not a linear head, or is for another backbone."""
     head = read_file(str(path))
     if (pair := linear_head_in(head)) is None:
-        raise ValueError(f"{path} holds no linear head, which is weight (classes, features) and bias (classes,) "
-                         f"(it starts with: {first_entries(head)})")
+        raise ValueError(f"{path} holds no linear head, which is weight (classes, features) and bias (classes,)"
+                         + starts_with(head))
     weight, bias = pair
     most = min(4, n_blocks)
     layers = {2 * dim: 1, (1 + most) * dim: most}.get(weight.shape[1])
@@ -521,7 +518,7 @@ def head_weights(path: str | Path, ckpt: dict) -> dict[str, Tensor]:
     dims = {k: v.ndim for k, v in weights.items()}
     heads = (dict.fromkeys(names, 4) | {names[0].replace("weight", "bias"): 1} for names in HEAD_KEYS)
     if not any(keys.items() <= dims.items() for keys in heads):
-        raise ValueError(f"{path} holds no depth or segmentation head (it starts with: {first_entries(ckpt)})")
+        raise ValueError(f"{path} holds no depth or segmentation head{starts_with(ckpt)}")
     return weights
 
 

@@ -48,7 +48,7 @@ import heads
 import hub
 from data import normalize, to_float
 from eval_knn import neighbors as nearest_rows
-from support.cli import Parser, printable, run, run_subcommand
+from support.cli import Parser, note, printable, run, run_subcommand
 from support.draw import (
     GAP, LEGEND_WIDTH, LINE_HEIGHT, MAX_IMAGES, PALETTE, SHEET_WIDTH, Curve, Tile, color_bar, depth_bar, depth_colors,
     draw_curves, evenly_spaced, heat_colors, images_per_row, in_rows, label_colors, legend, mark_point, picture_names,
@@ -95,8 +95,8 @@ class Viewer:
         return FittedImage(path, fit_image(image, fit, self.mean), fit, tuple(image.shape[-2:]))
 
     def batch(self, image: FittedImage) -> Tensor:
-        if not self.warned and (note := many_patches(self.model, image.pixels[None].shape, image.path)):
-            tqdm.write(f"note: {note}", file=sys.stderr)
+        if not self.warned and (warning := many_patches(self.model, image.pixels[None].shape, image.path)):
+            note(warning)
             self.warned = True
         return normalize(to_float(image.pixels[None].to(self.device)), self.mean, self.std)  # (1, C, h*p, w*p)
 
@@ -250,8 +250,8 @@ def background_note(drawn: list[np.ndarray], paths: list[str]) -> str:
         return ""
     which = f"{dark[0]} is" if len(dark) == 1 else f"{len(dark)} images, such as {dark[0]}, are"
     everywhere = np.average(black, weights=[colors.size for colors in drawn])
-    return (f"{which} nearly black: {everywhere:.0%} of all patches were taken for background. --foreground all draws "
-            "them, too; high and low choose the side")
+    return (f"{which} nearly black: {everywhere:.0%} of all patches were taken for background; --foreground all colors "
+            "them too, high or low picks one side of the split")
 
 
 def show_pca(args: argparse.Namespace) -> None:
@@ -264,15 +264,15 @@ def show_pca(args: argparse.Namespace) -> None:
         paths.append(image.path)
         features.append(viewer.patches(image))
     drawn = pca_colors(features, args.foreground, args.threshold)
-    if note := background_note(drawn, paths):
-        print(f"note: {note}", file=sys.stderr)
+    if warning := background_note(drawn, paths):
+        note(warning)
     shown = evenly_spaced(len(paths), 24 if folder else MAX_IMAGES)
     if folder:
         for name, colors in zip(picture_names(paths), drawn):
             size = (colors.shape[1] * viewer.patch, colors.shape[0] * viewer.patch)
             save_png(Image.fromarray(colors).resize(size, Image.Resampling.NEAREST), out / f"{name}.png")
     elif len(shown) < len(paths):
-        print(f"note: {out} shows {len(shown)} of {len(paths)} images; --out FOLDER writes all", file=sys.stderr)
+        note(f"{out} shows {len(shown)} of {len(paths)} images; --out FOLDER writes all")
     picture = pair_sheet([viewer.read(paths[i]) for i in shown], [drawn[i] for i in shown])
     save_png(picture, out / "sheet.png" if folder else out)
 
@@ -395,8 +395,8 @@ def show_depth(args: argparse.Namespace) -> None:
     for i, (path, image) in enumerate(results.images_of(rules["in_chans"])):
         scale = args.size / min(image.shape[1:]) if args.size else 1
         shape = torch.Size([1, len(image), *(round(scale * side) for side in image.shape[1:])])
-        if i == 0 and (note := many_patches(network.backbone, shape, path)):
-            tqdm.write(f"note: {note}", file=sys.stderr)
+        if i == 0 and (warning := many_patches(network.backbone, shape, path)):
+            note(warning)
         meters = heads.predict_depth(network, image.to(device), rules["mean"], rules["std"], args.size, bool(args.flip))
         check_finite(meters, f"{args.model} with {args.head}")
         meters = meters.cpu().numpy()

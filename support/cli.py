@@ -20,6 +20,7 @@ import sys
 from typing import Annotated, Callable, Literal, NoReturn, get_args, get_origin
 
 import torch
+from tqdm import tqdm
 
 from support.machine import known_failure
 from support.parallel import Lost, noticing_losses
@@ -146,6 +147,11 @@ def printable(text: str) -> str:
     and bytes that are not UTF-8 become escapes such as \\n, \\x1b and \\xff."""
     return HIDDEN.sub(lambda c: f"\\x{ord(c[0]) & 0xFF:02x}" if "\udc80" <= c[0] <= "\udcff" else
                       c[0].encode("unicode_escape").decode(), text)
+
+
+def note(text: str) -> None:
+    """Prints a note on stderr, without disturbing a progress bar."""
+    tqdm.write(f"note: {printable(text)}", file=sys.stderr)
 
 
 def run_subcommand(commands: dict[str, Callable], manual: str, argv: list[str] | None):

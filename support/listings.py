@@ -16,7 +16,6 @@ import json
 import os
 import re
 import stat
-import sys
 import zlib
 from array import array
 from collections import Counter
@@ -26,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from support.cli import printable
+from support.cli import note
 from support.files import write_file
 from support.images import SUFFIXES
 
@@ -35,10 +34,10 @@ MAX_CLASSES = 2**20  # numbers of labels are below; tables of classes would fill
 
 
 @functools.cache
-def note(text: str) -> None:
-    """Prints a note on stderr, once per machine and command, without disturbing a progress bar."""
+def note_once(text: str) -> None:
+    """Prints a note once per machine and command, however many processes open the source, and how often."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        tqdm.write(f"note: {printable(text)}", file=sys.stderr)
+        note(text)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -51,7 +50,7 @@ def cached_listing(what: str, make) -> dict:
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dinov2"
     except RuntimeError:  # this user has no home
-        note("there is no home folder to cache listings in, so each process lists; XDG_CACHE_HOME can name a folder")
+        note_once("no home folder to cache the listing in, so every process lists; XDG_CACHE_HOME can name a folder")
         return make()
     path = folder / f"{hashlib.sha1(os.fsencode(what)).hexdigest()[:16]}.listing4"
     listing = read_listing(path)
@@ -61,7 +60,7 @@ def cached_listing(what: str, make) -> dict:
     try:
         write_file(path, functools.partial(write_listing, listing))
     except ValueError as error:
-        note(f"{error}, so each process lists; XDG_CACHE_HOME can name another folder than {folder}")
+        note_once(f"{error}, so every process lists; to cache listings elsewhere than {folder}, set XDG_CACHE_HOME")
         return listing
     written = read_listing(path)  # or what another machine, with other files of that name, has just written
     return written if written and written["stamps"] == listing["stamps"] else listing
@@ -107,7 +106,7 @@ def read_listing(path: Path) -> dict | None:
     except (OSError, ValueError):  # not readable by this user; empty
         return None
     if hashlib.sha256(data[32:]).digest() != data[:32].tobytes():
-        note(f"{path} is damaged; listing again")
+        note_once(f"{path} is damaged; listing again")
         return None
     at = 40 + int.from_bytes(data[32:40].tobytes(), "little")
     listing, tables = json.loads(data[40:at].tobytes())
@@ -267,6 +266,7 @@ def read_list(path: Path) -> dict:
         layout = guess_layout(path)
         rows = list_rows(path, layout) if layout else ()
         for name, label in tqdm(rows, desc=f"reading {path}", unit=" images", disable=None):
+            label = "" if re.fullmatch("-[0-9]+", label) else label  # as in tar files
             listing.add(name, classes.setdefault(label, len(classes)))
             if not (lower := name.lower()).endswith(SUFFIXES):
                 others.add(lower)
@@ -387,6 +387,7 @@ def list_rows(path: Path, layout: Layout):
 
 
 MAX_HEADER = 2**20  # bytes of a long name or of the attributes of a file
+MAX_NAME = 4096  # characters, as for paths on Linux; looking up a label takes time with the square of it
 MAX_LABEL = 64  # bytes of a .cls member
 
 
@@ -421,6 +422,8 @@ def tar_members(file, total: int):
                 records = pax_records(content)
         else:
             name = records.get("path") or long_name or member_name(block)
+            if len(name) > MAX_NAME:
+                raise Damaged(f"a name of {len(name):,} characters at byte {at - 512}")
             sparse = kind == b"S" or any(key.startswith("GNU.sparse.") for key in records)
             if "size" in records:
                 size = number(os.fsencode(records["size"]), at - 512, 10)

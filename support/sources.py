@@ -42,7 +42,7 @@ from support.cli import Parser, at_least, nearest, printable, run
 from support.datasets import ImageFiles, ImageNetEntries, InMemory, InTars, Mix, Source, TorchDataset, shuffled
 from support.images import MAX_BYTES, SUFFIXES, short_reason
 from support.listings import (
-    MAX_CLASSES, Damaged, cached_listing, hidden, list_folder, list_tars, note, read_list, stamp, tar_members)
+    MAX_CLASSES, Damaged, cached_listing, hidden, list_folder, list_tars, note_once, read_list, stamp, tar_members)
 from support.parallel import in_turns, on_all_ranks, worker_count, world
 
 SPLIT_FOLDERS = {"TRAIN": ("train", "training"), "VAL": ("val", "valid", "validation", "test")}
@@ -60,7 +60,7 @@ def open_source(spec: str, channels: int = 3) -> Source:
     what was left out, and how a list was understood."""
     source = open_quietly(spec, channels)
     for text in source.notes:
-        note(text)
+        note_once(text)
     return source
 
 
@@ -343,14 +343,17 @@ def open_path(name: str, options: dict[str, str]) -> Source:
 
 def expand_tars(pattern: str) -> list[str]:
     """x-{000..099}.tar and wildcards -> the files. Raises ValueError if one is missing."""
-    patterns = [pattern]
+    numbered, tars = [pattern], []
     if found := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
         numbers = range(int(found[1]), int(found[2]) + 1)
-        patterns = [pattern.replace(found[0], str(n).zfill(len(found[1]))) for n in numbers]
-    tars = [tar for pattern in patterns for tar in sorted(glob.glob(pattern)) or [pattern]]
-    if missing := [tar for tar in tars if not os.path.isfile(tar)]:
-        raise ValueError(f"--data {pattern!r}: " + (f"no file matches {missing[0]}" if "*" in missing[0] else
-                                                    f"{missing[0]} does not exist"))
+        if not numbers:
+            raise ValueError(f"--data {pattern!r}: {found[0]} is empty; write the smaller number first")
+        numbered = (pattern.replace(found[0], str(n).zfill(len(found[1]))) for n in numbers)
+    for name in numbered:  # one at a time: a mistyped range ends at the first that is missing
+        tars += (matches := sorted(glob.glob(name)) or [name])
+        if missing := [tar for tar in matches if not os.path.isfile(tar)]:
+            raise ValueError(f"--data {pattern!r}: " + (f"no file matches {missing[0]}" if "*" in missing[0] else
+                                                        f"{missing[0]} does not exist"))
     return tars
 
 
@@ -401,7 +404,7 @@ def image_paths(names: list[str]) -> list[str]:
             raise ValueError(f"no such image or folder: {name}")
         folder = open_folder(Path(name)) if os.path.isdir(name) else None
         for text in folder.notes if folder else ():
-            note(text)
+            note_once(text)
         for path in [name] if folder is None else map(folder.describe, range(len(folder))):
             paths.setdefault(os.path.realpath(path), path)
     return list(paths.values())

@@ -8,6 +8,7 @@
 Apache License 2.0.
 """
 import hashlib
+import itertools
 import json
 import re
 import shlex
@@ -47,14 +48,14 @@ def kind_of_file(path: str) -> str:
             head = file.read(1024)
     except OSError:
         return ""  # for the one who reads it to report
-    if kinds := [kind for start, magic, kind in SIGNATURES if head.startswith(magic, start)]:
-        return kinds[0]
     if not head:
         return "empty; copy or download it again"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 10**8:  # the length of a JSON header: may equal "PK"
+        return SAFETENSORS
+    if kinds := [kind for start, magic, kind in SIGNATURES if head.startswith(magic, start)]:
+        return kinds[0]
     if head.startswith(b"PK"):
         return kind_of_zip(path)
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 10**8:  # the length of a header in JSON
-        return SAFETENSORS
     if head.startswith(b"\x80"):
         return "" if LEGACY in head[:32] else "a Python pickle that torch.save did not write"
     text = head.decode("utf-8-sig", errors="replace")
@@ -159,16 +160,20 @@ def find_backbone(path: str, ckpt: dict) -> Found:
         names = " and ".join(repr(p.removesuffix(".")) if p else "no prefix" for p in meant[:3])
         raise ValueError(f"{path} holds {len(meant)} backbones, under {names}; save one of them alone")
     if not meant:
-        raise ValueError(no_backbone(path, keys or map(shown_key, ckpt)))
+        raise ValueError(no_backbone(path, keys or ckpt))
     return Found(meant[0], whole[meant[0]], [key for key in keys if not key.startswith(meant[0])])
 
 
 def no_backbone(path: str, keys, why: str = "") -> str:
     """The line for a file without a DINOv2 backbone."""
-    keys = list(keys)
     if name := name_of_network(keys):
         return f"{path} holds {name}, not DINOv2"
-    return f"{path} holds no DINOv2 backbone{why} (it starts with: {', '.join(keys[:3])})"
+    return f"{path} holds no DINOv2 backbone{why}{starts_with(keys)}"
+
+
+def starts_with(keys) -> str:
+    """The first keys of a file that is not what it should be, as an addition to a message."""
+    return f" (it starts with: {', '.join(map(shown_key, itertools.islice(keys, 3)))})" if keys else ": it is empty"
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -34,7 +34,7 @@ def names(source) -> list[str]:
 
 
 def told(capsys) -> str:
-    support.listings.note.cache_clear()
+    support.listings.note_once.cache_clear()
     return capsys.readouterr().err
 
 
@@ -128,7 +128,9 @@ END = bytes(1024)
      END, "left out: 1 sparse members"),
     (GOOD + header("a.cls", 512, b"S") + bytes(512) + END, "left out: 1 sparse members"),
     (GOOD + header("b.png", 0, b"2") + header("c.png", 0, b"1") + END, "left out: 2 link members"),
-    (GOOD + GOOD[:-512], "its end is missing")], ids=range(12))
+    (GOOD + header("pax", 10_000, b"x") + padded(b"10000 path=" + b"a." * 4992 + b"png\n\n") + header("b.png", 0) + END,
+     "a name of"),
+    (GOOD + GOOD[:-512], "its end is missing")], ids=range(13))
 def test_tars_that_claim_too_much(content, what, tmp_path, cache, capsys):
     """No memory is taken for what a header claims, no header leads back; what comes before is used."""
     (tmp_path / "x.tar").write_bytes(content)
@@ -234,6 +236,7 @@ LISTS = {  # content: (paths, labels by name, what is said)
     "﻿a/1.png\tcat\r\nb 2.png\tdog\r\n": (["cat", "dog"], "2 images, 2 classes, from the second column"),
     "a/1.png,cat\nb 2.png,dog": (["cat", "dog"], "2 images, 2 classes, from the second column"),
     "a/1.png , cat\n b 2.png ,dog \n\n": (["cat", "dog"], "2 classes, from the second column"),
+    "a/1.png,0\nb 2.png,-1": (["0", None], "1 classes, from the second column; 1 without a label"),
     "a/1.png;3\nb 2.png;12": (["3", "12"], "2 classes, from the second column"),
     "a/1.png 3\nb 2.png 12": (["3", "12"], "2 classes, from the second column"),
     "a/1.png cat 0.9\nx,y.png dog 0.7": (["cat", "dog"], "2 classes, from the second column"),
