@@ -95,7 +95,7 @@ def read_file(path: str) -> dict:
     if kind == SAFETENSORS:
         return read_safetensors(path)
     if kind:
-        what = kind if kind in ("empty", "truncated") else f"{kind}, not a file of weights"
+        what = kind if kind in ("empty", "truncated") else f"{kind}, not a weight file"
         raise ValueError(f"{path} is {what}" + f"; {advice}" * bool(advice))
     scalar = np.float64(0).__reduce__()[0]  # unpickles NumPy numbers; numpy 2 renamed its module
     allowed = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]

@@ -26,16 +26,16 @@ from torch import Tensor
 
 MAX_PIXELS = 2**27  # larger images are refused, so that a small file cannot fill the memory; Pillow's limit is 2**27.4
 MAX_BYTES = 2**30  # larger files are refused as well
-MAX_UNPACKED = 2**27  # bytes that a gzipped file, or a text or color profile within a PNG, may unpack to
-MAX_SCANS = 100  # of a JPEG, which has 1, or about 10 if progressive: 14 bytes can cost a pass over all pixels
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "AVIF")  # what Pillow may detect, whatever the file name
+MAX_UNPACKED = 2**27  # bytes that a gzipped file, or a text or color profile in a PNG, may unpack to
+MAX_SCANS = 100  # in a JPEG; progressive ones have about 10. A scan of 14 bytes costs a pass over all pixels
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "AVIF")  # that Pillow may detect, whatever the name
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".avifs", ".bmp", ".gif",
             ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".npy")  # of files in these formats and NumPy's
 SCAN_OR_END = re.compile(rb"\xff[\xda\xd9]")
 ORIENTATION = re.compile(rb"""\x12\x01.{6}[\2-\x08] | \x01\x12.{6}(\0\0)?\0[\2-\x08] | tiff:Orientation(="|>)[2-8]""",
                          re.DOTALL | re.VERBOSE)  # other than upright, in Exif of either byte order or in XMP
 SWAPPED = {f"{mode};16{order}": f"{mode};16{other}" for mode in ("RGB", "RGBA", "RGBX")
-           for order, other in ("BL", "LB", "NB")}  # Pillow's names for 16-bit color, and for its other byte order
+           for order, other in ("BL", "LB", "NB")}  # Pillow's names for 16-bit color -> in the other byte order
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def read_file(path: str) -> np.ndarray:
     """The bytes of a file, uint8 (n,). Raises OSError, or ValueError if there are too many."""
     info = os.stat(path)
     if not stat.S_ISREG(info.st_mode):  # reading a pipe would block forever
-        raise OSError("not a file")
+        raise OSError("not a regular file")
     if info.st_size > MAX_BYTES:
         raise ValueError(f"{info.st_size:,} bytes, more than MAX_BYTES in support/images.py")
     return np.fromfile(path, np.uint8)
@@ -70,9 +70,9 @@ def decode(data: np.ndarray, channels: int = 3) -> Tensor:
     """The bytes of an image file, uint8 (n,), as an upright image (channels, H, W): uint8, or uint16 for 16-bit gray
     and for 16-bit color of PNG and TIFF files.
 
-    Gray is repeated and color converted to gray, as `channels` requires. Transparent images are put on white, as in
-    browsers and catalogs; the colors of transparent pixels are often garbage. With 4 channels alpha is kept, or set to
-    opaque. Other numbers of channels are read from .npy arrays (H, W, C) and from the pages of a TIFF. Raises
+    Gray is repeated and color converted to gray, as `channels` requires. Transparent images are composited on white, as
+    in browsers and catalogs; the colors of transparent pixels are often garbage. With 4 channels alpha is kept, or set
+    to opaque. Other numbers of channels are read from .npy arrays (H, W, C) and from the pages of a TIFF. Raises
     ValueError if decoding would take too much memory or time, and whatever the decoder raises if the file cannot be
     decoded.
     """
@@ -91,7 +91,7 @@ def decode(data: np.ndarray, channels: int = 3) -> Tensor:
 def unpack(data: np.ndarray) -> np.ndarray:
     unpacked = zlib.decompressobj(31).decompress(data, MAX_UNPACKED + 1)
     if len(unpacked) > MAX_UNPACKED:
-        raise ValueError("gzipped, of more bytes than MAX_UNPACKED in support/images.py")
+        raise ValueError("unpacks to more than MAX_UNPACKED bytes, see support/images.py")
     return np.frombuffer(bytearray(unpacked), np.uint8)
 
 
@@ -112,8 +112,8 @@ def read_npy(data: np.ndarray) -> Tensor:
 
 @functools.cache
 def jpeg_decoder() -> Callable | None:
-    """torchcodec's if it is installed, else torchvision's while there is one (0.29 announces its end), else None:
-    Pillow gives the same bits, but takes longer."""
+    """torchcodec's if installed, else torchvision's while it exists (deprecated in 0.29), else None: Pillow gives the
+    same pixels, but is slower."""
     try:
         from torchcodec.decoders import decode_jpeg
     except (ImportError, OSError, RuntimeError):  # absent, or its libraries cannot be loaded
@@ -125,14 +125,14 @@ def jpeg_decoder() -> Callable | None:
 
 
 def read_jpeg(data: np.ndarray, channels: int) -> Tensor:
-    """By jpeg_decoder(), or by Pillow if there is none or it refuses the file."""
+    """By jpeg_decoder(), or by Pillow if there is none or it rejects the file."""
     turning = check_jpeg(data.tobytes())
     if channels not in (1, 3) or not (decoder := jpeg_decoder()):
         return read_by_pillow(data, channels)
     unturned = data
     if turning:
         unturned = data.copy()
-        unturned[turning] = 0xEF  # a marker without meaning: torchcodec turns the image, but only by the first segment
+        unturned[turning] = 0xEF  # a marker that decoders skip: torchcodec would turn the image by the first segment
     try:
         image = decoder(torch.from_numpy(unturned), mode="RGB" if channels == 3 else "GRAY")
     except RuntimeError:
@@ -144,8 +144,8 @@ def read_jpeg(data: np.ndarray, channels: int) -> Tensor:
 
 
 def check_jpeg(data: bytes) -> list[int]:
-    """Goes through the segments as libjpeg does, skipping what lies between them. Raises ValueError if there are too
-    many pixels or scans. Returns where the markers are of segments with an orientation."""
+    """Walks through the segments as libjpeg does, skipping bytes between them. Raises ValueError if there are too many
+    pixels or scans. Returns the positions of the markers of segments that hold an orientation."""
     at, turning, components, progressive = 2, [], b"", False
     while 0 < (at := data.find(b"\xff", at) + 1) < len(data):
         marker = data[at]
@@ -170,13 +170,13 @@ def check_jpeg(data: bytes) -> list[int]:
 
 @contextlib.contextmanager
 def open_by_pillow(data: np.ndarray) -> Iterator[Image.Image]:
-    """Without a warning on the screen: what matters of them is checked here."""
-    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_UNPACKED  # Pillow's refuse valid files
+    """Opens an image file without Pillow's warnings."""
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = MAX_UNPACKED  # Pillow's limits reject valid files
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             file = Image.open(io.BytesIO(data), formats=FORMATS)
-        except (UnidentifiedImageError, KeyError):  # a message that differs from run to run; no AVIF before Pillow 11.3
+        except (UnidentifiedImageError, KeyError):  # the message holds an address; no AVIF before Pillow 11.3
             raise ValueError("cannot identify the image format") from None
         with file:
             yield file
@@ -200,12 +200,12 @@ def read_by_pillow(data: np.ndarray, channels: int) -> Tensor:
 
 def check_frame(file: Image.Image) -> None:
     check_size(*file.size)
-    tags = getattr(file, "tag_v2", {})  # of a TIFF, where a small image may lie in one huge tile
+    tags = getattr(file, "tag_v2", {})  # of a TIFF: a small image can lie in a huge tile
     check_size(tags.get(322, 1), tags.get(323, 1))
 
 
 def swapped_tiles(file: Image.Image) -> list[tuple]:
-    """The tiles of an open file with 16-bit color, as if it had the other byte order; [] for other files."""
+    """The tiles of an open file with 16-bit color, declared as the other byte order; [] for other files."""
     swapped = []
     for tile in file.tile:  # (codec, extents, offset, args)
         name, *others = tile[3] if tile[3] and isinstance(tile[3], tuple) else (tile[3],)
@@ -216,7 +216,7 @@ def swapped_tiles(file: Image.Image) -> list[tuple]:
 
 
 def read_deep(data: np.ndarray, file: Image.Image, swapped: list[tuple]) -> Tensor:
-    """16-bit color, of which Pillow returns the high bytes: from the other byte order, it returns the low ones."""
+    """16-bit color (c, H, W). Pillow returns the high bytes; told the other byte order, it returns the low ones."""
     high = np.asarray(file)
     with open_by_pillow(data) as low:
         low.tile = swapped
@@ -243,7 +243,7 @@ def from_pillow(image: Image.Image, channels: int) -> Tensor:
     if image.mode[0] in "IF":  # 16-bit gray is I;16, in older versions I
         pixels = np.asarray(image)
         if pixels.dtype.kind == "f" or pixels.min() < 0 or pixels.max() > 65535:
-            raise ValueError(f"pixels of type {pixels.dtype} outside of 0 to 65535; save them as 16-bit integers")
+            raise ValueError(f"{pixels.dtype} pixels, or values outside 0 to 65535; save as 16-bit integers")
         return upright(from_deep(pixels.astype(np.uint16), transparent), image)
     if channels == 4 or transparent is not None or image.mode[-1] in "Aa":
         mode = "RGBA"
@@ -253,10 +253,10 @@ def from_pillow(image: Image.Image, channels: int) -> Tensor:
 
 
 def upright(image: Tensor, file: Image.Image) -> Tensor:
-    """(c, H, W) turned as ImageOps.exif_transpose() turns `file`, but damaged Exif data turn nothing."""
+    """(c, H, W) transposed as ImageOps.exif_transpose() does to `file`, but not if its Exif data are damaged."""
     try:
         orientation = file.getexif().get(0x0112, 1)
-    except Exception:  # of any kind
+    except Exception:  # damaged data can raise anything
         return image
     if orientation in (5, 6, 7, 8):
         image = image.transpose(1, 2)

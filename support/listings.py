@@ -1,10 +1,10 @@
-"""Which images a folder, a list or some tar files hold: found out once, cached, mapped into memory.
+"""Lists the images in a folder, a list or tar files once, and maps the listing into memory from then on.
 
     listing = cached_listing("folder /photos", lambda: list_folder(Path("/photos")))
     listing["names"], listing["ends"]           # arrays; listing["classes"], ["notes"], ... are plain data
 
-The cache is ~/.cache/dinov2 (XDG_CACHE_HOME moves it). Its files carry a digest: what does not match it, or was made
-before a file or folder changed, is listed anew. Apache License 2.0.
+The cache is ~/.cache/dinov2 (XDG_CACHE_HOME moves it). If a cached file does not match its digest, or a listed file or
+folder has changed since, it is made again. Apache License 2.0.
 """
 import codecs
 import csv
@@ -29,8 +29,8 @@ from support.cli import note
 from support.files import write_file
 from support.images import SUFFIXES
 
-JUNK = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}  # folders of small copies that macOS, Synology and Windows leave
-MAX_CLASSES = 2**20  # numbers of labels are below; tables of classes would fill the memory
+JUNK = {"__MACOSX", "@eaDir", "$RECYCLE.BIN"}  # folders that macOS, Synology and Windows leave behind
+MAX_CLASSES = 2**20  # numeric labels must be smaller: tables with a row per class would fill the memory
 
 
 @functools.cache
@@ -46,7 +46,7 @@ def note_once(text: str) -> None:
 
 def cached_listing(what: str, make) -> dict:
     """make()'s listing: {"stamps": {path: stamp(path)}, name: array or plain data}, from the cache unless a stamp has
-    changed. A cache that cannot be written is a note."""
+    changed. If the cache cannot be written, prints a note."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dinov2"
     except RuntimeError:  # this user has no home
@@ -67,7 +67,7 @@ def cached_listing(what: str, make) -> dict:
 
 
 def stamp(path: str) -> list[int]:
-    """What changes with a file or folder: the time in ns, and the size of a file."""
+    """What tells that a file or folder has changed: its time in ns, and the size of a file."""
     info = os.stat(path)
     return [info.st_mtime_ns, info.st_size if stat.S_ISREG(info.st_mode) else 0]
 
@@ -98,7 +98,7 @@ def write_listing(listing: dict, file) -> None:
 
 def read_listing(path: Path) -> dict | None:
     """The listing in a file, its tables mapped into memory. None if there is none, or it is damaged. Nothing is parsed
-    before the digest is found to be right."""
+    before the digest is verified."""
     try:
         if not path.is_file():
             return None
@@ -144,14 +144,14 @@ class ListingBuilder:
 # What is left out
 
 
-BESIDE = {"." + ending for ending in (  # of files that lie beside images as a rule: nobody misses them
+BESIDE = {"." + ending for ending in (  # of files that often accompany images: nobody misses them
     "txt text md rst json jsonl xml csv tsv yaml yml toml ini cfg log html htm pdf py sh db cls id url pkl pickle pyd "
     "npz pt pth mat md5 sha256 bib xmp aae").split()}
 UNNAMED = ("readme", "license", "licence", "copying", "notice", "authors", "changelog", "makefile")
 
 
 class LeftOut(Counter):
-    """Counts the files that are no images to us by their endings, without those that never are."""
+    """Counts the files that are not read as images by extension, except those nobody would expect to be read."""
 
     def add(self, name: str) -> None:
         """`name` in lower case."""
@@ -289,7 +289,7 @@ def list_notes(path: Path, layout: Layout | None, tables: dict, n_unlabeled: int
         said += [f"{n_unlabeled:,} without a label"] * (n_unlabeled > 0)
     if layout and layout.header:
         said.append(f"the first line, {' '.join(layout.header)!r}, is a header")
-    said += [f"tried although they do not end like images: {others}"] * bool(others)
+    said += [f"read although their extensions are unknown: {others}"] * bool(others)
     return [f"{path}: {n:,} images, {'; '.join(said)}"] if said else []
 
 
@@ -315,8 +315,8 @@ def text_lines(path: Path):
 
 def split_line(line: str, separator: str) -> list[str]:
     """The columns of a line, without spaces around them and without quotes."""
-    if '"' in line:  # each line for itself: a quote that is never closed must not swallow the rest of the file
-        spaced = separator[:1] == " "  # of which Python 3.13 allows no others to be skipped
+    if '"' in line:  # line by line: a quote that is never closed must not swallow the rest of the file
+        spaced = separator[:1] == " "  # Python 3.13 refuses to skip spaces if they separate
         fields = next(csv.reader([line], delimiter=separator[:1] or "\x1f", skipinitialspace=not spaced))
         return [field.strip() for field in fields]
     if not separator or separator == " " and line.lower().endswith(SUFFIXES):
@@ -327,8 +327,8 @@ def split_line(line: str, separator: str) -> list[str]:
 
 
 def guess_layout(path: Path) -> Layout | None:
-    """The layout in which the first lines of a list name the most files that exist, then the most with the ending of an
-    image. None for an empty list. Raises ValueError if no column does."""
+    """The layout in which the first lines of a list name the most existing files, then the most image extensions. None
+    for an empty list. Raises ValueError if no column names any."""
     lines = [line for (_, line), _ in zip(text_lines(path), range(PROBED))]
     best, found = (0, 0), None
     for separator in SEPARATORS:
@@ -341,8 +341,8 @@ def guess_layout(path: Path) -> Layout | None:
                 best, found = score, (separator, column, rows)
     if found is None:
         if lines:
-            raise ValueError(f"{path} names no image: nothing in its first line, {lines[0][:80]!r}, is a file or ends "
-                             f"like an image; write one path per line, absolute or relative to {path.parent}")
+            raise ValueError(f"{path} names no image: nothing in its first line, {lines[0][:80]!r}, is a file or has "
+                             f"an image's extension; write one path per line, absolute or relative to {path.parent}")
         return None
     separator, column, rows = found
     first = rows[0][column] if len(rows[0]) > column else ""
@@ -374,11 +374,11 @@ def list_rows(path: Path, layout: Layout):
         n = len(fields)
         if n <= column or not fields[column]:
             raise ValueError(f"{path}, line {number}, {line[:80]!r}, has no path in the {ordinal(column)} column, as "
-                             "the first lines have; mend or remove it")
+                             "the first lines have; fix or remove it")
         if n > n_columns and any(fields[n_columns:]):
             raise ValueError(f"{path}, line {number}, {line[:80]!r}, has {n} columns, the first lines at most "
-                             f"{n_columns}, separated by {SEPARATORS[separator]}; put a path or label with such a sign "
-                             "in quotes")
+                             f"{n_columns}, separated by {SEPARATORS[separator]}; quote a path or label that contains "
+                             "one")
         yield fields[column], "" if label is None or label >= n else fields[label]
 
 
@@ -403,8 +403,8 @@ class Member(NamedTuple):
 
 
 def tar_members(file, total: int):
-    """Yields the Members of an open tar file of `total` bytes, jumping from header to header: ustar, GNU and pax. Takes
-    no more memory than MAX_HEADER, whatever the headers claim. Raises Damaged."""
+    """Yields the Members of an open tar file of `total` bytes (ustar, GNU or pax), seeking from header to header. Never
+    reads more than MAX_HEADER bytes at once, whatever the headers claim. Raises Damaged."""
     at, long_name, records = 0, "", {}
     while at + 512 <= total:
         block = read_at(file, at, 512)
@@ -460,7 +460,7 @@ def checked_size(block: bytes, at: int) -> int:
 
 
 def number(field: bytes, at: int, base: int = 8) -> int:
-    """A number in a header: digits, or in GNU's files large ones in binary. Raises Damaged if it is negative, or none.
+    """A number in a header: digits, or binary if large, as GNU writes it. Raises Damaged if it is neither, or negative.
     """
     if field[0] == 0x80 and base == 8:
         return int.from_bytes(field[1:], "big")
@@ -478,7 +478,7 @@ def member_name(block: bytes) -> str:
 
 
 def pax_records(content: bytes) -> dict[str, str]:
-    """Lines "LENGTH KEY=VALUE"; the length counts itself. What does not look like that ends the records."""
+    """Lines "LENGTH KEY=VALUE"; the length counts itself. Anything else ends the records."""
     records, at = {}, 0
     while found := re.compile(rb"(\d{1,7}) ([^=]{1,200})=").match(content, at):
         end = at + int(found[1])
@@ -490,7 +490,7 @@ def pax_records(content: bytes) -> dict[str, str]:
 
 
 def list_tars(tars: list[str], image: str = "") -> dict:
-    """Where the images are; labels from the .cls members. `image`: of a sample with several images, which one."""
+    """Where the images are, with labels from the .cls members. `image`: which one of a sample with several images."""
     columns = {"shard": array("i"), "start": array("q"), "size": array("q"), "labels": array("i")}
     stamps, others, several, notes = {}, LeftOut(), Several(image), []
     for j, path in enumerate(tqdm(tars, desc="listing tars", unit="tar", disable=None)):

@@ -1,8 +1,8 @@
-"""Files of weights from anywhere: what a file is, where in it the backbone lies, what other networks are called.
+"""Weight files from anywhere: what a file is, where the backbone lies in it, which other network it may hold.
 
     kind_of_file("photo.pth")       # "a PNG image", by its content; "" for what may be a PyTorch file
     find_backbone(path, ckpt)       # the backbone in nested dicts, under any prefix: Found(prefix, weights, others)
-    name_of_network(keys)           # "DINOv3", "CLIP", ...; "" for what is not known
+    name_of_network(keys)           # "DINOv3", "CLIP", ...; "" if unknown
     weights_hash(model)             # SHA-256 of the weights
 
 Apache License 2.0.
@@ -41,13 +41,13 @@ TEXTS = ((r"version https://git-lfs", "a Git LFS pointer; fetch the file itself 
 
 
 def kind_of_file(path: str) -> str:
-    """What a file is by its content, with what to do after "; "; SAFETENSORS for such; "" for what may be a PyTorch
-    file, damaged or not, and for what cannot be opened."""
+    """What a file is by its content, and after "; " what to do about it; SAFETENSORS for those; "" for what may be a
+    PyTorch file, damaged or not, and for what cannot be opened."""
     try:
         with open(path, "rb") as file:
             head = file.read(1024)
     except OSError:
-        return ""  # for the one who reads it to report
+        return ""  # reading it will report why
     if not head:
         return "empty; copy or download it again"
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 10**8:  # the length of a JSON header: may equal "PK"
@@ -65,7 +65,7 @@ def kind_of_file(path: str) -> str:
 
 
 def kind_of_zip(path: str) -> str:
-    """As kind_of_file, of a zip archive, which PyTorch files are too."""
+    """kind_of_file() of a zip archive, as PyTorch files are."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.rsplit("/")[-1] for name in archive.namelist()}
@@ -79,8 +79,8 @@ def kind_of_zip(path: str) -> str:
 
 
 def how_to_extract(path: str, error: str) -> str:
-    """What to do about a pickle with more than weights in it, such as the settings of a run: the command for the shell
-    that saves the weights alone, and runs the code in the pickle. Nothing if that code is of no use to any model."""
+    """What to do about a pickle that holds more than weights, such as the settings of a run: a shell command that runs
+    the pickled code and saves the weights alone. "" if no model would need such code."""
     if re.search(r"pickled code, (posix|nt|os|subprocess|sys|builtins|runpy|shutil|socket)\.", error):
         return ""
     return ". If you trust it, save its weights alone: python -c " + shlex.quote(
@@ -134,7 +134,7 @@ def dicts_of_tensors(ckpt: dict) -> list[tuple[str, dict[str, Tensor]]]:
 
 
 def shown_key(key) -> str:
-    """A key of a dict, for messages of one line."""
+    """A key of a dict, fit for a message of one line."""
     return printable(str(key))[:200]
 
 

@@ -224,7 +224,7 @@ def test_left_out_files_are_told(tmp_path, cache, capsys):
     write_images(tmp_path, ["b.png"])
     (tmp_path / "list.txt").write_text("a.heic\nb.png\n")
     assert len(open_source(f"{tmp_path}/list.txt")) == 2
-    assert told(capsys).endswith("2 images, tried although they do not end like images: 1 .heic\n")
+    assert told(capsys).endswith("2 images, read although their extensions are unknown: 1 .heic\n")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def test_a_list_may_have_labels_late_only(tmp_path, cache):
     (b"a.png,cat\nb.png,dog\nc.png,dog,small\n", "line 3, 'c.png,dog,small', has 3 columns, the first lines at most 2"),
     (b"a.png,cat\nb.png,dog\n,dog\n", "line 3, ',dog', has no path in the first column"),
     (b"1,a.png\n2,b.png\n3\n", "line 3, '3', has no path in the second column"),
-    (b"hello\nworld\n", "names no image: nothing in its first line, 'hello', is a file or ends like an image"),
+    (b"hello\nworld\n", "names no image: nothing in its first line, 'hello', is a file or has an image's extension"),
     (b"a.png\n" + b"b" * 70000, "line 2, is longer than 65,536 characters"),
     (b"a.png\n\xff\xd8\0", "is not readable as text"), (b"\xff\xfea", "is not readable as text"),
     (b"", "names no image")])
@@ -324,14 +324,16 @@ def check(argv: list[str]) -> None:
     support.cli.run(lambda: support.sources.main(["check", argv[0], "--num-workers", "0"]))
 
 
-def test_foreign_names_reach_no_terminal(tmp_path, cache):
+def test_foreign_names_reach_no_terminal(tmp_path, cache, capsys):
     """A name that is not UTF-8 and one with an escape sequence and a line break: all are reported, one line each, even
     where the terminal knows ASCII only."""
     (tmp_path / "p").mkdir()
     for name in (b"\xe9.png", b"a\x1b[2J\nb.png", "é日.png".encode()):
         (tmp_path / "p" / os.fsdecode(name)).write_bytes(b"no image")
-    for encoding in ("utf-8", "ascii"):
-        text = Launched(tmp_path / f"{encoding}.log", check, tmp_path / "p", encoding).wait(ok=1)
+    with pytest.raises(SystemExit):
+        support.sources.main(["check", f"{tmp_path}/p", "--num-workers", "0"])
+    ascii_only = Launched(tmp_path / "ascii.log", check, tmp_path / "p", "ascii").wait(ok=1)
+    for encoding, text in (("utf-8", capsys.readouterr().out), ("ascii", ascii_only)):
         lines = text.splitlines()
         assert len(lines) == 4 and "\x1b" not in text, text
         assert rf"{tmp_path}/p/a\x1b[2J\nb.png" + "\tcannot" in lines[0] and r"/\xe9.png" in lines[2]

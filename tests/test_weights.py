@@ -33,7 +33,7 @@ def foreign_files() -> dict[str, tuple[bytes, str]]:
     """{name: (content, what it is called)}."""
     image, weights = Image.new("RGB", (8, 8)), hub_vit().state_dict()
     whole = content_of(lambda f: torch.save(weights, f))
-    images = {kind: (content_of(image.save, kind), f"a {kind} image, not a file of weights$")
+    images = {kind: (content_of(image.save, kind), f"a {kind} image, not a weight file$")
               for kind in ("PNG", "JPEG", "GIF", "TIFF", "BMP")}
     tar, archive = io.BytesIO(), io.BytesIO()
     with tarfile.open(fileobj=tar, mode="w") as file:
@@ -43,7 +43,7 @@ def foreign_files() -> dict[str, tuple[bytes, str]]:
     traced = torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2))
     return images | dict(
         webp=(content_of(image.save, "WEBP"), "a WebP image"), empty=(b"", "is empty; copy or download it again$"),
-        tar=(tar.getvalue(), "a tar archive, not a file of weights; unpack it first$"),
+        tar=(tar.getvalue(), "a tar archive, not a weight file; unpack it first$"),
         gzip=(gzip.compress(whole[:999]), "a gzip archive, .*unpack it first"),
         zip=(archive.getvalue(), "a zip archive that torch.save did not write"),
         npz=(content_of(np.savez, np.ones(3)), "a zip archive that torch.save did not write"),
