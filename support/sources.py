@@ -352,8 +352,7 @@ def expand_tars(pattern: str) -> list[str]:
     for name in numbered:  # one at a time: a mistyped range ends at the first that is missing
         tars += (matches := sorted(glob.glob(name)) or [name])
         if missing := [tar for tar in matches if not os.path.isfile(tar)]:
-            raise ValueError(f"--data {pattern!r}: " + (f"no file matches {missing[0]}" if "*" in missing[0] else
-                                                        f"{missing[0]} does not exist"))
+            raise ValueError(f"--data {pattern!r}: there is no file {missing[0]}")
     return tars
 
 

@@ -159,8 +159,8 @@ def test_data_tar_shards(tmp_path, cache, capsys):
     cut = support.sources.open_source(f"{tmp_path}/cut.tar")
     assert 300 < len(cut) < 400 and "is damaged after" in capsys.readouterr().err
     (tmp_path / "zip.tar").write_bytes(b"\x1f\x8b no tar")
-    for spec, text in ((f"{tmp_path}/zip.tar", "not a plain tar"), (f"{tmp_path}/none.tar", "does not exist"),
-                       (f"{tmp_path}/s-{{000..99999999999}}.tar", "s-005.tar does not exist"),
+    for spec, text in ((f"{tmp_path}/zip.tar", "not a plain tar"), (f"{tmp_path}/none.tar", "there is no file"),
+                       (f"{tmp_path}/s-{{000..99999999999}}.tar", "there is no file .*s-005.tar"),
                        (f"{tmp_path}/s-{{9..0}}.tar", "is empty; write the smaller"),
                        (f"{tmp_path}/s-002.tar", "no image"), (f"{tmp_path}/cut.tar:interleave=x", "interleave is")):
         with pytest.raises(ValueError, match=text):

@@ -283,7 +283,7 @@ def too_large_a_step() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of a process")
-@pytest.mark.parametrize("flags,before", [(("--head-n-prototypes", 4_000_000), little_memory), ((), too_large_a_step)])
+@pytest.mark.parametrize("flags,before", [(("--head-n-prototypes", 40_000_000), little_memory), ((), too_large_a_step)])
 def test_training_out_of_memory(flags, before, tmp_path):
     """Where the network does not fit, and where a step does not."""
     training = Launched(tmp_path / "log", train.main, *TINY, "--steps", 4, "--out", tmp_path / "out", *flags,
@@ -416,7 +416,7 @@ def test_a_busy_machine(threads, load, cores, usable, text, monkeypatch, capsys)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pseudo-terminals")
-@pytest.mark.parametrize("size", [(0, 0), (24, 0), (24, 80)])
+@pytest.mark.parametrize("size", [(0, 0), pytest.param((24, 0), marks=pytest.mark.slow), (24, 80)])
 def test_a_line_a_minute_on_a_terminal_of_no_size(size, tmp_path):
     """Where tqdm draws nothing, lines come as without a terminal."""
     ours, theirs = pty.openpty()
@@ -486,6 +486,6 @@ def test_nearly_black_pictures_are_explained():
     assert visualize.background_note([*drawn], ["a", "b", "c"]) == ""  # a tenth is foreground
     drawn[1, 0, :3], drawn[0, :5] = 0, 0
     note = visualize.background_note([*drawn], ["a", "b", "c"])
-    assert note.startswith("b is nearly black: 48% of all patches were taken for background. --foreground all draws")
+    assert note.startswith("b is nearly black: 48% of all patches were taken for background; --foreground all colors")
     drawn[2] = 0
     assert visualize.background_note([*drawn], ["a", "b", "c"]).startswith("2 images, such as b, are nearly black: 81%")
