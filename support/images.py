@@ -9,6 +9,7 @@ Apache License 2.0.
 import contextlib
 import functools
 import io
+import itertools
 import math
 import os
 import re
@@ -28,9 +29,11 @@ MAX_PIXELS = 2**27  # larger images are refused, so that a small file cannot fil
 MAX_BYTES = 2**30  # larger files are refused as well
 MAX_UNPACKED = 2**27  # bytes that a gzipped file, or a text or color profile in a PNG, may unpack to
 MAX_SCANS = 100  # in a JPEG; progressive ones have about 10. A scan of 14 bytes costs a pass over all pixels
+MAX_SEGMENTS = 2**16  # in the header of a JPEG
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", "AVIF")  # that Pillow may detect, whatever the name
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".avif", ".avifs", ".bmp", ".gif",
             ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".npy")  # of files in these formats and NumPy's
+MARKER = re.compile(rb"\xff[^\0\xff]")  # not a fill byte, nor what stands for 0xFF in the data
 SCAN_OR_END = re.compile(rb"\xff[\xda\xd9]")
 ORIENTATION = re.compile(rb"""\x12\x01.{6}[\2-\x08] | \x01\x12.{6}(\0\0)?\0[\2-\x08] | tiff:Orientation(="|>)[2-8]""",
                          re.DOTALL | re.VERBOSE)  # other than upright, in Exif of either byte order or in XMP
@@ -145,16 +148,16 @@ def read_jpeg(data: np.ndarray, channels: int) -> Tensor:
 
 def check_jpeg(data: bytes) -> list[int]:
     """Walks through the segments as libjpeg does, skipping bytes between them. Raises ValueError if there are too many
-    pixels or scans. Returns the positions of the markers of segments that hold an orientation."""
-    at, turning, components, progressive = 2, [], b"", False
-    while 0 < (at := data.find(b"\xff", at) + 1) < len(data):
-        marker = data[at]
-        if marker in (0x00, 0xFF):  # not a marker, or a fill byte before one
-            continue
-        at += 1
+    pixels, scans or segments. Returns the positions of the markers of segments that hold an orientation."""
+    at, n, turning, components, progressive = 2, 0, [], b"", False
+    while found := MARKER.search(data, at):
+        at, n, marker = found.end(), n + 1, found[0][1]
+        if n > MAX_SEGMENTS:
+            raise ValueError("more segments than MAX_SEGMENTS in support/images.py")
         if marker == 0xDA:  # the first scan, with which the header ends. Others follow only in these cases:
             if progressive or components != data[at + 2 : at + 3]:
-                if [*SCAN_OR_END.findall(data, at), b"\xff\xd9"].index(b"\xff\xd9") >= MAX_SCANS:
+                marks = [mark[0] for mark in itertools.islice(SCAN_OR_END.finditer(data, at), MAX_SCANS)]
+                if len(marks) == MAX_SCANS and b"\xff\xd9" not in marks:
                     raise ValueError("more scans than MAX_SCANS in support/images.py")
             break
         length = int.from_bytes(data[at : at + 2], "big")

@@ -174,6 +174,16 @@ def test_data_sizes_are_checked_before_any_decoder(monkeypatch):
     for channels in (3, 4):
         with pytest.raises(ValueError, match="MAX_SCANS"):
             decode(scans[:-2] + scans[last:-2] * 100 + scans[-2:], channels)
+    for junk in (b"\xff\xe1\0\2", b"\xff\0", b"\xff"):  # of which each byte must not cost a step of Python
+        began = time.process_time()
+        with pytest.raises(Exception, match="MAX_SEGMENTS|identify|truncated|image file|broken"):
+            decode(scans[:2] + junk * 2_000_000, 3)
+        assert time.process_time() - began < 0.4
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="MAX_SCANS"):
+        support.images.check_jpeg(scans[: last + 14] + b"\xff\xda" * 500_000)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
 
 
 def test_data_what_unpacks_is_bounded(monkeypatch):
