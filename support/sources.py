@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from support.cli import Parser, at_least, nearest, printable, run
+from support.cli import Parser, at_least, nearest, note, printable, run
 from support.datasets import ImageFiles, ImageNetEntries, InMemory, InTars, Mix, Source, TorchDataset, shuffled
 from support.images import MAX_BYTES, SUFFIXES, short_reason
 from support.listings import (
@@ -542,8 +542,8 @@ def measure_stats(source: Source, n: int, num_workers: int = 0) -> tuple[list[fl
     for _, sums, reason in read_all(source, indices, num_workers):
         total, n_bad = total + sums, n_bad + bool(reason)
     if n_bad:
-        print(f"{n_bad:,} of {n:,} images cannot be read; to list them: python -m support.sources check "
-              f"{shlex.quote(source.spec)}{f' --in-chans {source.channels}' * (source.channels != 3)}", file=sys.stderr)
+        note(f"{n_bad:,} of {n:,} images cannot be read; to list them: python -m support.sources check "
+             f"{shlex.quote(source.spec)}{f' --in-chans {source.channels}' * (source.channels != 3)}")
     if not total[2].any():
         raise ValueError(f"no image of {source.name} can be read")
     mean = total[0] / total[2]
@@ -568,7 +568,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = read_all(source, range(len(source)), args.num_workers)
         bad = [f"{printable(source.describe(i))}\t{printable(reason)}" for i, _, reason in rows if reason]
         print(*bad, sep="\n", end="\n" * bool(bad))
-        print(f"{len(bad):,} of {len(source):,} images of {source.name} cannot be read")
+        print(f"{len(bad):,} of {len(source):,} images of {printable(source.name)} cannot be read")
         sys.exit(bool(bad))
 
 
