@@ -40,4 +40,5 @@ def _load_apart(*names):
 
 
 globals().update(_load_apart("model", "heads", "mask2former", "data", "support.parallel", "support.machine",
-                             "support.suggest", "support.cli", "support.files", "support.weights", "hub").entry_points())
+                             "support.suggest", "support.cli", "support.files", "support.weights",
+                             "hub").entry_points())
