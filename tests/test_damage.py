@@ -513,10 +513,10 @@ def flipped(content: bytes, rng) -> bytes:
 def test_damage_in_the_state_of_an_evaluation(tmp_path):
     """One bit, or the state of a command with other settings under this one's name: refused in one line."""
     file = support.evaluation.ResumeFile(tmp_path / "x", ["these"])
-    found = []
-    file.load(lambda state: found.append(state) or 3)
+    found, like = [], dict(done=0, values=torch.zeros(1000))
+    file.load(lambda state: found.append(state) or 3, like, 5)
     file.save(dict(done=3, values=torch.arange(1000.0)))
-    file.load(lambda state: found.append(state["values"]) or 3)
+    file.load(lambda state: found.append(state["values"]) or 3, like, 5)
     assert len(found) == 1 and torch.equal(found[0], torch.arange(1000.0))
     good, other = file.path.read_bytes(), support.evaluation.ResumeFile(tmp_path / "x", ["others"])
     other.save(dict(done=3, values=torch.arange(1000.0)))
@@ -524,7 +524,7 @@ def test_damage_in_the_state_of_an_evaluation(tmp_path):
     for content in contents:
         file.path.write_bytes(content)
         with pytest.raises(ValueError, match=r"\.resume is damaged; remove it to start from scratch"):
-            file.load(lambda state: pytest.fail("it was used"))
+            file.load(lambda state: pytest.fail("it was used"), like, 5)
 
 
 def test_export_refuses_its_inputs(trained, tmp_path):
