@@ -23,7 +23,7 @@ import export
 import support.cli
 import support.evaluation
 import support.parallel
-import support.run
+import support.log
 import support.saves
 import support.sources
 import train
@@ -117,18 +117,18 @@ def content_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} if folder.is_dir() else {}
 
 
-def start_without_networks(monkeypatch, out: Path, *flags) -> tuple[train.Run, support.run.Log]:
+def start_without_networks(monkeypatch, out: Path, *flags) -> tuple[train.Run, support.log.Log]:
     """All that train.py does before the first step, except to build networks and to fill them."""
     monkeypatch.setattr(train, "TrainState", lambda *a: None)
     monkeypatch.setattr(support.saves, "load_save", lambda *a: None)
     try:
         run = train.set_up([str(a) for a in (*FLAGS, *flags, "--out", out)])
         try:
-            log = support.run.Log(out / "metrics.jsonl", run.start, 4, run.counters, run.lock)
+            log = support.log.Log(out / "metrics.jsonl", run.start, 4, run.counters, run.lock)
             log.new_bad += [("x.jpg", "damaged")]
             log.count_bad(100)
             log.write(dict(step=run.start, loss=1.0))
-            support.run.summary(log, 0), support.run.summary(log, 4)
+            support.log.summary(log, 0), support.log.summary(log, 4)
             return run, log
         finally:
             run.lock.release()
@@ -163,9 +163,9 @@ def test_damage_anywhere_in_out(seed, n, trained, tmp_path, monkeypatch):
         except ValueError as error:
             text = str(error)
             assert len(text) < 400 and "\n" not in text and any(why in text for why in (
-                f"{out} cannot be written (", "resume, where the saves should be, is not a folder",
+                f"{out} cannot be written (", "resume, where the saves belong, is not a folder",
                 "holds a different run", "config.json is damaged; --resume", "holds no run; omit the flag",
-                "so it is not a training run", "not of a training run", "holds no save with a name like",
+                "so it is not a training run", "that no training run wrote", "holds no save with a name like",
                 "no save in")), text
             assert "config.json is damaged" not in text or not untouched
             assert "different run" not in text or not untouched
@@ -206,7 +206,7 @@ def test_damage_in_metrics(content, kept, out, monkeypatch, capsys):
     assert steps == [0, *[1] * (kept or 0), 4]
     aside = [path.read_bytes() for path in out.glob("damaged_metrics.jsonl_*")]
     assert aside == ([before] if kept == 0 else [])
-    said = "damaged lines, which are left out; it is now damaged_metrics.jsonl_" in capsys.readouterr().err
+    said = "damaged lines, which are dropped; it is now damaged_metrics.jsonl_" in capsys.readouterr().err
     assert said == bool(aside)
 
 
@@ -265,7 +265,7 @@ def test_damage_nothing_to_the_settings_of_others(tmp_path, monkeypatch):
     """--out that names the folder of a model from elsewhere: its config.json stays, whatever the flags."""
     (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
     for flags in ([], ["--resume"], ["--overwrite"]):
-        with pytest.raises(ValueError, match="holds a config.json that is not of a training run; choose another --out"):
+        with pytest.raises(ValueError, match="holds a config.json that no training run wrote; choose another --out"):
             start_without_networks(monkeypatch, tmp_path, *flags)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
@@ -357,7 +357,7 @@ def test_damage_of_the_teacher_of_a_finished_run(out, capsys):
         train_main(*FLAGS, "--deterministic", "--out", out)
         after = torch.load(ckpt, weights_only=True)
         assert after["step"] == 4 and all(torch.equal(after["teacher"][k], t) for k, t in before["teacher"].items())
-        assert "ckpt.pth is missing or damaged; the teacher is written again" in capsys.readouterr().out
+        assert "ckpt.pth is missing or damaged; writing the teacher again" in capsys.readouterr().out
     assert sorted(path.name for path in (out / "resume").iterdir()) == [Path(save).name for save in SAVES]
 
 
@@ -418,11 +418,11 @@ def test_saves_that_could_not_be_read_get_no_name(change, text, tmp_path, monkey
 
 
 def test_saves_need_names_of_their_own():
-    """An optimizer's state may not be called as a part of the networks is."""
+    """An entry of the optimizer's state must not have the name of another part of a save."""
     parameter = torch.nn.Parameter(torch.zeros(2))
     state = types.SimpleNamespace(student=torch.nn.ParameterDict(dict(w=parameter)), optimizers=[
         types.SimpleNamespace(state={parameter: dict(teacher=torch.zeros(2))})])
-    with pytest.raises(ValueError, match="the optimizer keeps something by the name of 'teacher', which saves need"):
+    with pytest.raises(ValueError, match="the optimizer has an entry named 'teacher', a name that saves reserve"):
         support.saves.optimizer_tensors_of(state)
 
 
@@ -439,7 +439,7 @@ def test_results_are_added_to_results_only(main, trained, tmp_path):
     (tmp_path / "folder").mkdir()
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     flags = ["--task", "depth", "--data", tmp_path] if main is eval_dense.main else []
-    for name, text in {"x.pth": "exists and does not hold results of evaluations; name another file",
+    for name, text in {"x.pth": "exists and does not hold evaluation results; choose another file",
                        "list.csv": "exists", "metrics.jsonl": "exists", "folder": "cannot be written: Is a directory",
                        "none/x": "cannot be written: No such file"}.items():
         with pytest.raises(ValueError, match=f"--out .*{name} {text}"):
@@ -460,7 +460,7 @@ def test_results_follow_a_line_that_was_cut_off(trained, tmp_path, capsys):
     (tmp_path / "x.eval_knn.jsonl").write_text("mine")  # where results go without --out
     eval_knn.main([str(ckpt), "--num-workers", "0"])
     assert (tmp_path / "x.eval_knn.jsonl").read_text() == "mine"
-    assert "could not be written: it does not hold results" in capsys.readouterr().err
+    assert "could not be written: it does not hold evaluation results" in capsys.readouterr().err
 
 
 def test_results_of_several_processes(trained, tmp_path):
@@ -514,17 +514,22 @@ def test_damage_in_the_state_of_an_evaluation(tmp_path):
     """One bit, or the state of a command with other settings under this one's name: refused in one line."""
     file = support.evaluation.ResumeFile(tmp_path / "x", ["these"])
     found = []
-    file.load(lambda state: found.append(state) or 3)
-    file.save(dict(done=3, values=torch.arange(1000.0)))
-    file.load(lambda state: found.append(state["values"]) or 3)
+    state = dict(done=3, values=torch.arange(1000.0))
+    file.load(lambda state: found.append(state) or 3, state, 3)
+    file.save(state)
+    file.load(lambda state: found.append(state["values"]) or 3, dict(done=0, values=torch.zeros(1000)), 3)
     assert len(found) == 1 and torch.equal(found[0], torch.arange(1000.0))
     good, other = file.path.read_bytes(), support.evaluation.ResumeFile(tmp_path / "x", ["others"])
-    other.save(dict(done=3, values=torch.arange(1000.0)))
+    other.save(state)
     contents = [other.path.read_bytes(), flipped(good, random.Random(0)), good[:-1], b"", b"x" * 99]
     for content in contents:
         file.path.write_bytes(content)
         with pytest.raises(ValueError, match=r"\.resume is damaged; remove it to start from scratch"):
-            file.load(lambda state: pytest.fail("it was used"))
+            file.load(lambda state: pytest.fail("it was used"), state, 3)
+    file.path.write_bytes(good)
+    for like, steps in ((state, 2), (state | dict(more=1), 3), (dict(done=3, values=torch.zeros(999)), 3)):
+        with pytest.raises(ValueError, match=r"\.resume is damaged; remove it to start from scratch"):
+            file.load(lambda state: pytest.fail("it was used"), like, steps)
 
 
 def test_export_refuses_its_inputs(trained, tmp_path):
@@ -539,7 +544,7 @@ def test_export_refuses_its_inputs(trained, tmp_path):
                  ["program", "m.pt2", "--model", "m.pt2"],
                  ["convert", "m.safetensors.pth", "m.safetensors.pth", "--to", "timm"]):
         argv = [str(tmp_path / a) if (tmp_path / a).exists() else a for a in argv]
-        with pytest.raises(ValueError, match="is one of the files to be read; choose another name"):
+        with pytest.raises(ValueError, match="is one of the input files; choose another name"):
             export.main(argv)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
     (tmp_path / "folder.npz").mkdir()
