@@ -241,7 +241,7 @@ class Lost(Failed):
     """Another process is gone."""
 
 
-LOSS = re.compile("remote (?:process|peer)|network error|aborted|tim(?:ed ?|e)out|connection", re.I)  # in NCCL's messages
+LOSS = re.compile("remote (?:process|peer)|network error|aborted|tim(?:ed ?|e)out|connection", re.I)  # NCCL's words
 
 
 @contextlib.contextmanager

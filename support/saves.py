@@ -6,6 +6,7 @@ A save, out/resume/step_N, holds tensors as torch.distributed.checkpoint writes 
 import contextlib
 import dataclasses
 import errno
+import math
 import os
 import pickle
 import shutil
@@ -252,8 +253,10 @@ class Saver:
 
     def __exit__(self, kind, *error) -> None:
         """Waits for a save under way; after a crash only for a minute, since other processes may be gone."""
-        if self.thread is not None:
-            self.thread.join(None if kind in (None, Failed) else 60)
+        patience = math.inf if kind in (None, Failed) else time.monotonic() + 60
+        while self.thread is not None and self.thread.is_alive() and time.monotonic() < patience:
+            with contextlib.suppress(RuntimeError):  # the error of a data-loading worker that dies is raised anywhere
+                self.thread.join(1)
 
     def due(self) -> bool:
         """Whether it is time for an extra save: by --save-minutes, or since the last one failed. True only once, since
@@ -425,7 +428,7 @@ class Saver:
             self.start(step, counters, [])
 
     def checkpoint_is_whole(self, step: int) -> bool:
-        """Whether ckpt.pth holds this teacher, for a run that was already finished when it started. Call it on all ranks."""
+        """Whether ckpt.pth holds this teacher; for a run that was finished before it started. Call it on all ranks."""
         ckpt, path = self.make_checkpoint(step), Path(self.cfg.out) / "ckpt.pth"
 
         def differs() -> bool:

@@ -390,7 +390,8 @@ def other_shape(metadata) -> None:
 
 @pytest.mark.parametrize("change,text", [
     (newer_class, "it holds code, types.SimpleNamespace; nothing in it was run"),
-    (not_a_tensor, "it holds code, .*BytesStorageMetadata"), (other_name, "module.student.x was written as"),
+    pytest.param(not_a_tensor, "it holds code, .*BytesStorageMetadata", marks=pytest.mark.slow),
+    pytest.param(other_name, "module.student.x was written as", marks=pytest.mark.slow),
     (other_shape, "was written as \\(torch.float32, torch.Size\\(\\[7\\]\\)\\), not as")])
 def test_saves_that_could_not_be_read_get_no_name(change, text, tmp_path, monkeypatch, capsys):
     """From step 4 on, PyTorch writes what loading would refuse: the save before stays, each try is reported, and the
@@ -415,6 +416,20 @@ def test_saves_that_could_not_be_read_get_no_name(change, text, tmp_path, monkey
     assert [path.name for path in (out / "resume").iterdir()] == ["step_000000002"]
     monkeypatch.undo()
     assert set_up_and_release(*flags, "--save-patience", 0.002).start == 2
+
+
+def test_saves_outlive_the_error_of_a_worker():
+    """A crash waits for the save under way, even if a data-loading worker's error is raised in the middle of that."""
+    saver, joins = object.__new__(support.saves.Saver), []
+
+    def join(seconds) -> None:
+        joins.append(seconds)
+        if len(joins) == 1:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    saver.thread = types.SimpleNamespace(join=join, is_alive=lambda: len(joins) < 3)
+    saver.__exit__(RuntimeError)
+    assert len(joins) == 3
 
 
 def test_saves_need_names_of_their_own():
