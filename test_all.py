@@ -1363,7 +1363,8 @@ def test_train_repeated_command_is_a_no_op(trained, capsys):
     assert (trained / "ckpt.pth").stat().st_mtime_ns == before[0] and metrics(trained) == before[1]
     *_, accuracy, done, knn, _ = capsys.readouterr().out.splitlines()
     assert accuracy.startswith("k-NN top-1 (k=20): trained teacher ")
-    assert done.startswith(f"done; the teacher is in {trained}/ckpt.pth") and knn.endswith(f"eval_knn.py {trained}/ckpt.pth")
+    assert done.startswith(f"done; the teacher is in {trained}/ckpt.pth")
+    assert knn.endswith(f"eval_knn.py {trained}/ckpt.pth")
 
 
 @pytest.mark.parametrize("centering", ["centering", pytest.param("sinkhorn_knopp", marks=pytest.mark.slow)])
@@ -1534,7 +1535,7 @@ def test_train_runs_the_documented_losses(compiled, monkeypatch):
         before, after = results
         for term in terms:
             assert after[term] == pytest.approx(before[term] * (2 if term in changed else 1), rel=1e-5), name
-        assert after["grad_norm/backbone"] != pytest.approx(before["grad_norm/backbone"], rel=1e-3), name
+        assert after["grad_norm/backbone"] != pytest.approx(before["grad_norm/backbone"], rel=1e-4), name
     train.compile_loss.cache_clear()
 
 
@@ -1668,6 +1669,7 @@ def saves_by_name(monkeypatch):
     """For tests that look at the names of saves alone: to write them takes long."""
     save = dcp.save
     monkeypatch.setattr(dcp, "save", lambda tensors, **how: save({"nothing": torch.zeros(1)}, **how))
+    monkeypatch.setattr(support.saves, "check_save", lambda *args: None)
 
 
 def test_train_every_field_has_an_effect(tmp_path, saves_by_name, monkeypatch):
