@@ -1,4 +1,4 @@
-"""Damage in --out, by accident or by hand: a run goes on from its newest whole save, or says in one line why not."""
+"""Damage in --out, by accident or by hand: a run continues from its newest intact save, or says in one line why not."""
 import json
 import math
 import os
@@ -36,7 +36,7 @@ ODD = (None, True, -1, 0, 5, 7.5, 10**4000, math.nan, math.inf, "7", "", "../../
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A hundred random damages
+# Random damage
 
 
 def lose(path: Path) -> None:
@@ -118,7 +118,7 @@ def content_of(folder: Path) -> dict[str, bytes]:
 
 
 def start_without_networks(monkeypatch, out: Path, *flags) -> tuple[train.Run, support.log.Log]:
-    """All that train.py does before the first step, except to build networks and to fill them."""
+    """Everything train.py does before the first step, except building and loading networks."""
     monkeypatch.setattr(train, "TrainState", lambda *a: None)
     monkeypatch.setattr(support.saves, "load_save", lambda *a: None)
     try:
@@ -139,8 +139,8 @@ def start_without_networks(monkeypatch, out: Path, *flags) -> tuple[train.Run, s
 
 @pytest.mark.parametrize("seed,n", [(0, 25), *(pytest.param(s, 100, marks=pytest.mark.slow) for s in (1, 2, 3))])
 def test_damage_anywhere_in_out(seed, n, trained, tmp_path, monkeypatch):
-    """One to three damages at once. The newest save that nothing happened to is used, or a newer one whose tensors are
-    as they were; unless the lock or resume/ itself is in the way, which is one line."""
+    """One to three kinds of damage at once. The newest untouched save is used, or a newer one whose tensors are intact;
+    unless the lock or resume/ itself is in the way, which is reported in one line."""
     rng = random.Random(seed)
     whole = {save: content_of(trained / save) for save in SAVES}
     for trial in range(n):
@@ -198,7 +198,7 @@ KNN = dict(step=1, knn=dict(top1_k20=50.0))
     (b'{"step": 1, "knn": {"top1_k2": 5}}\n', 0), (b"[" * 10**5 + b"\n", 0), (bytes(512) + b"\n", 0),
     (json.dumps(KNN).encode() + b"\n", 1), (b'{"step": 1}\n' * 3, 1), (b'{"step": 1', None)])
 def test_damage_in_metrics(content, kept, out, monkeypatch, capsys):
-    """What can be understood is kept, once; a file with other lines is kept beside, too, unless a kill explains it."""
+    """Intact lines are kept, once; a file with others is set aside, unless a kill explains the damage."""
     (out / "metrics.jsonl").write_bytes(b'{"step": 0, "loss": 2.0}\n' + content)
     before = (out / "metrics.jsonl").read_bytes()
     start_without_networks(monkeypatch, out)
@@ -212,7 +212,7 @@ def test_damage_in_metrics(content, kept, out, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "bad_samples.txt", "ckpt.pth", "eval", "nonfinite"])
 def test_damage_by_folders_and_links_in_the_way(name, out, monkeypatch, capsys):
-    """They are set aside, with a note, nothing in them is lost, and the run goes on."""
+    """They are set aside with a note, nothing in them is lost, and the run continues."""
     for harm in (become_folder, become_link):
         if harm is become_folder and name in ("eval", "nonfinite"):
             harm = become_file
@@ -225,7 +225,7 @@ def test_damage_by_folders_and_links_in_the_way(name, out, monkeypatch, capsys):
 
 @pytest.mark.parametrize("content", [b"[]", b"null", b"5", b"{}", b"", b"\xff", b'{"seed": 1', b"[" * 10**5, None])
 def test_damage_of_the_settings(content, out, monkeypatch):
-    """config.json is written again, from the settings in the newest save; without any, only --resume goes on."""
+    """config.json is rewritten from the settings in the newest save; if that has none, only --resume continues."""
     path = out / "config.json"
     settings = json.loads(path.read_text())
     for flags in ([], ["--resume"]):
@@ -247,8 +247,8 @@ def test_damage_of_the_settings(content, out, monkeypatch):
 
 
 def test_damage_of_one_setting(out, monkeypatch):
-    """The command of the newest save goes on, whatever config.json says, and so does that of config.json, whose run may
-    not have saved yet; no other."""
+    """The command of the newest save continues, whatever config.json says, and so does that of config.json, whose run
+    may not have saved yet; no other."""
     path = out / "config.json"
     settings = json.loads(path.read_text())
     for changed in (dict(lr=10**400), dict(seed=[7]), dict(arch=None, mean="x\n" * 999)):
@@ -261,8 +261,8 @@ def test_damage_of_one_setting(out, monkeypatch):
     assert start_without_networks(monkeypatch, out, "--seed", 1)[0].start == 4
 
 
-def test_damage_nothing_to_the_settings_of_others(tmp_path, monkeypatch):
-    """--out that names the folder of a model from elsewhere: its config.json stays, whatever the flags."""
+def test_foreign_settings_stay(tmp_path, monkeypatch):
+    """If --out is the folder of someone else's model, its config.json stays, whatever the flags."""
     (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
     for flags in ([], ["--resume"], ["--overwrite"]):
         with pytest.raises(ValueError, match="holds a config.json that no training run wrote; choose another --out"):
@@ -300,8 +300,8 @@ def sha256_inside(folder: Path, sha256, path: Path, **options) -> str:
     return sha256(path, **options)
 
 
-def test_damage_nobody_may_read(out, monkeypatch):
-    """Not a reason to go back to an older save in silence."""
+def test_unreadable_saves(out, monkeypatch):
+    """They are no reason to silently go back to an older save."""
     read = Path.read_bytes
 
     def refused(path):
