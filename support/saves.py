@@ -1,4 +1,4 @@
-"""The saves of a run: written while training goes on, verified before they are read. Apache License 2.0.
+"""The saves of a run: written while training continues, verified before they are read. Apache License 2.0.
 
 A save, out/resume/step_N, holds tensors as torch.distributed.checkpoint writes them (*.distcp, .metadata), and the file
 `complete`: the step, the counters and the SHA-256 of the other files.
@@ -203,7 +203,7 @@ def find_newest(folder: Path) -> tuple[dict | None, list[str], str]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Writing saves, while training goes on
+# Writing saves while training continues
 
 
 def check_save(folder: Path, step: int, shapes: dict[str, tuple]) -> None:
