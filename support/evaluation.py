@@ -448,7 +448,7 @@ def all_agree(number: int) -> bool:
 
 
 def save_on_rank_0(path: Path, content) -> None:
-    """Writes `content` with torch.save, atomically. If that fails, says so and continues: the other ranks are waiting."""
+    """Writes `content` with torch.save, atomically. If that fails, says so and continues: other ranks are waiting."""
     if world()[0] == 0:
         try:
             write_file(path, partial(torch.save, content))
