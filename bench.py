@@ -73,6 +73,7 @@ import model
 import train
 import support.cli
 import support.evaluation
+import support.log
 import support.parallel
 import support.run
 import support.saves
@@ -264,10 +265,10 @@ def bench_save(args, device: torch.device) -> list[dict]:
         cfg = replace(cfg, out=f"{folder}/out", keep=1)
         training = TimedTraining(cfg, support.sources.open_source(args.data or cfg.data, cfg.in_chans), device)
         state, batches, lock = training.state, training.batches, support.run.OutputLock(Path(cfg.out))
-        log = support.run.Log(Path(cfg.out) / "metrics.jsonl", 0, 0, {})
+        log = support.log.Log(Path(cfg.out) / "metrics.jsonl", 0, 0, {})
         make_checkpoint = partial(train.teacher_checkpoint, state.teacher, cfg, preset)
         saver = support.saves.Saver(cfg, state, make_checkpoint, lock, 0, [], lambda text: None)
-        guard, flags = support.run.NonFinite(cfg, log, batches, saver), support.parallel.SharedFlags()
+        guard, flags = support.log.NonFinite(cfg, log, batches, saver), support.parallel.SharedFlags()
         batch = [training.prepare(batches[0])]
 
         def step() -> tuple[float, float]:

@@ -516,8 +516,8 @@ def keep_memory(largest: int | None = None) -> None:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """On a CUDA GPU it arrives while Python goes on, if it comes from pinned memory. MPS would read ordinary memory as
-    late, when that may hold something else already."""
+    """Copies to a CUDA GPU asynchronously (from pinned memory). On MPS that would be unsafe: it would read ordinary
+    memory that may have been reused by then."""
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 

@@ -39,6 +39,6 @@ def _load_apart(*names):
     return last
 
 
-globals().update(_load_apart("model", "heads", "mask2former", "data", "support.parallel", "support.machine",
-                             "support.suggest", "support.cli", "support.files", "support.weights",
-                             "hub").entry_points())
+globals().update(_load_apart(
+    "model", "heads", "mask2former", "data", "support.parallel", "support.machine", "support.suggest", "support.cli",
+    "support.files", "support.weights", "hub").entry_points())

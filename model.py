@@ -102,7 +102,7 @@ class Attention(nn.Module):
             raise ValueError(f"width {dim} is not a multiple of the number of heads {num_heads!r}")
         self.dim, self.num_heads, self.scale = dim, num_heads, (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, dim * 3, bias=qkv_bias)
-        self.attn_drop = nn.Dropout(0.0)  # for hooks, here and below: with a rate of 0 they cost nothing
+        self.attn_drop = nn.Dropout(0.0)  # these dropouts exist for hooks; at rate 0 they cost nothing
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
         self.proj_drop = nn.Dropout(0.0)
 
@@ -184,7 +184,7 @@ class Block(nn.Module):
                  init_values=None, act_layer=nn.GELU, ffn_layer=Mlp):
         super().__init__()
         self.sample_drop_ratio = drop_path
-        self.drop_path1, self.drop_path2 = nn.Identity(), nn.Identity()  # for code of others; forward drops by itself
+        self.drop_path1, self.drop_path2 = nn.Identity(), nn.Identity()  # for other code; see add_to_subset
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads, qkv_bias, proj_bias)
         self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
@@ -311,7 +311,7 @@ class DinoVisionTransformer(nn.Module):
         """The position embedding (1, 1+h*w, D) for images of height x width pixels, in the dtype of x (B, 1+h*w, D)."""
         sides = [int(side) if isinstance(side, Tensor) else side for side in (height, width)]  # tensors if traced
         grid, table_grid = tuple(side // self.patch_size for side in sides), self.position_grid
-        if (n := int(self.pos_embed.shape[1]) - 1) != table_grid[0] * table_grid[1]:  # another table, put in by hand
+        if (n := int(self.pos_embed.shape[1]) - 1) != table_grid[0] * table_grid[1]:  # replaced by hand
             table_grid = (round(n**0.5), round(n**0.5))
         if grid == table_grid:
             return self.pos_embed
@@ -409,7 +409,7 @@ class DinoVisionTransformer(nn.Module):
 
 
 def untraced(function, x: Tensor) -> Tensor:
-    """function(x), as a constant of the program that is being traced."""
+    """function(x), recorded as a constant in the program being traced."""
     tracer = torch._C._get_tracing_state()
     torch._C._set_tracing_state(None)
     try:
@@ -419,10 +419,10 @@ def untraced(function, x: Tensor) -> Tensor:
 
 
 def init_parameters(module: nn.Module, std: float = 0.02, pos_std: float = 0.02) -> None:
-    """The official initialization of the parameters that a module holds itself, not its children. Standard deviations:
-    `std` for the weights of linear layers and `pos_std` for the position embedding, both truncated at 2; 1e-6 for CLS
-    and registers. mask_token and the biases of linear layers are 0. The patch embedding, norms, LayerScale and
-    prototypes begin as in their constructors."""
+    """The official initialization of the parameters that a module holds itself, not those of its children. Standard
+    deviations: `std` for the weights of linear layers and `pos_std` for the position embedding, both truncated at 2;
+    1e-6 for CLS and registers. mask_token and the biases of linear layers are 0. The patch embedding, norms, LayerScale
+    and prototypes start as in their constructors."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=std)
         if module.bias is not None:
@@ -498,7 +498,7 @@ def read_checkpoint(path: str) -> dict:
     """Reads a .pth file onto the CPU, without executing anything in it. Raises ValueError, naming the cause, if it is
     missing, truncated, not a checkpoint, or holds anything but tensors and plain values."""
     try:
-        with warnings.catch_warnings(), open(path, "rb") as file:  # open: torch.load looks at how a name ends
+        with warnings.catch_warnings(), open(path, "rb") as file:  # open: torch.load goes by the file's extension
             warnings.simplefilter("ignore")
             ckpt = torch.load(file, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
@@ -514,7 +514,7 @@ def read_checkpoint(path: str) -> dict:
 
 
 def is_weight(value) -> bool:
-    """Whether it is a plain floating-point tensor, no larger than what the file holds of it."""
+    """Whether `value` is a plain floating-point tensor, no larger than its storage in the file."""
     return type(value) in (Tensor, nn.Parameter) and value.is_floating_point() and value.layout == torch.strided and (
         value.nbytes <= value.untyped_storage().nbytes())
 
@@ -552,7 +552,7 @@ def load_strictly(model: nn.Module, weights: dict[str, Tensor], path: str, assig
 
 
 def check_names_and_shapes(model: nn.Module, weights: dict[str, Tensor], path: str) -> None:
-    """Raises ValueError if weights are not those of a model."""
+    """Raises ValueError if the names, shapes or types of the weights are not those of the model."""
     expected = model.state_dict()
     missing, unexpected = expected.keys() - weights.keys(), weights.keys() - expected.keys()
     both = [(k, expected[k], weights[k]) for k in expected.keys() & weights.keys()]
@@ -567,7 +567,7 @@ def check_names_and_shapes(model: nn.Module, weights: dict[str, Tensor], path: s
 
 
 def infer_arguments(path: str, weights: dict[str, Tensor], img_size=None) -> dict:
-    """The constructor arguments of a DINOv2 backbone, from the names and shapes of its weights. What these do not tell
+    """The constructor arguments of a DINOv2 backbone, from the names and shapes of its weights. What these leave open
     is as in the released models: a square position table (unless img_size is given), heads 64 wide, and the
     interpolation of positions that goes with or without registers. Raises ValueError if the weights are not those of a
     DINOv2 backbone."""

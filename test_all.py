@@ -365,7 +365,7 @@ def test_model_position_tables_that_are_not_square(rule):
             torch.use_deterministic_algorithms(False)
             assert_close(found[:, 1:], expected, 1e-6)
     assert vit(torch.zeros(1, 3, 28, 112)).shape == (1, 48)
-    square = model.DinoVisionTransformer(**TINY_VIT)  # a table that was put in by hand is a square one
+    square = model.DinoVisionTransformer(**TINY_VIT)  # a table replaced by hand is square
     square.pos_embed = torch.nn.Parameter(torch.randn(1, 1 + 25, 48))
     assert square.interpolate_pos_encoding(None, 70, 70) is square.pos_embed and (
         square(torch.zeros(1, 3, 28, 42)).shape == (1, 48))

@@ -47,14 +47,14 @@ from model import ARCHS, FORMAT, DINOHead, build, check_names_and_shapes, init_p
 from support.cli import Parser, check_fields, flag, last_line, nearest
 from support.draw import draw_batch
 from support.evaluation import at_most
+from support.log import Log, NonFinite, TooManyBad, summary
 from support.machine import foreseen
 from support.parallel import (
     CHECKPOINTING, SHARDINGS, Failed, Lost, SharedFlags, all_reduce_in_backward, be_deterministic, full_weights,
     is_sharded, leave_processes, load_kernel, load_whole, local_shards, materialize, mean_over_processes, n_replicas,
     noticing_losses, on_all_ranks, pick_device, shard, start_processes, worker_count)
 from support.run import (
-    Log, NonFinite, OutputLock, StopSignals, TooManyBad, check_output, claim_output, last_words, restarted,
-    same_command, stop_for, summary, take_output)
+    OutputLock, StopSignals, check_output, claim_output, last_words, restarted, same_command, stop_for, take_output)
 from support.saves import Saver, load_newest
 from support.sources import InMemory, check_readable, eval_specs, open_on_all_ranks
 
@@ -113,7 +113,7 @@ class Config:
     interpolate_offset: float = 0.1  # added to the grid size when it is resized; 0.1 in the official recipes
     init_std: NonNegative = 0.02  # std of new Linear weights; narrow networks want about 1 / sqrt(width)
     pos_embed_std: NonNegative = 0.02  # std of new position embeddings; short runs need about 0.5
-    init: str = ""  # start student and teacher from the backbone in this file, in any layout, same architecture
+    init: str = ""  # file of a backbone of the same architecture, in any layout, to start student and teacher from
     # heads
     head_n_prototypes: Count = 65536  # K; for small data sets about 10 times the number of classes
     head_bottleneck_dim: Count = 256  # width before the prototypes
@@ -331,7 +331,7 @@ def build_network(cfg: Config, drop_path_rate: float = 0.0) -> nn.ModuleDict:
 
 
 def initialization(cfg: Config):
-    """Gives the parameters that a module holds itself their first values. Its children are not touched."""
+    """The function that initializes the parameters a module holds itself, not those of its children."""
     return partial(init_parameters, std=cfg.init_std, pos_std=cfg.pos_embed_std)
 
 
@@ -548,7 +548,7 @@ class TrainState:
     """Networks, optimizers and centers. All else about a run at some step follows from the config and the step."""
 
     def __init__(self, cfg: Config, mesh, device: torch.device, kernel=None):
-        with torch.device("meta"):  # no process ever holds more than its shards and one parameter
+        with torch.device("meta"):  # no process ever holds more than its shards and one module's parameters
             self.student, self.teacher = build_network(cfg, cfg.drop_path_rate), build_network(cfg)
         self.teacher.requires_grad_(False).eval()
         if kernel is not None:
@@ -704,7 +704,7 @@ def set_up(argv: list[str] | None) -> Run:
     except BaseException as error:
         if lock:
             lock.release()
-        if isinstance(error, Failed):
+        if type(error) is Failed:  # not Lost
             raise ValueError(f"--out {cfg.out} cannot be written ({error}); choose another folder") from None
         raise
     return Run(cfg, args.preset, device, source, knn, state, lock, start, newest.get("counters", {}), damaged)
@@ -809,9 +809,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with noticing_losses():
             run = set_up(argv)
-    except (ValueError, Lost) as error:
+    except ValueError as error:
         leave_processes(wait_for_others=False)
-        sys.exit(print(f"error: {last_line(error)}", file=sys.stderr) or (1 if isinstance(error, Lost) else 2))
+        sys.exit(print(f"error: {last_line(error)}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(print("\nstopped before the first step", file=sys.stderr) or 130)
     except (RuntimeError, MemoryError, OSError) as error:
@@ -819,8 +819,10 @@ def main(argv: list[str] | None = None) -> None:
     try:
         with noticing_losses():
             train(run)
+    except Lost as error:
+        stop_for(error, run.cfg)
     except (ValueError, TooManyBad, Failed) as error:
-        if isinstance(error, (Unreadable, Lost)) or dist.get_rank() == 0:  # these concern this rank alone
+        if isinstance(error, Unreadable) or dist.get_rank() == 0:  # an unreadable image concerns this rank alone
             print(f"error: {last_line(error)}", file=sys.stderr)
         sys.exit(1 if isinstance(error, Failed) else 2)
     except (RuntimeError, MemoryError, OSError) as error:

@@ -12,6 +12,7 @@ Apache License 2.0.
 import argparse
 import dataclasses
 import inspect
+import io
 import itertools
 import math
 import os
@@ -49,10 +50,9 @@ class Parser(argparse.ArgumentParser):
 
     def add_fields(self, defaults, any_length: tuple[str, ...] = ()) -> None:
         """Adds a flag for every field of a dataclass, with the values in `defaults`: --like-this for like_this. Types
-        may be bool, int, float, str, tuple (of float; as many as the default has, or
-        any number for the fields named in `any_length`), a Literal of
-        strings, or Annotated[type, (smallest, largest)]. The comment behind a field is its help, and the comment above
-        several is the heading of their group."""
+        may be bool, int, float, str, tuple (of float; as many as the default has, or any number for the fields named in
+        `any_length`), a Literal of strings, or Annotated[type, (smallest, largest)]. The comment behind a field is its
+        help, and a comment on a line of its own is the heading of the fields below it."""
         comments, groups = comments_of_fields(type(defaults)), {}
         for field in dataclasses.fields(defaults):
             default, kind = getattr(defaults, field.name), plain_type(field)
@@ -143,8 +143,8 @@ HIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]
 
 
 def printable(text: str) -> str:
-    """A text with names of others in it, such as those of files, in one line that no terminal obeys: control characters
-    and bytes that are not UTF-8 become escapes such as \\n, \\x1b and \\xff."""
+    """Makes a text with foreign names in it, such as those of files, safe to print in one line: control characters and
+    bytes that are not UTF-8 become escapes such as \\n, \\x1b and \\xff."""
     return HIDDEN.sub(lambda c: f"\\x{ord(c[0]) & 0xFF:02x}" if "\udc80" <= c[0] <= "\udcff" else
                       c[0].encode("unicode_escape").decode(), text)
 
@@ -165,10 +165,11 @@ def run_subcommand(commands: dict[str, Callable], manual: str, argv: list[str] |
 
 
 def run(main: Callable[[], object], interrupted: str = "", less_memory: str = "") -> None:
-    """Runs a command. A mistake of the user ends with one line on stderr and exit code 2; a failure of the machine with
-    one line and code 1: another process is lost, or memory runs out, when `less_memory` says what to lower; Ctrl-C with
-    code 130, after the line `interrupted` if there is one."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 shows escapes
+    """Runs a command. A user's mistake ends with one line on stderr and exit code 2. A failure of the machine (another
+    process is lost, or memory runs out, where `less_memory` says what to lower) ends with one line and code 1, Ctrl-C
+    with code 130, after the line `interrupted` if there is one."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook has something else
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 shows escapes
     try:
         with noticing_losses():
             main()

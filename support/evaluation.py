@@ -81,7 +81,7 @@ class EvalImages(torch.utils.data.Dataset):
 
 
 class Sample(Source):
-    """`n` images of a source, drawn at random, the same each time, in their order."""
+    """A random subset of `n` images of a source, in their order; the same one every time."""
 
     def __init__(self, source: Source, n: int):
         self.rows = np.sort(np.random.default_rng(0).choice(len(source), n, replace=False))
@@ -99,11 +99,11 @@ class Sample(Source):
 
 
 def at_most(source: Source | None, n: int) -> Source | None:
-    """The source, or a Sample of n images if it has more, which a note says."""
+    """The source, or with a note a Sample of n images if it has more."""
     if source is None or len(source) <= n:
         return source
-    say(f"note: k-NN during training uses {n:,} of the {len(source):,} images of {source.name}, always the same random "
-        "ones; eval_knn.py uses all")
+    say(f"note: k-NN during training uses {n:,} of the {len(source):,} images of {source.name}, a fixed random "
+        "subset; eval_knn.py uses all")
     return Sample(source, n)
 
 
@@ -175,7 +175,7 @@ def extract_features(model, source, resize: int, crop: int, device: torch.device
 def sum_over_ranks(table: Tensor | None, device: torch.device) -> Tensor:
     """The sum of tables in which each row is zero on all ranks but one, hence exact. With few images a rank may have
     had no batch, and so has no table; rank 0 always has one."""
-    shape, dtype = on_all_ranks(lambda: None if table is None else (table.shape, table.dtype))[0]  # waits for the slow
+    shape, dtype = on_all_ranks(lambda: None if table is None else (table.shape, table.dtype))[0]  # may wait long
     table = torch.zeros(shape, dtype=dtype, device=device) if table is None else table
     dist.all_reduce(table)
     return table
@@ -344,7 +344,7 @@ class Evaluation:
         return train, val
 
     def open(self, *specs: str | None) -> list[Source | None]:
-        """The sources named, None for None. Raises ValueError on all ranks if one of them cannot open them."""
+        """Opens the sources named; None gives None. Raises ValueError on all ranks if any cannot open them."""
         try:
             return open_on_all_ranks(specs, self.config["in_chans"])
         except ValueError as error:
@@ -362,7 +362,7 @@ class Evaluation:
                                 self.dtype, self.config["mean"], self.config["std"])
 
     def features(self, source, what: str = "cls", model=None) -> tuple[Tensor, Tensor]:
-        """As extract(), but kept in --cache, where `what` distinguishes different outputs of the model."""
+        """Like extract(), but cached in --cache, where `what` tells different outputs of the model apart."""
         if not self.args.cache:
             return self.extract(source, model)
         vit, config = self.model, self.config
@@ -409,16 +409,16 @@ class ResumeFile:
         self.path = Path(f"{prefix}.{self.settings[:8]}.resume")
 
     def load(self, restore: Callable[[dict], int], like: dict, steps: int) -> None:
-        """If there is a state, calls restore(state), which returns the number of steps done, of `steps`. Raises
-        ValueError if it is damaged, which a state `like` it tells, or was saved with other settings, or if the ranks do
-        not resume from the same step."""
+        """If there is a state, calls restore(state), which returns the number of steps done. Raises ValueError if the
+        state is damaged, does not have the structure of `like` (a state of the same command), counts more than `steps`,
+        or was saved with other settings, or if the ranks do not resume from the same step."""
         done = 0
         if self.wanted and self.path.exists():
             try:
                 check_sums(self.path)
                 state = hub.read_file(str(self.path))
                 if state.pop("settings") != self.settings or not alike(state, like) or not 0 <= state["done"] <= steps:
-                    raise ValueError("it is of another command")
+                    raise ValueError("saved by another command")
                 done = restore(state)
             except Exception:  # a damaged file can fail in any way
                 raise ValueError(f"{self.path} is damaged; remove it to start from scratch") from None
@@ -434,7 +434,7 @@ class ResumeFile:
 
 
 def alike(state, like) -> bool:
-    """Whether two states have the same keys, types and shapes; empty dicts in `like` may be filled."""
+    """Whether two states have the same keys, types and shapes. An empty dict in `like` matches any dict."""
     if isinstance(like, dict):
         return isinstance(state, dict) and (not like or state.keys() == like.keys() and all(
             alike(state[k], like[k]) for k in like))
@@ -448,16 +448,16 @@ def all_agree(number: int) -> bool:
 
 
 def save_on_rank_0(path: Path, content) -> None:
-    """Writes `content` with torch.save, atomically. If that fails, says so and goes on: the other ranks are waiting."""
+    """Writes `content` with torch.save, atomically. If that fails, says so and continues: other ranks are waiting."""
     if world()[0] == 0:
         try:
             write_file(path, partial(torch.save, content))
         except ValueError as error:
-            say(f"note: {error}; the evaluation goes on")
+            say(f"note: {error}; the evaluation continues")
 
 
 def load_table(path: Path, n: int) -> tuple[Tensor, Tensor] | None:
-    """Features of n images, all of which could be read; None if there is no such file, or it is damaged."""
+    """The cached features of n readable images; None if there is no such file, or it is damaged."""
     if not path.exists():
         return None
     try:
@@ -485,25 +485,26 @@ def settings_hash(settings: list) -> str:
 
 
 def check_writable(out: str) -> None:
-    """Raises ValueError unless the file --out holds results, to which more can be added, or can be created. Creates
-    nothing, since all processes look at once."""
+    """Raises ValueError unless the file --out can be created, or holds results and can be appended to. Creates nothing,
+    since all processes check at the same time."""
     if not out:
         return
     path, reason = Path(out), ""
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_APPEND))
     except FileNotFoundError as error:
-        reason = "" if os.access(path.parent, os.W_OK) else error.strerror
+        if not os.access(path.parent, os.W_OK):
+            reason = os.strerror(errno.EACCES) if path.parent.is_dir() else error.strerror
     except OSError as error:
         reason = error.strerror
     if reason:
         raise ValueError(f"--out {out} cannot be written: {reason}")
     if not holds_results(path):
-        raise ValueError(f"--out {out} exists and does not hold results of evaluations; name another file")
+        raise ValueError(f"--out {out} exists and does not hold evaluation results; choose another file")
 
 
 def holds_results(path: Path) -> bool:
-    """Whether results may be added to this file: it is new, empty or no file on a disk, or has a line of results."""
+    """Whether results may be appended here: the path is new, empty or a device, or already has a line of results."""
     if not path.is_file():
         return True
     with open(path, "rb") as file:
@@ -520,10 +521,10 @@ def is_result(line: bytes) -> bool:
 
 
 def add_line(path: Path, line: str) -> None:
-    """Adds a line of results to a file; to a new line, if the last was cut off. Raises OSError."""
+    """Appends a line of results to a file, after a line break if the last line was cut off. Raises OSError."""
     if not holds_results(path):
-        raise FileExistsError(errno.EEXIST, "it does not hold results of evaluations", str(path))
-    torn = path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+        raise FileExistsError(errno.EEXIST, "it does not hold evaluation results", str(path))
+    torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
     with open(path, "a") as file:
         file.write("\n" * torn + line + "\n")
 

@@ -1,4 +1,4 @@
-"""Writing files so that readers never see half of one. Apache License 2.0."""
+"""Writing files so that no reader ever sees half of one; checksums. Apache License 2.0."""
 import contextlib
 import hashlib
 import json
@@ -53,14 +53,14 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def refuse_inputs(out: Path, *inputs) -> None:
-    """Raises ValueError if `out`, which is to be written, is one of the files to be read."""
+    """Raises ValueError if the output file `out` is one of the inputs."""
     if out.exists() and any(os.path.exists(path) and out.samefile(path) for path in inputs):
-        raise ValueError(f"{out} is one of the files to be read; choose another name")
+        raise ValueError(f"{out} is one of the input files; choose another name")
 
 
 def check_sums(path: Path) -> None:
-    """Raises BadZipFile or ValueError if a file that torch.save wrote has changed since: it holds a CRC-32 of each of
-    its parts, at which torch.load does not look."""
+    """Raises BadZipFile or ValueError if a file written by torch.save has changed since. It holds a CRC-32 of each of
+    its parts, which torch.load does not check."""
     with zipfile.ZipFile(path) as file:
         if part := file.testzip():
             raise ValueError(f"{path} has changed since it was written, in {part}")

@@ -1,7 +1,4 @@
-"""What the machine cannot do: its failures, told in one line, and what can be foreseen before it starts.
-
-Apache License 2.0.
-"""
+"""What a machine cannot do: its failures in one line, and what can be foreseen of them. Apache License 2.0."""
 import errno
 import math
 import os
@@ -13,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from support.parallel import CHECKPOINTING
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Failures
@@ -27,8 +25,8 @@ GPU = re.compile("CUDA|CUBLAS|CUDNN|MPS")
 
 
 def known_failure(error: BaseException, less_memory: str = "") -> str:
-    """What happened and what to do, in one line, if memory ran out (then do `less_memory`) or a data-loading worker
-    was killed; "" for other errors, which deserve a traceback."""
+    """What happened and what to do, in one line, if memory ran out (`less_memory` says how to need less) or a
+    data-loading worker was killed; "" for other errors, which deserve a traceback."""
     text = str(error)
     if worker := WORKER.search(text):
         how = worker[1] or "Killed"
@@ -47,21 +45,21 @@ def as_gigabytes(number: float, unit: str) -> str:
 
 
 def less_memory(cfg) -> str:
-    """Flags with which a training needs less memory, as advice to the user."""
+    """Advice on how a training run can use less memory."""
     more, flags = 2 * cfg.gradient_accumulation_steps, []
     if cfg.batch_size % (cfg.group_size * int(os.environ.get("WORLD_SIZE", 1)) * more) == 0:
         flags.append(f"--gradient-accumulation-steps {more}")
     if (stronger := CHECKPOINTING.index(cfg.activation_checkpointing) + 1) < len(CHECKPOINTING):
         flags.append(f"--activation-checkpointing {CHECKPOINTING[stronger]}")
-    same = f"{' or '.join(flags)} needs less, with the same result; " if flags else ""
-    return f"{same}a smaller --batch-size also does, but is another run"
+    same = f"{' or '.join(flags)} needs less, for the same result; " if flags else ""
+    return f"{same}so does a smaller --batch-size, but that is a different experiment"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Estimates
 
 
-def free_memory(device: torch.device) -> float:
+def free_memory(device: torch.device, groups: str = "/sys/fs/cgroup") -> float:
     """Free bytes of a GPU, or of the machine or the container this process is in; infinity where that is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -69,17 +67,19 @@ def free_memory(device: torch.device) -> float:
     meminfo = Path("/proc/meminfo")
     if meminfo.exists() and (found := re.search(r"MemAvailable: +(\d+)", meminfo.read_text())):
         free = 1024 * int(found[1])
-    for limit, used in (("memory.max", "memory.current"),
-                        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):  # control groups 2 and 1
-        path = Path("/sys/fs/cgroup", limit)
-        if path.exists() and (text := path.read_text().strip()).isdecimal():
-            free = min(free, int(text) - int(Path("/sys/fs/cgroup", used).read_text()))
+    for folder, limit, used in (("", "memory.max", "memory.current"),  # control groups, version 2 and 1
+                                ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes")):
+        group = Path(groups, folder)
+        if (group / limit).exists() and (text := (group / limit).read_text().strip()).isdecimal():
+            stat = (group / "memory.stat").read_text() if (group / "memory.stat").exists() else ""
+            cached = sum(map(int, re.findall(r"^inactive_file (\d+)", stat, re.M)))  # files, dropped when needed
+            free = min(free, int(text) - int((group / used).read_text()) + cached)
     return free
 
 
 def training_estimate(cfg, arch: dict, images: int, n_shards: int, itemsize: int) -> tuple[float, float]:
-    """(floating-point operations, bytes at the peak) of a process that computes the gradients of `images` images with
-    numbers of `itemsize` bytes; roughly: bench.py scale counts exactly, for which it builds the network."""
+    """(floating-point operations, bytes at the peak) of a process that computes the gradients of `images` images, with
+    activations of `itemsize` bytes per number. A rough estimate: `bench.py scale` builds the network and counts."""
     width, depth = arch["embed_dim"], arch["depth"]
     lengths = [1 + (side // cfg.patch_size) ** 2 for side in (cfg.global_crops_size, cfg.local_crops_size)]  # tokens
     blocks, n_crops = 12 * depth * width**2, (2, cfg.local_crops_number)  # parameters; crops per image
@@ -104,7 +104,7 @@ def head_parameters(width: int, layers: int, hidden: int, bottleneck: int, proto
 
 
 def operations_per_second() -> float:
-    """Of a matrix product on this CPU, with PyTorch's threads: the fastest of three."""
+    """The speed of a matrix product on this CPU with PyTorch's threads, the best of three."""
     x, weight = torch.ones(1024, 384), torch.ones(1536, 384)
 
     def measure() -> float:
@@ -116,7 +116,7 @@ def operations_per_second() -> float:
 
 
 def foreseen(cfg, arch: dict, device: torch.device, n_shards: int) -> str:
-    """What this machine will lack for a training, and the remedy, in one line; "" if nothing that can be foreseen."""
+    """What this machine lacks for a training run, and what to do, in one line; "" if nothing can be foreseen."""
     on_gpu, n_ranks = device.type == "cuda", int(os.environ.get("WORLD_SIZE", 1))
     images = cfg.batch_size // (n_ranks * cfg.gradient_accumulation_steps)
     itemsize = 2 if cfg.dtype == "bf16" or cfg.dtype == "auto" and on_gpu else 4
@@ -128,19 +128,19 @@ def foreseen(cfg, arch: dict, device: torch.device, n_shards: int) -> str:
         found.append(f"a step takes about {duration(step)} on this CPU, the run {duration(cfg.steps * step)}; smaller "
                      "networks: docs/pictures.md")
     if needed > (free := free_memory(device)):
-        found.append(f"{needed / 1e9:.0f} GB of {'GPU ' * on_gpu}memory are needed, {free / 1e9:.0f} GB are free; "
+        found.append(f"{needed / 1e9:.0f} GB of {'GPU ' * on_gpu}memory needed, {free / 1e9:.0f} GB free; "
                      f"{less_memory(cfg)}")
     return ". ".join(found)
 
 
 def many_patches(vit, shape: torch.Size, name: str) -> str:
-    """A note if a ViT needs more than a minute for a batch of images of this shape, (B, C, H, W), or more memory than
-    is free; else "". Attention takes time with the square of the number of patches."""
+    """A note if a ViT needs more than a minute, or more memory than is free, for a batch of images of this shape,
+    (B, C, H, W); else "". The time of attention grows with the square of the number of patches."""
     device, (n, _, height, width) = next(vit.parameters()).device, shape
     patches, depth, dim = height * width // vit.patch_size**2, vit.n_blocks, vit.embed_dim
     operations = n * patches * depth * (24 * dim**2 + 4 * dim * patches)
     slow = device.type == "cpu" and operations > 1e12 and (seconds := operations / operations_per_second()) > 60
-    needed = 12 * 4 * n * patches * dim  # float32: of each patch some twelve vectors at once
+    needed = 12 * 4 * n * patches * dim  # float32: about twelve vectors per patch at once
     if not slow and needed < free_memory(device):
         return ""
     takes = ([f"about {duration(seconds)}"] if slow else []) + [f"{needed / 1e9:.2g} GB of memory"]

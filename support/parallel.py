@@ -4,6 +4,7 @@ import importlib.util
 import ipaddress
 import math
 import os
+import re
 import socket
 import struct
 import sys
@@ -69,8 +70,8 @@ def usable_cores(proc: str = "/proc/self/cgroup", mounts: str = "/sys/fs/cgroup"
 
 
 def busy_note() -> str:
-    """What to say if PyTorch has more threads than there are cores free, on which each would wait for the slowest; else
-    "". Nothing if OMP_NUM_THREADS is set."""
+    """What to say if PyTorch has more threads than there are free cores, since all threads wait for the slowest; else
+    "". Silent if OMP_NUM_THREADS is set."""
     threads, cores = torch.get_num_threads(), usable_cores()
     if "OMP_NUM_THREADS" in os.environ or threads == 1:
         return ""
@@ -78,7 +79,7 @@ def busy_note() -> str:
     free = max(1, min(cores, round((os.cpu_count() or 1) - load)))
     if threads <= free:
         return ""
-    why = f"a load of {load:.1f} on {os.cpu_count()} cores" if free < cores else f"{cores} cores may be used"
+    why = f"a load of {load:.1f} on {os.cpu_count()} cores" if free < cores else f"{cores} cores are available"
     return f"{why}, and PyTorch has {threads} threads; it may be faster with OMP_NUM_THREADS={free}"
 
 
@@ -98,17 +99,17 @@ def be_deterministic(wanted: bool) -> None:
 # Processes
 
 
-TIMEOUT = timedelta(minutes=15)  # of collectives that all processes reach at about the same time: those of steps
-LONG_TIMEOUT = timedelta(hours=2)  # of those that wait while one lists a large folder, or reads or writes a large file
+TIMEOUT = timedelta(minutes=15)  # of collectives that all processes reach at about the same time, as in a step
+LONG_TIMEOUT = timedelta(hours=2)  # of those where one process may list a large folder or read a large file first
 
 LOCAL_ADDR = "between machines, give each torchrun --local-addr and the address of its machine"
 
-patient_group = None  # that of on_all_ranks(), with LONG_TIMEOUT
+patient_group = None  # the group of on_all_ranks(), with LONG_TIMEOUT
 
 
 def start_processes(device: torch.device, sharding: str = "zero2") -> DeviceMesh:
-    """Joins torchrun's process group, or makes a group of one: no other code needs to know. Returns make_mesh()'s mesh.
-    Raises ValueError as join_processes() does."""
+    """Joins torchrun's process group, or makes a group of one, so that no other code needs to tell them apart. Returns
+    make_mesh()'s mesh. Raises ValueError as join_processes() does."""
     # The backbone returns views of one tensor; nothing here changes them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     join_processes(device)
@@ -137,7 +138,7 @@ def join_processes(device: torch.device) -> None:
 
 
 def connect(device: torch.device, store: dist.Store, rank: int, n: int) -> None:
-    """Makes the process group of all collectives, and that of on_all_ranks()."""
+    """Makes the default process group and that of on_all_ranks()."""
     global patient_group
     on_gpu = device.type == "cuda"
     dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=n, timeout=TIMEOUT,
@@ -146,7 +147,7 @@ def connect(device: torch.device, store: dist.Store, rank: int, n: int) -> None:
 
 
 def leave_processes(wait_for_others: bool) -> None:
-    """Leaves the process group, if there is one; with `wait_for_others`, after a barrier."""
+    """Destroys the process group, if there is one; with `wait_for_others`, after a barrier."""
     global patient_group
     if dist.is_initialized():
         if wait_for_others:
@@ -156,12 +157,12 @@ def leave_processes(wait_for_others: bool) -> None:
 
 
 def store_of_this_start(store: dist.Store, rank: int, n: int) -> dist.Store:
-    """A part of the store that holds nothing from earlier starts of the processes.
+    """A part of the store that holds no keys from before a restart.
 
-    After a failure torchrun gives the processes it starts the store of those that failed, in which they would find the
-    addresses of dead ones, and wait for them. TORCHELASTIC_RESTART_COUNT cannot tell the starts apart, since each
-    machine counts its own. So rank 0 invents a name for the part and tells whoever asks, also the dead; each other
-    process asks under a new name of its own, so that no old answer is taken for its own.
+    After a failure torchrun gives the new processes the store of the old ones, in which they would find the addresses
+    of dead processes and wait for them. TORCHELASTIC_RESTART_COUNT does not identify a start, since each machine counts
+    its own. So rank 0 makes up a name for the part and tells it to all who ask, dead or alive; the others ask under a
+    new random name each time, so that they never take an old answer for theirs.
     """
     if rank:
         me = uuid.uuid4().hex
@@ -175,14 +176,14 @@ def store_of_this_start(store: dist.Store, rank: int, n: int) -> dist.Store:
             store.set(f"answer to {other}", name)
             answered.add(other)
         if time.monotonic() > end:
-            raise dist.DistStoreError(f"only {joined + 1} of {n} processes came")
+            raise dist.DistStoreError(f"only {joined + 1} of {n} processes arrived")
         time.sleep(0.01)
     return dist.PrefixStore(name, store)
 
 
 def choose_interface(store: dist.Store, rank: int, n: int) -> None:
     """Between machines, has gloo use the network interface that leads to MASTER_ADDR, unless GLOO_SOCKET_IFNAME names
-    one. By itself gloo takes the address of this machine's own name, which is 127.0.0.1 in many clouds."""
+    one. By default gloo uses the address that this machine's hostname resolves to: 127.0.0.1 in many clouds."""
     if n == int(os.environ.get("LOCAL_WORLD_SIZE", 1)) or sys.platform != "linux":
         return
     address = address_towards(os.environ["MASTER_ADDR"])
@@ -193,23 +194,23 @@ def choose_interface(store: dist.Store, rank: int, n: int) -> None:
         if name := interface_of(address):
             os.environ["GLOO_SOCKET_IFNAME"] = name
         else:
-            print(f"note: no network interface has {address} as its first address; if the processes do not reach each "
+            print(f"note: no network interface has {address} as its first address; if the processes cannot reach each "
                   "other, name one in GLOO_SOCKET_IFNAME", file=sys.stderr, flush=True)
 
 
 def address_towards(host: str) -> str:
-    """This machine's address on the way to a host. Raises ValueError if there is no way."""
+    """This machine's address on the route to a host. Raises ValueError if there is none."""
     try:
         family, kind, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as s:
-            s.connect(target)  # which sends nothing, with UDP
+            s.connect(target)  # UDP: nothing is sent
             return s.getsockname()[0]
     except OSError as error:
         raise ValueError(f"no network leads to {host} ({error.strerror}); {LOCAL_ADDR}") from None
 
 
 def interface_of(address: str) -> str:
-    """The name of the network interface with this IPv4 or IPv6 address; nothing if none has it as its first."""
+    """The name of the network interface whose first IPv4 address, or any IPv6 address, this is; "" if there is none."""
     import fcntl  # Linux
 
     wanted, found = ipaddress.ip_address(address).packed, {}
@@ -240,21 +241,25 @@ class Lost(Failed):
     """Another process is gone."""
 
 
+LOSS = re.compile("remote (?:process|peer)|network error|aborted|tim(?:ed ?|e)out|connection", re.I)  # NCCL's words
+
+
 @contextlib.contextmanager
 def noticing_losses():
-    """Raises Lost where communication fails because another process has ended, or has not answered in time."""
+    """Raises Lost where communication fails because another process has ended or has not answered in time."""
     try:
         yield
-    except RuntimeError as error:
-        if "gloo/transport" not in str(error) and not isinstance(error, dist.DistError):
+    except RuntimeError as error:  # from gloo; from a store; from NCCL, which says the same of its other failures
+        if not ("gloo/transport" in str(error) or isinstance(error, (dist.DistNetworkError, dist.DistStoreError))
+                or isinstance(error, dist.DistBackendError) and LOSS.search(str(error))):
             raise
-        reason = root_cause(error).rpartition("] ")[2]  # without the line of gloo's source
+        reason = root_cause(error).rpartition("] ")[2]  # without gloo's source file and line
         raise Lost(f"contact with another process was lost ({reason}); run the same command again") from None
 
 
 def on_all_ranks(work, group=None) -> list:
-    """Calls work() on every rank and returns all results, by rank. If it raises on any, raises Failed on all. It may
-    take up to LONG_TIMEOUT longer on one than on others."""
+    """Calls work() on every rank and returns all results, by rank. If it raises on any, raises Failed on all. Ranks
+    wait up to LONG_TIMEOUT for the slowest."""
     cause = None
     try:
         mine = work(), ""
@@ -268,8 +273,8 @@ def on_all_ranks(work, group=None) -> list:
 
 
 def in_turns(work):
-    """work() on every rank, and its result on this one: rank 0 first, then one process of each other machine, then the
-    rest, who find what those have cached. If it raises on any, raises ValueError on all."""
+    """Calls work() on every rank and returns this rank's result. Rank 0 goes first, then one process of each other
+    machine, then the rest, which find what the first ones cached. If it raises on any, raises ValueError on all."""
     rank, n_ranks = world()
     if n_ranks == 1:
         return work()
@@ -283,7 +288,7 @@ def in_turns(work):
 
 
 def from_rank_0(work):
-    """On all ranks the result of work() on rank 0. If it raises there, raises ValueError on all."""
+    """Returns the result of work() on rank 0 to all ranks. If it raises there, raises ValueError on all."""
     rank, n_ranks = world()
     if n_ranks == 1:
         return work()
@@ -314,7 +319,7 @@ class SharedFlags:
     collects, so that training never waits for an answer."""
 
     def __init__(self):
-        # Where a process is lost, this says so in one line, shortly before NCCL's watchdog would, in many.
+        # If a process is lost, this reports it in one line, shortly before NCCL's watchdog would in many.
         self.group = dist.new_group(backend="gloo", timeout=0.9 * TIMEOUT)
         self.work, self.flags = None, torch.zeros(0)
 
@@ -424,9 +429,9 @@ def local_shards(tensors) -> list[Tensor]:
 
 
 def materialize(network: nn.Module, device: torch.device, initialize) -> None:
-    """Gives a network on the meta device memory and first values. `initialize` sets the parameters that a module holds
-    itself; it gets whole ones, on the CPU, of one module at a time, of which this process keeps its shards. So the
-    values do not depend on the number of processes, and no process ever holds the whole network."""
+    """Gives a network on the meta device memory and initial values. `initialize` fills the parameters that a module
+    holds itself: full ones on the CPU, one module at a time, of which this process then keeps its shards. So the values
+    do not depend on the number of processes, and no process ever holds the whole network."""
     network.to_empty(device=device)
     for module in network.modules():
         held = dict(module.named_parameters(recurse=False))
@@ -441,7 +446,7 @@ def materialize(network: nn.Module, device: torch.device, initialize) -> None:
 
 @torch.no_grad()
 def load_whole(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """Copies values that every process holds whole into parameters of which it holds a shard, or all."""
+    """Copies full tensors, which every process holds, into parameters that may be sharded."""
     from torch.distributed.tensor import DTensor, distribute_tensor  # slow to import
 
     for name, p in parameters.items():

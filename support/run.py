@@ -1,4 +1,4 @@
-"""What keeps a run: its folder and lock, signals, log. Its saves are in support/saves.py. Apache License 2.0."""
+"""What keeps a run: its output folder and lock, signals, last words. Apache License 2.0."""
 import contextlib
 import dataclasses
 import errno
@@ -18,15 +18,9 @@ import time
 import uuid
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from tqdm import tqdm
-
-from support.cli import printable
-from support.files import replacing, write_json
+from support.files import write_json
 from support.machine import known_failure, less_memory
-from support.parallel import Failed, on_all_ranks, root_cause
+from support.parallel import Lost, from_rank_0, root_cause
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -41,7 +35,7 @@ PARTIAL = (  # what a killed run may leave half-written; not all of .*.partial, 
 
 
 def check_output(cfg, resume: bool, overwrite: bool, changeable: set[str]) -> None:
-    """Raises ValueError if --out holds anything but this run, unless the flags allow that. Writes nothing."""
+    """Raises ValueError if --out holds anything but this run, unless the flags allow it. Writes nothing."""
     out = Path(cfg.out)
     if resume and overwrite:
         raise ValueError("--resume continues the run in --out, --overwrite deletes it; give one of the two")
@@ -53,7 +47,7 @@ def check_output(cfg, resume: bool, overwrite: bool, changeable: set[str]) -> No
         raise ValueError(f"--out {out} cannot be read ({root_cause(error)}); make it readable, or choose another folder"
                          ) from None
     if not stored and settings_in(out / "config.json"):
-        raise ValueError(f"--out {out} holds a config.json that is not of a training run; choose another --out")
+        raise ValueError(f"--out {out} holds a config.json that no training run wrote; choose another --out")
     if not stored and not os.path.lexists(out / "config.json"):
         if resume:
             raise ValueError(f"--resume: {out} holds no run; omit the flag to start one")
@@ -61,14 +55,14 @@ def check_output(cfg, resume: bool, overwrite: bool, changeable: set[str]) -> No
             raise ValueError(f"--out {out} holds {foreign[0]} but no config.json, so it is not a training run; "
                              "choose another --out")
     elif not overwrite and os.path.lexists(out / "resume") and not (out / "resume").is_dir():
-        raise ValueError(f"{out}/resume, where the saves should be, is not a folder; put the folder back, or start "
-                         "over with --overwrite")
+        raise ValueError(f"{out}/resume, where the saves belong, is not a folder; put the folder back, or start over "
+                         "with --overwrite")
     elif not (resume or overwrite):
         check_settings(out, stored, cfg, changeable)
 
 
 def check_settings(out: Path, stored: list[dict], cfg, changeable: set[str]) -> None:
-    """Raises ValueError if the run in --out has other settings than this one."""
+    """Raises ValueError if the run in --out has different settings."""
     if not stored:
         raise ValueError(f"{out}/config.json is damaged; --resume continues the run with these settings")
     mine, defaults = (json.loads(json.dumps(dataclasses.asdict(c))) for c in (cfg, type(cfg)()))
@@ -82,15 +76,15 @@ def check_settings(out: Path, stored: list[dict], cfg, changeable: set[str]) -> 
 
 
 def stored_settings(out: Path) -> list[dict]:
-    """The settings of the run in --out: those in config.json, unless it is missing or damaged, and those of the newest
-    save, whose run they were. Raises OSError for files that cannot be read."""
+    """The settings of the run in --out: those in config.json and those in its newest save; the former may be missing
+    or damaged, or belong to a run that has not saved yet. Raises OSError for files that cannot be read."""
     newest = next(filter(None, map(complete_of, saves_in(out / "resume"))), {})
     found = settings_in(out / "config.json"), newest.get("config")
     return [settings for settings in found if isinstance(settings, dict) and "data" in settings]
 
 
 def settings_in(path: Path) -> dict:
-    """The content of a config.json; {} if there is none, or a damaged one."""
+    """The content of a config.json; {} if it is missing or damaged."""
     content = read_json(path)
     return content if isinstance(content, dict) else {}
 
@@ -101,7 +95,8 @@ def restarted() -> bool:
 
 
 def claim_output(cfg, overwrite: bool) -> None:
-    """Makes --out this run's folder: removes what killed runs left half-written and, with `overwrite`, their run."""
+    """Makes --out this run's folder: removes files that killed runs left half-written and, with `overwrite`, the run
+    that was there."""
     out = Path(cfg.out)
     for path in [out / name for name in OUTPUTS] if overwrite else []:
         remove(path)
@@ -112,7 +107,7 @@ def claim_output(cfg, overwrite: bool) -> None:
     for name in ("eval", "nonfinite"):
         make_way(out / name, folder=True)
     if saves_in(out / "resume") and "data" not in settings_in(out / "config.json"):
-        print(f"note: {out}/config.json is missing or damaged; it is written again", file=sys.stderr, flush=True)
+        print(f"note: {out}/config.json is missing or damaged; writing it again", file=sys.stderr, flush=True)
     write_json(out / "config.json", dataclasses.asdict(cfg))
 
 
@@ -132,13 +127,14 @@ def set_aside(path: Path, why: str) -> None:
 
 
 def make_way(path: Path, folder: bool = False) -> None:
-    """Sets aside a folder where a file should be, a file where a folder should be, a link to nothing."""
+    """Sets aside whatever is in the way at `path`: a folder where a file belongs, a file where a folder belongs, or a
+    dangling link."""
     if os.path.lexists(path) and not (path.is_dir() if folder else path.is_file()):
         set_aside(path, f"is not a {'folder' if folder else 'file'}")
 
 
 def read_json(path: Path):
-    """The content of a JSON file; None if there is none, or nothing that can be understood."""
+    """The content of a JSON file; None if it is missing or cannot be parsed."""
     try:
         return json.loads(path.read_bytes()) if path.is_file() else None
     except (ValueError, RecursionError):
@@ -150,7 +146,7 @@ def read_json(path: Path):
 
 
 def saves_in(folder: Path) -> list[Path]:
-    """The folders that have the name of a save, step_000000070, newest first. Others, such as copies, do not count."""
+    """The folders named like a save, step_000000070, newest first. Others, such as copies, do not count."""
     named = [path for path in folder.iterdir() if is_save_name(path.name)] if folder.is_dir() else []
     return sorted((path for path in named if path.is_dir()), key=step_of, reverse=True)
 
@@ -168,8 +164,8 @@ def step_of(save: Path) -> int:
 
 
 def read_complete(save: Path, step: int | None = None) -> dict | str:
-    """The content of the file `complete` of a save; or what is wrong with it, in words. `step`: the number it should
-    name, if not that in the name of the folder."""
+    """The content of the file `complete` of a save; or what is wrong with it, in words. `step`: the step it should
+    name, by default the one in the folder's name."""
     there = {path.name for path in save.iterdir() if path.is_file()}
     if "complete" not in there:
         return "complete: missing"
@@ -186,7 +182,7 @@ def read_complete(save: Path, step: int | None = None) -> dict | str:
 
 
 def complete_of(save: Path) -> dict:
-    """The content of the file `complete` of a save; {} if it is damaged or cannot be read."""
+    """The content of the file `complete` of a save; {} if the save is damaged or cannot be read."""
     try:
         content = read_complete(save)
         return content if isinstance(content, dict) else {}
@@ -195,7 +191,7 @@ def complete_of(save: Path) -> dict:
 
 
 def is_complete(content) -> bool:
-    """Whether this may be the content of a file `complete`."""
+    """Whether this could be the content of a file `complete`."""
     if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("files", "counters")):
         return False
     step, counters = content.get("step"), content["counters"]
@@ -321,18 +317,14 @@ def take_output(cfg) -> OutputLock | None:
 
     def take() -> None:  # a lock cannot be sent to other ranks, so it is not returned
         nonlocal lock
-        if dist.get_rank() == 0:
-            lock = OutputLock(Path(cfg.out))
+        lock = OutputLock(Path(cfg.out))
 
-    try:
-        on_all_ranks(take)
-    except Failed as error:
-        raise ValueError(str(error)) from None
+    from_rank_0(take)
     return lock
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Signals
+# Signals, and the end of a run
 
 
 class StopSignals:
@@ -381,21 +373,23 @@ def same_command() -> str:
     return shlex.join([*launcher, sys.argv[0], *words])
 
 
-def last_save(out: Path) -> int:
-    """The step of the newest save of a run, by its name; 0 if there is none."""
-    names = [re.fullmatch(r"step_(\d+)", path.name) for path in (out / "resume").glob("step_*")]
-    return max((int(name[1]) for name in names if name), default=0)
+def last_save(out: Path) -> str:
+    """The newest save of a run, in words."""
+    with contextlib.suppress(OSError):
+        for save in filter(complete_of, saves_in(out / "resume")):
+            return f"the last good save is step {step_of(save)}"
+    return "nothing is saved yet"
 
 
 def stop_for(error: BaseException, cfg) -> None:
-    """Ends this process with one line and exit code 1 if the machine failed; raises any other error again."""
-    if not (failure := known_failure(error, less_memory(cfg))):
+    """Ends this process with one line and exit code 1 if the machine failed or another process is gone; raises any
+    other error again."""
+    failure = str(error) if isinstance(error, Lost) else known_failure(error, less_memory(cfg))
+    if not failure:
         raise error
-    step = last_save(Path(cfg.out))
-    saved = f"the last good save is that of step {step}" if step else "there is no save yet"
     sys.stdout.flush()
-    print(f"error: {failure} ({saved})", file=sys.stderr, flush=True)
-    os._exit(1) if "WORLD_SIZE" in os.environ else sys.exit(1)  # an orderly exit might wait for the other processes
+    print(f"error: {failure} ({last_save(Path(cfg.out))})", file=sys.stderr, flush=True)
+    os._exit(1) if "WORLD_SIZE" in os.environ else sys.exit(1)  # an orderly exit may wait for the other processes
 
 
 def last_words(out: str, labeled: bool) -> str:
@@ -406,212 +400,3 @@ def last_words(out: str, labeled: bool) -> str:
     lines = [shlex.join(["python", os.path.join(os.path.dirname(sys.argv[0]), name), *rest])
              for name, *rest in commands]
     return "\n    ".join([f"done; the teacher is in {ckpt}, the log in {out}/metrics.jsonl. What to run next:", *lines])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The log
-
-
-class TooManyBad(Exception):
-    """More images than allowed cannot be read. Raised on all ranks, after saving."""
-
-
-def on_terminal() -> bool:
-    """Whether a progress bar can be seen: not where a container or a CI system gives a terminal of no size."""
-    return sys.stderr.isatty() and all(os.get_terminal_size(sys.stderr.fileno()))
-
-
-def read_records(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl, one for each step and kind: of several the last. If some cannot be understood, sets
-    the file aside, unless that is only the last, which a killed run may leave half-written."""
-    records, bad = {}, []
-    for line in (content := path.read_bytes()).splitlines():
-        try:
-            record = json.loads(line.decode())
-        except (ValueError, RecursionError):
-            record = None
-        if is_record(record):
-            records[record["step"], "knn" in record] = record
-        else:
-            bad.append(line)
-    if bad and (len(bad) > 1 or not content.endswith(bad[0])):
-        set_aside(path, f"has {len(bad)} damaged lines, which are left out")
-    return list(records.values())
-
-
-def is_record(record) -> bool:
-    """Whether this may be a line of metrics.jsonl."""
-    if not isinstance(record, dict) or type(record.get("step")) is not int or record["step"] < 0:
-        return False
-    accuracies = [record[key] for key in ("knn", "knn_raw_pixels") if record.get(key) is not None]
-    return all(isinstance(a, dict) and isinstance(a.get("top1_k20"), (int, float)) for a in accuracies)
-
-
-class Log:
-    """metrics.jsonl and the progress bar, on rank 0 only. A resumed run drops the lines that it will write again. With
-    `lock`, writes nothing unless --out is still this run's."""
-
-    def __init__(self, path: Path, start: int, steps: int, counters: dict[str, int], lock: OutputLock | None = None):
-        self.main, self.lock = dist.get_rank() == 0, lock
-        self.path, self.records, self.behind = path, [], False
-        self.bar = tqdm(total=steps, initial=start, unit="step", disable=not (self.main and on_terminal()),
-                        smoothing=0.05)
-        self.steps, self.printed = steps, time.monotonic() - 50  # without a terminal: after 10 s, then every minute
-        self.bad_path, self.new_bad = path.with_name("bad_samples.txt"), []  # (name, reason) since the last line
-        self.counters = dict(bad_samples=0, skipped_steps=0, skipped_in_a_row=0) | counters
-        self.bad_before = self.counters["bad_samples"]
-        if self.main:
-            # k-NN lines count the steps done, the others name the step itself, from 0
-            self.records = [r for r in self.read_back(read_records, path, [])
-                            if r["step"] < start + ("knn" in r and start > 0)]
-            self.store(anew=True)
-        listed = self.read_back(lambda path: path.read_text("utf-8", "surrogateescape"), self.bad_path, "")
-        self.bad_files = dict(line.partition("\t")[::2] for line in listed.split("\n") if line)  # name -> reason
-        self.n_listed = len(self.bad_files)
-
-    def read_back(self, read, path: Path, nothing):
-        """read(path), or `nothing` if there is no such file, or none that can be read: it is set aside."""
-        try:
-            return read(path) if path.is_file() else nothing
-        except OSError as error:
-            if self.main:
-                with contextlib.suppress(OSError):
-                    set_aside(path, f"cannot be read ({root_cause(error)})")
-            return nothing
-
-    def store(self, anew: bool) -> None:
-        """Adds the last record to the file, or writes all `anew`. If that fails, it is done with a later one."""
-        try:
-            self.check_lock()
-            if anew or self.behind or not self.path.exists():
-                self.rewrite()
-            else:
-                with open(self.path, "a") as file:
-                    file.write(json.dumps(self.records[-1]) + "\n")
-            self.behind = False
-        except OSError as error:
-            if not self.behind:
-                self.say(f"note: {self.path} cannot be written ({root_cause(error)}); its lines are kept in memory")
-            self.behind = True
-
-    def rewrite(self) -> None:
-        with replacing(self.path, durable=True) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records))
-
-    def check_lock(self) -> None:
-        """Raises OSError if --out was deleted or belongs to another run. Only a save creates it again."""
-        if self.lock is not None:
-            self.lock.check(take_back=False)
-
-    def write(self, record: dict) -> None:
-        """Adds a line, with null for numbers that are not finite. If that fails, it is written with a later one."""
-        if self.main:
-            finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
-            self.records.append(finite)
-            self.store(anew=False)
-
-    def knn(self, step: int, key: str = "knn") -> dict | None:
-        return next((r[key] for r in self.records if r["step"] == step and key in r), None)
-
-    def start_clock(self, done: int, waited: float) -> None:
-        """From here on speed is measured: after `done` steps, with `waited` seconds spent waiting for images so far."""
-        self.since = time.perf_counter(), done, waited
-
-    def step(self, step: int, now: dict[str, float], means: dict[str, float], batch_size: int, waited: float) -> None:
-        """Writes a line: `now` holds the scheduled values, `means` the losses, averaged over processes, and gradient
-        norms. images_per_s, and data_wait, the share of the time spent waiting for images, count since start_clock().
-        """
-        began, done, waited_before = self.since
-        seconds = time.perf_counter() - began
-        images_per_s, data_wait = batch_size * (step + 1 - done) / seconds, (waited - waited_before) / seconds
-        loss = sum(v for k, v in means.items() if not k.startswith("grad_norm"))
-        self.write(dict(step=step, loss=loss, **means, **now, images_per_s=images_per_s, data_wait=data_wait,
-                        bad_samples=self.counters["bad_samples"], skipped_steps=self.counters["skipped_steps"]))
-        text = f"loss {loss:.3f}, {images_per_s:.0f} images/s, data wait {data_wait:.0%}"
-        self.bar.set_postfix_str(text)
-        if self.main and self.bar.disable and time.monotonic() - self.printed > 60:  # no terminal: a line a minute
-            print(f"step {step + 1} of {self.steps}: {text}", flush=True)
-            self.printed = time.monotonic()
-
-    def count_bad(self, n_samples: int) -> float:
-        """Counts the images that any process could not read since the last call, and lists each file once, with the
-        reason, in bad_samples.txt. Returns their share of all images that this command has read for `n_samples`."""
-        new = [item for bad in on_all_ranks(lambda: self.new_bad) for item in bad]
-        self.new_bad = []
-        self.counters["bad_samples"] += len(new)
-        for name, reason in new:
-            self.bad_files.setdefault(printable(name), printable(reason))
-        if self.main and len(self.bad_files) > self.n_listed:
-            lines = "".join(f"{name}\t{reason}\n" for name, reason in self.bad_files.items())
-            with contextlib.suppress(OSError):  # then they are listed with the next ones
-                self.check_lock()
-                with replacing(self.bad_path) as temporary:
-                    temporary.write_text(lines, "utf-8", "surrogateescape")
-                self.n_listed = len(self.bad_files)
-        bad = self.counters["bad_samples"] - self.bad_before
-        return bad / (bad + n_samples)
-
-    def evaluation(self, knn, teacher: nn.ModuleDict, done: int) -> None:
-        pixels = dict(knn_raw_pixels=knn.raw_pixels()) if done == 0 else {}
-        self.write(dict(step=done, knn=knn.teacher(teacher)) | pixels)
-        if 0 < done < self.steps:  # the last one ends the run's output
-            self.say(f"step {done}: {summary(self, done)}")
-
-    def say(self, text: str) -> None:
-        if self.main:
-            self.bar.write(text, file=sys.stdout)
-
-
-def summary(log: Log, steps: int) -> str:
-    """k-NN accuracy after `steps` steps, beside that of the untrained network and of raw pixels."""
-    named = (("trained teacher", log.knn(steps)), ("untrained network", log.knn(0)),
-             ("raw pixels", log.knn(0, "knn_raw_pixels")))
-    return "k-NN top-1 (k=20): " + " | ".join(f"{name} {knn['top1_k20']:.1f} %" for name, knn in named if knn)
-
-
-class NonFinite:
-    """Counts steps that were skipped because a loss or gradient was not finite, and writes their losses and samples to
-    out/nonfinite/. Looks at each step one step later, by when the GPU has finished it."""
-
-    def __init__(self, cfg, log: Log, batches, saver):
-        self.cfg, self.log, self.batches, self.saver, self.pending = cfg, log, batches, saver, None
-
-    def watch(self, step: int, finite: Tensor, terms: dict[str, Tensor]) -> None:
-        self.settle()
-        on_gpu = finite.is_cuda
-        on_host = torch.empty((), dtype=torch.bool, pin_memory=on_gpu).copy_(finite, non_blocking=on_gpu)
-        copied = torch.cuda.current_stream().record_event() if on_gpu else None
-        self.pending = step, on_host, copied, terms
-
-    def settle(self) -> None:
-        """Counts the step watched last. Raises Failed after --max-nonfinite in a row."""
-        if self.pending is None:
-            return
-        (step, finite, copied, terms), self.pending, counters = self.pending, None, self.log.counters
-        if copied:
-            copied.synchronize()
-        if finite:
-            counters["skipped_in_a_row"] = 0
-            return
-        counters["skipped_steps"] += 1
-        counters["skipped_in_a_row"] += 1
-        folder = self.log.path.with_name("nonfinite")
-        self.report(step, terms, folder)
-        if counters["skipped_in_a_row"] >= self.cfg.max_nonfinite:
-            self.saver.collect()
-            raise Failed(f"loss or gradients were not finite in {counters['skipped_in_a_row']} steps in a row, the "
-                         f"last {step}; see {folder}. The last good save is that of step {self.saver.good}: lower --lr "
-                         "and continue from it with --resume")
-
-    def report(self, step: int, terms: dict[str, Tensor], folder: Path) -> None:
-        source, seed = self.batches.source, self.batches.seed
-        processes = on_all_ranks(lambda: dict(
-            rank=dist.get_rank(), terms={k: str(v.item()) for k, v in terms.items()},
-            samples={s: str(source.describe(source.pick(s, seed))) for s in self.batches.samples_of(step)}))
-        if self.log.main:
-            self.log.say(f"note: loss or gradients of step {step} are not finite; the step is skipped, its samples are "
-                         f"listed in {folder}")
-            with contextlib.suppress(OSError):
-                self.log.check_lock()
-                folder.mkdir(exist_ok=True)
-                write_json(folder / f"step_{step:09d}.json", dict(step=step, processes=processes))

@@ -1,4 +1,4 @@
-"""The saves of a run: written while training goes on, verified before they are read. Apache License 2.0.
+"""The saves of a run: written while training continues, verified before they are read. Apache License 2.0.
 
 A save, out/resume/step_N, holds tensors as torch.distributed.checkpoint writes them (*.distcp, .metadata), and the file
 `complete`: the step, the counters and the SHA-256 of the other files.
@@ -6,6 +6,7 @@ A save, out/resume/step_N, holds tensors as torch.distributed.checkpoint writes 
 import contextlib
 import dataclasses
 import errno
+import math
 import os
 import pickle
 import shutil
@@ -32,8 +33,8 @@ from support.run import (
 
 
 def verify(save: Path) -> dict | str:
-    """The content of `complete` if all files of a save are as it says; or what is wrong, in words. To be called on all
-    ranks, each of which checks a share of the files. Raises Failed on all if one cannot read its share."""
+    """The content of `complete` if all files of a save are as it says; or what is wrong, in words. Call it on all
+    ranks: each checks a share of the files. Raises Failed on all if any cannot read its share."""
     def check_share() -> str:
         share = sorted(complete["files"])[dist.get_rank() :: dist.get_world_size()]
         wait_for_files(save, share)
@@ -45,8 +46,8 @@ def verify(save: Path) -> dict | str:
 
 
 def wait_for_files(folder: Path, names, seconds: int = 60) -> set[str]:
-    """Waits until this machine sees files that others have written: a network file system may take a while. Returns
-    the names of those still missing."""
+    """Waits until this machine sees the files that other machines wrote, which may take a while on a network file
+    system. Returns the names of those still missing."""
     for _ in range(seconds):
         if not (missing := {*names} - {*(os.listdir(folder) if folder.exists() else ())}):
             break
@@ -55,7 +56,7 @@ def wait_for_files(folder: Path, names, seconds: int = 60) -> set[str]:
 
 
 class MetadataOnly(pickle.Unpickler):
-    """Reads the table of contents of a save, which PyTorch writes as a pickle, and refuses anything else in it."""
+    """Reads the table of contents of a save, a pickle written by PyTorch, and refuses anything else in it."""
 
     def find_class(self, module: str, name: str):
         known = {"torch.distributed.checkpoint.metadata": (
@@ -70,8 +71,8 @@ class MetadataOnly(pickle.Unpickler):
 
 
 def check_metadata(path: Path) -> dict[str, tuple]:
-    """{name: (dtype, shape)} of the tensors in a save. Call it before PyTorch's own reader, which would run code in the
-    pickle or in any entry that is not a tensor. Raises UnpicklingError if there is any."""
+    """{name: (dtype, shape)} of the tensors in a save. Call it before PyTorch's own reader, which would run any code in
+    the pickle or in entries that are not tensors. Raises UnpicklingError if there is any."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata  # slow to import
 
     with open(path, "rb") as file:
@@ -105,7 +106,7 @@ def optimizer_tensors_of(state) -> dict[str, dict[str, Tensor]]:
                     raise ValueError(f"the optimizer's {key!r} of {name} is a {type(value).__name__}; only tensors and "
                                      "numbers can be saved")
                 if key in ("student", "teacher", "centers"):
-                    raise ValueError(f"the optimizer keeps something by the name of {key!r}, which saves need")
+                    raise ValueError(f"the optimizer has an entry named {key!r}, a name that saves reserve")
                 value = value if torch.is_tensor(value) else torch.tensor(value, dtype=torch.float64)
                 tensors.setdefault(key, {})[name] = value
     return tensors
@@ -156,14 +157,14 @@ def load_save(state, save: Path) -> None:
 def load_newest(state, folder: Path) -> tuple[dict, list[str]]:
     """Loads the newest intact save in `folder`, written by any number of processes. Returns the content of its file
     `complete`, or {} if there is no save, and the names of newer saves that are damaged. Raises ValueError if all are
-    damaged, or if it does not fit or holds anything but tensors."""
+    damaged, or if the newest does not fit or holds anything but tensors."""
     try:
         complete, damaged, renamed = find_newest(folder)
     except Failed as error:
         raise ValueError(f"{folder} cannot be read ({error}); make it readable and try again") from None
     if renamed:
-        raise ValueError(f"{folder} holds no save with a name like {save_name(70)}, only {renamed}; rename it to go on "
-                         "from it, or start over with --overwrite")
+        raise ValueError(f"{folder} holds no save with a name like {save_name(70)}, only {renamed}; rename it to "
+                         "continue from it, or start over with --overwrite")
     if complete is None and damaged:
         raise ValueError(f"no save in {folder} is intact; copy {folder.parent}/ckpt.pth, the teacher, elsewhere if you "
                          "need it, then start over with --overwrite")
@@ -183,9 +184,8 @@ def load_newest(state, folder: Path) -> tuple[dict, list[str]]:
 
 
 def find_newest(folder: Path) -> tuple[dict | None, list[str], str]:
-    """The content of `complete` of the newest intact save, if any; the names of newer ones, which are damaged; and if
-    there are no saves but a folder that may be a renamed one, its name. Raises Failed on all ranks if one cannot read.
-    """
+    """The content of `complete` of the newest intact save, if any; the names of newer, damaged ones; and if there is no
+    save but a folder that may be a renamed one, its name. Raises Failed on all ranks if any cannot read them."""
     def look() -> tuple[list[str], str]:
         names = [save.name for save in saves_in(folder)]
         return names, "" if names else min((p.parent.name for p in folder.glob("step_*/complete")), default="")
@@ -203,12 +203,12 @@ def find_newest(folder: Path) -> tuple[dict | None, list[str], str]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Writing saves, while training goes on
+# Writing saves while training continues
 
 
 def check_save(folder: Path, step: int, shapes: dict[str, tuple]) -> None:
-    """Checks before a save gets its name what loading it will check. Raises ValueError or UnpicklingError if this code
-    could not read it, or if it has other tensors than {name: (dtype, shape)}."""
+    """Checks a save, before it gets its name, as loading will. Raises ValueError or UnpicklingError if this code could
+    not read it, or if its tensors are not those in `shapes`, {name: (dtype, shape)}."""
     if isinstance(complete := read_complete(folder, step), str):
         raise ValueError(complete)
     written = check_metadata(folder / ".metadata")
@@ -217,7 +217,7 @@ def check_save(folder: Path, step: int, shapes: dict[str, tuple]) -> None:
 
 
 def without_name(save: Path) -> Path:
-    """Renames a save that is to be deleted, so that nothing half-deleted is ever taken for one."""
+    """Renames a save that is about to be deleted, so that a half-deleted one is never taken for a save."""
     return save.rename(save.with_name(f"partial_{uuid.uuid4().hex}"))
 
 
@@ -253,8 +253,10 @@ class Saver:
 
     def __exit__(self, kind, *error) -> None:
         """Waits for a save under way; after a crash only for a minute, since other processes may be gone."""
-        if self.thread is not None:
-            self.thread.join(None if kind in (None, Failed) else 60)
+        patience = math.inf if kind in (None, Failed) else time.monotonic() + 60
+        while self.thread is not None and self.thread.is_alive() and time.monotonic() < patience:
+            with contextlib.suppress(RuntimeError):  # the error of a data-loading worker that dies is raised anywhere
+                self.thread.join(1)
 
     def due(self) -> bool:
         """Whether it is time for an extra save: by --save-minutes, or since the last one failed. True only once, since
@@ -277,7 +279,7 @@ class Saver:
         elif self.main and since is not None and self.thread is None and (
                 time.monotonic() - since > 60 * self.cfg.save_patience):
             found = (f"saving has failed for {self.cfg.save_patience:g} minutes ({self.error}). The last good save is "
-                     f"that of step {self.good}; free disk space or repair the disk, and run the same command again")
+                     f"step {self.good}; free disk space or repair the disk, and run the same command again")
         self.reason = found or self.reason
         return found
 
@@ -352,7 +354,7 @@ class Saver:
         if not (out / "config.json").exists():
             lost = "" if saves_in(self.folder) else "; the saves that were in it are lost"
             claim_output(self.cfg, overwrite=False)
-            self.say(f"note: {out if lost else out / 'config.json'} had disappeared and was created again{lost}")
+            self.say(f"note: {out if lost else out / 'config.json'} had disappeared; created it again{lost}")
         for path in self.folder.glob("partial_" + "[0-9a-f]" * 32):  # left by a run that was killed
             shutil.rmtree(path, ignore_errors=True)
         folder = self.folder / f"partial_{uuid.uuid4().hex}"
@@ -375,7 +377,7 @@ class Saver:
         check_save(folder, step, shapes)
         self.lock.check()
         for name in self.damaged:
-            with contextlib.suppress(FileNotFoundError):  # somebody has removed it
+            with contextlib.suppress(FileNotFoundError):  # removed in the meantime
                 set_aside(self.folder / name, "is damaged")
         self.damaged = []
         final = self.folder / save_name(step)
@@ -410,7 +412,7 @@ class Saver:
             return
         self.last = time.monotonic()
         self.failing_since = self.failing_since or self.last
-        self.say(f"note: step {self.step} could not be saved ({self.error}); the last good save is that of step "
+        self.say(f"note: step {self.step} could not be saved ({self.error}); the last good save is step "
                  f"{self.good}. Trying again every {self.RETRY:g} s, for {self.cfg.save_patience:g} minutes")
 
     def finish(self, step: int, counters: dict) -> None:
@@ -426,7 +428,7 @@ class Saver:
             self.start(step, counters, [])
 
     def checkpoint_is_whole(self, step: int) -> bool:
-        """Whether ckpt.pth holds this teacher; asked if all steps were done before. To be called on all ranks."""
+        """Whether ckpt.pth holds this teacher; for a run that was finished before it started. Call it on all ranks."""
         ckpt, path = self.make_checkpoint(step), Path(self.cfg.out) / "ckpt.pth"
 
         def differs() -> bool:
@@ -439,5 +441,5 @@ class Saver:
 
         wrong = on_all_ranks(lambda: self.main and differs(), self.group)[0]
         if wrong:
-            self.say(f"note: {path} is missing or damaged; the teacher is written again")
+            self.say(f"note: {path} is missing or damaged; writing the teacher again")
         return not wrong

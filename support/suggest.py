@@ -1,9 +1,9 @@
-"""What an unknown name may have meant: nearest(). Apache License 2.0."""
+"""Suggestions for unknown names: nearest(). Apache License 2.0."""
 import difflib
 import re
 from typing import Iterable
 
-SYNONYMS = {  # what people write: what it may be called here; each command has at most one of these
+SYNONYMS = {  # what people type: what it may be called here; each command has at most one of the latter
     "lr learning-rate base-lr blr peak-lr max-lr": "--lr --learning-rates",
     "steps epochs epoch n-epochs num-epochs max-epochs iters iterations max-iters max-steps num-steps total-steps":
         "--steps --epochs --max-iter",
@@ -56,7 +56,7 @@ SYNONYMS = {  # what people write: what it may be called here; each command has 
     "onnx torchscript jit": "program",
     "extract embed embeddings": "features"}
 
-INSTEAD = {  # what people write: a name that tells which commands are meant, and what they do instead
+INSTEAD = {  # what people type: a name that only the commands concerned know, and what to do instead
     "epochs epoch n-epochs num-epochs max-epochs warmup-epochs": (
         "--steps", "one epoch is the number of images / --batch-size steps"),
     "gpus devices ngpu n-gpus num-gpus nproc nproc-per-node world-size": (
@@ -70,7 +70,7 @@ INSTEAD = {  # what people write: a name that tells which commands are meant, an
     "imagenet imagenet-1k in1k cifar cifar10 cifar100 mnist": (
         "vits16_short", "a data set is given by --data, and --preset vits16_short suits one of photographs")}
 
-NEVER_GUESSED = {"--overwrite", "--no-resume"}  # they throw work away
+NEVER_GUESSED = {"--overwrite", "--no-resume"}  # they discard work
 
 VIT = re.compile(r"(?:[\w-]+/)?.*?(?:vit|dinov2)(?:[-_]with[-_]registers)?[-_]?"
                  r"(nano|micro|tiny|small|base|large|huge|giant|ti|[nsblhg])(?![a-z])2?"
@@ -78,9 +78,9 @@ VIT = re.compile(r"(?:[\w-]+/)?.*?(?:vit|dinov2)(?:[-_]with[-_]registers)?[-_]?"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """What the unknown `name` may have meant, as an addition to a message: ", did you mean X?", where X is one of
-    `names` by another word for it, the same size of ViT, or spelled alike; or what to do instead; "" if nothing is
-    close. `names` may be flags, values, or positional arguments, which `name` gives as a flag."""
+    """A suggestion to append to an error message about an unknown `name`: ", did you mean X?", where X is the one of
+    `names` that is a synonym, the same size of ViT, or spelled alike; or what to do instead; "" if nothing is close.
+    `names` may be flags, values, or positional arguments that were given as a flag."""
     names, word = list(names), plain(name)
     remark = next((f" ({text})" for words, (known, text) in INSTEAD.items()
                    if word in map(plain, words.split()) and known in names), "")
@@ -99,7 +99,7 @@ def plain(name: str) -> str:
 
 
 def by_synonym(word: str, names: list[str]) -> str | None:
-    """The name that is the same but for case, dashes and underscores; else another word for it."""
+    """The name that differs only in case, dashes and underscores; else a synonym; else None."""
     for known in names:
         if plain(known) == word:
             return known
@@ -114,8 +114,8 @@ def vit_of(name: str) -> tuple[str, str | None, bool] | None:
 
 
 def by_vit(name: str, names: list[str]) -> str | None:
-    """The ViT of the same size, if possible with the same patch size and registers; "" if there is none of that size;
-    None if `name` is no ViT."""
+    """The ViT of the same size, preferably with the same patch size and registers; "" if there is none of that size;
+    None if `name` is not a ViT."""
     if not (wanted := vit_of(name)):
         return None
     same = [(known, vit) for known in names if (vit := vit_of(known)) and vit[0] == wanted[0]]

@@ -1,4 +1,4 @@
-"""Damage in --out, by accident or by hand: a run goes on from its newest whole save, or says in one line why not."""
+"""Damage in --out, by accident or by hand: a run continues from its newest intact save, or says in one line why not."""
 import json
 import math
 import os
@@ -23,7 +23,7 @@ import export
 import support.cli
 import support.evaluation
 import support.parallel
-import support.run
+import support.log
 import support.saves
 import support.sources
 import train
@@ -36,7 +36,7 @@ ODD = (None, True, -1, 0, 5, 7.5, 10**4000, math.nan, math.inf, "7", "", "../../
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A hundred random damages
+# Random damage
 
 
 def lose(path: Path) -> None:
@@ -117,18 +117,18 @@ def content_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} if folder.is_dir() else {}
 
 
-def start_without_networks(monkeypatch, out: Path, *flags) -> tuple[train.Run, support.run.Log]:
-    """All that train.py does before the first step, except to build networks and to fill them."""
+def start_without_networks(monkeypatch, out: Path, *flags) -> tuple[train.Run, support.log.Log]:
+    """Everything train.py does before the first step, except building and loading networks."""
     monkeypatch.setattr(train, "TrainState", lambda *a: None)
     monkeypatch.setattr(support.saves, "load_save", lambda *a: None)
     try:
         run = train.set_up([str(a) for a in (*FLAGS, *flags, "--out", out)])
         try:
-            log = support.run.Log(out / "metrics.jsonl", run.start, 4, run.counters, run.lock)
+            log = support.log.Log(out / "metrics.jsonl", run.start, 4, run.counters, run.lock)
             log.new_bad += [("x.jpg", "damaged")]
             log.count_bad(100)
             log.write(dict(step=run.start, loss=1.0))
-            support.run.summary(log, 0), support.run.summary(log, 4)
+            support.log.summary(log, 0), support.log.summary(log, 4)
             return run, log
         finally:
             run.lock.release()
@@ -139,8 +139,8 @@ def start_without_networks(monkeypatch, out: Path, *flags) -> tuple[train.Run, s
 
 @pytest.mark.parametrize("seed,n", [(0, 25), *(pytest.param(s, 100, marks=pytest.mark.slow) for s in (1, 2, 3))])
 def test_damage_anywhere_in_out(seed, n, trained, tmp_path, monkeypatch):
-    """One to three damages at once. The newest save that nothing happened to is used, or a newer one whose tensors are
-    as they were; unless the lock or resume/ itself is in the way, which is one line."""
+    """One to three kinds of damage at once. The newest untouched save is used, or a newer one whose tensors are intact;
+    unless the lock or resume/ itself is in the way, which is reported in one line."""
     rng = random.Random(seed)
     whole = {save: content_of(trained / save) for save in SAVES}
     for trial in range(n):
@@ -163,9 +163,9 @@ def test_damage_anywhere_in_out(seed, n, trained, tmp_path, monkeypatch):
         except ValueError as error:
             text = str(error)
             assert len(text) < 400 and "\n" not in text and any(why in text for why in (
-                f"{out} cannot be written (", "resume, where the saves should be, is not a folder",
+                f"{out} cannot be written (", "resume, where the saves belong, is not a folder",
                 "holds a different run", "config.json is damaged; --resume", "holds no run; omit the flag",
-                "so it is not a training run", "not of a training run", "holds no save with a name like",
+                "so it is not a training run", "that no training run wrote", "holds no save with a name like",
                 "no save in")), text
             assert "config.json is damaged" not in text or not untouched
             assert "different run" not in text or not untouched
@@ -198,7 +198,7 @@ KNN = dict(step=1, knn=dict(top1_k20=50.0))
     (b'{"step": 1, "knn": {"top1_k2": 5}}\n', 0), (b"[" * 10**5 + b"\n", 0), (bytes(512) + b"\n", 0),
     (json.dumps(KNN).encode() + b"\n", 1), (b'{"step": 1}\n' * 3, 1), (b'{"step": 1', None)])
 def test_damage_in_metrics(content, kept, out, monkeypatch, capsys):
-    """What can be understood is kept, once; a file with other lines is kept beside, too, unless a kill explains it."""
+    """Intact lines are kept, once; a file with others is set aside, unless a kill explains the damage."""
     (out / "metrics.jsonl").write_bytes(b'{"step": 0, "loss": 2.0}\n' + content)
     before = (out / "metrics.jsonl").read_bytes()
     start_without_networks(monkeypatch, out)
@@ -206,13 +206,13 @@ def test_damage_in_metrics(content, kept, out, monkeypatch, capsys):
     assert steps == [0, *[1] * (kept or 0), 4]
     aside = [path.read_bytes() for path in out.glob("damaged_metrics.jsonl_*")]
     assert aside == ([before] if kept == 0 else [])
-    said = "damaged lines, which are left out; it is now damaged_metrics.jsonl_" in capsys.readouterr().err
+    said = "damaged lines, which are dropped; it is now damaged_metrics.jsonl_" in capsys.readouterr().err
     assert said == bool(aside)
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "bad_samples.txt", "ckpt.pth", "eval", "nonfinite"])
 def test_damage_by_folders_and_links_in_the_way(name, out, monkeypatch, capsys):
-    """They are set aside, with a note, nothing in them is lost, and the run goes on."""
+    """They are set aside with a note, nothing in them is lost, and the run continues."""
     for harm in (become_folder, become_link):
         if harm is become_folder and name in ("eval", "nonfinite"):
             harm = become_file
@@ -225,7 +225,7 @@ def test_damage_by_folders_and_links_in_the_way(name, out, monkeypatch, capsys):
 
 @pytest.mark.parametrize("content", [b"[]", b"null", b"5", b"{}", b"", b"\xff", b'{"seed": 1', b"[" * 10**5, None])
 def test_damage_of_the_settings(content, out, monkeypatch):
-    """config.json is written again, from the settings in the newest save; without any, only --resume goes on."""
+    """config.json is rewritten from the settings in the newest save; if that has none, only --resume continues."""
     path = out / "config.json"
     settings = json.loads(path.read_text())
     for flags in ([], ["--resume"]):
@@ -247,8 +247,8 @@ def test_damage_of_the_settings(content, out, monkeypatch):
 
 
 def test_damage_of_one_setting(out, monkeypatch):
-    """The command of the newest save goes on, whatever config.json says, and so does that of config.json, whose run may
-    not have saved yet; no other."""
+    """The command of the newest save continues, whatever config.json says, and so does that of config.json, whose run
+    may not have saved yet; no other."""
     path = out / "config.json"
     settings = json.loads(path.read_text())
     for changed in (dict(lr=10**400), dict(seed=[7]), dict(arch=None, mean="x\n" * 999)):
@@ -261,11 +261,11 @@ def test_damage_of_one_setting(out, monkeypatch):
     assert start_without_networks(monkeypatch, out, "--seed", 1)[0].start == 4
 
 
-def test_damage_nothing_to_the_settings_of_others(tmp_path, monkeypatch):
-    """--out that names the folder of a model from elsewhere: its config.json stays, whatever the flags."""
+def test_foreign_settings_stay(tmp_path, monkeypatch):
+    """If --out is the folder of someone else's model, its config.json stays, whatever the flags."""
     (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
     for flags in ([], ["--resume"], ["--overwrite"]):
-        with pytest.raises(ValueError, match="holds a config.json that is not of a training run; choose another --out"):
+        with pytest.raises(ValueError, match="holds a config.json that no training run wrote; choose another --out"):
             start_without_networks(monkeypatch, tmp_path, *flags)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
@@ -300,8 +300,8 @@ def sha256_inside(folder: Path, sha256, path: Path, **options) -> str:
     return sha256(path, **options)
 
 
-def test_damage_nobody_may_read(out, monkeypatch):
-    """Not a reason to go back to an older save in silence."""
+def test_unreadable_saves(out, monkeypatch):
+    """They are no reason to silently go back to an older save."""
     read = Path.read_bytes
 
     def refused(path):
@@ -357,7 +357,7 @@ def test_damage_of_the_teacher_of_a_finished_run(out, capsys):
         train_main(*FLAGS, "--deterministic", "--out", out)
         after = torch.load(ckpt, weights_only=True)
         assert after["step"] == 4 and all(torch.equal(after["teacher"][k], t) for k, t in before["teacher"].items())
-        assert "ckpt.pth is missing or damaged; the teacher is written again" in capsys.readouterr().out
+        assert "ckpt.pth is missing or damaged; writing the teacher again" in capsys.readouterr().out
     assert sorted(path.name for path in (out / "resume").iterdir()) == [Path(save).name for save in SAVES]
 
 
@@ -390,7 +390,8 @@ def other_shape(metadata) -> None:
 
 @pytest.mark.parametrize("change,text", [
     (newer_class, "it holds code, types.SimpleNamespace; nothing in it was run"),
-    (not_a_tensor, "it holds code, .*BytesStorageMetadata"), (other_name, "module.student.x was written as"),
+    pytest.param(not_a_tensor, "it holds code, .*BytesStorageMetadata", marks=pytest.mark.slow),
+    pytest.param(other_name, "module.student.x was written as", marks=pytest.mark.slow),
     (other_shape, "was written as \\(torch.float32, torch.Size\\(\\[7\\]\\)\\), not as")])
 def test_saves_that_could_not_be_read_get_no_name(change, text, tmp_path, monkeypatch, capsys):
     """From step 4 on, PyTorch writes what loading would refuse: the save before stays, each try is reported, and the
@@ -417,12 +418,26 @@ def test_saves_that_could_not_be_read_get_no_name(change, text, tmp_path, monkey
     assert set_up_and_release(*flags, "--save-patience", 0.002).start == 2
 
 
+def test_saves_outlive_the_error_of_a_worker():
+    """A crash waits for the save under way, even if a data-loading worker's error is raised in the middle of that."""
+    saver, joins = object.__new__(support.saves.Saver), []
+
+    def join(seconds) -> None:
+        joins.append(seconds)
+        if len(joins) == 1:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    saver.thread = types.SimpleNamespace(join=join, is_alive=lambda: len(joins) < 3)
+    saver.__exit__(RuntimeError)
+    assert len(joins) == 3
+
+
 def test_saves_need_names_of_their_own():
-    """An optimizer's state may not be called as a part of the networks is."""
+    """An entry of the optimizer's state must not have the name of another part of a save."""
     parameter = torch.nn.Parameter(torch.zeros(2))
     state = types.SimpleNamespace(student=torch.nn.ParameterDict(dict(w=parameter)), optimizers=[
         types.SimpleNamespace(state={parameter: dict(teacher=torch.zeros(2))})])
-    with pytest.raises(ValueError, match="the optimizer keeps something by the name of 'teacher', which saves need"):
+    with pytest.raises(ValueError, match="the optimizer has an entry named 'teacher', a name that saves reserve"):
         support.saves.optimizer_tensors_of(state)
 
 
@@ -439,7 +454,7 @@ def test_results_are_added_to_results_only(main, trained, tmp_path):
     (tmp_path / "folder").mkdir()
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     flags = ["--task", "depth", "--data", tmp_path] if main is eval_dense.main else []
-    for name, text in {"x.pth": "exists and does not hold results of evaluations; name another file",
+    for name, text in {"x.pth": "exists and does not hold evaluation results; choose another file",
                        "list.csv": "exists", "metrics.jsonl": "exists", "folder": "cannot be written: Is a directory",
                        "none/x": "cannot be written: No such file"}.items():
         with pytest.raises(ValueError, match=f"--out .*{name} {text}"):
@@ -460,7 +475,7 @@ def test_results_follow_a_line_that_was_cut_off(trained, tmp_path, capsys):
     (tmp_path / "x.eval_knn.jsonl").write_text("mine")  # where results go without --out
     eval_knn.main([str(ckpt), "--num-workers", "0"])
     assert (tmp_path / "x.eval_knn.jsonl").read_text() == "mine"
-    assert "could not be written: it does not hold results" in capsys.readouterr().err
+    assert "could not be written: it does not hold evaluation results" in capsys.readouterr().err
 
 
 def test_results_of_several_processes(trained, tmp_path):
@@ -513,18 +528,23 @@ def flipped(content: bytes, rng) -> bytes:
 def test_damage_in_the_state_of_an_evaluation(tmp_path):
     """One bit, or the state of a command with other settings under this one's name: refused in one line."""
     file = support.evaluation.ResumeFile(tmp_path / "x", ["these"])
-    found, like = [], dict(done=0, values=torch.zeros(1000))
-    file.load(lambda state: found.append(state) or 3, like, 5)
-    file.save(dict(done=3, values=torch.arange(1000.0)))
-    file.load(lambda state: found.append(state["values"]) or 3, like, 5)
+    found = []
+    state = dict(done=3, values=torch.arange(1000.0))
+    file.load(lambda state: found.append(state) or 3, state, 3)
+    file.save(state)
+    file.load(lambda state: found.append(state["values"]) or 3, dict(done=0, values=torch.zeros(1000)), 3)
     assert len(found) == 1 and torch.equal(found[0], torch.arange(1000.0))
     good, other = file.path.read_bytes(), support.evaluation.ResumeFile(tmp_path / "x", ["others"])
-    other.save(dict(done=3, values=torch.arange(1000.0)))
+    other.save(state)
     contents = [other.path.read_bytes(), flipped(good, random.Random(0)), good[:-1], b"", b"x" * 99]
     for content in contents:
         file.path.write_bytes(content)
         with pytest.raises(ValueError, match=r"\.resume is damaged; remove it to start from scratch"):
-            file.load(lambda state: pytest.fail("it was used"), like, 5)
+            file.load(lambda state: pytest.fail("it was used"), state, 3)
+    file.path.write_bytes(good)
+    for like, steps in ((state, 2), (state | dict(more=1), 3), (dict(done=3, values=torch.zeros(999)), 3)):
+        with pytest.raises(ValueError, match=r"\.resume is damaged; remove it to start from scratch"):
+            file.load(lambda state: pytest.fail("it was used"), like, steps)
 
 
 def test_export_refuses_its_inputs(trained, tmp_path):
@@ -539,7 +559,7 @@ def test_export_refuses_its_inputs(trained, tmp_path):
                  ["program", "m.pt2", "--model", "m.pt2"],
                  ["convert", "m.safetensors.pth", "m.safetensors.pth", "--to", "timm"]):
         argv = [str(tmp_path / a) if (tmp_path / a).exists() else a for a in argv]
-        with pytest.raises(ValueError, match="is one of the files to be read; choose another name"):
+        with pytest.raises(ValueError, match="is one of the input files; choose another name"):
             export.main(argv)
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
     (tmp_path / "folder.npz").mkdir()

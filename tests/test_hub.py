@@ -582,7 +582,7 @@ def test_hub_command_errors(tmp_path, capsys):
     vit = str(tmp_path / "vit.pth")
     for argv, text in (
         (["info", vit], "unknown command 'info'.*; commands: convert, features, program"),
-        (["convert", vit, vit, "--to", "official"], "is one of the files to be read; choose another name"),
+        (["convert", vit, vit, "--to", "official"], "is one of the input files; choose another name"),
         (["convert", vit, str(tmp_path / "b.txt"), "--to", "timm"], "must end in .pth or .safetensors"),
         (["convert", vit, str(tmp_path / "b.pth"), "--to", "safetensors"], "must end in .safetensors"),
         (["convert", vit, str(tmp_path), "--to", "hf"], "exists; name a new folder"),

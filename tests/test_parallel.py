@@ -243,9 +243,9 @@ def test_train_compiles_blocks_of_rising_rates(monkeypatch):
     assert out["x_norm_clstoken"].shape == (8, 64)
 
 
-def test_processes_meet_in_a_store_with_the_keys_of_dead_ones():
-    """torchrun gives those it starts after a failure the old store. Each start of all has a part of its own, also if
-    the one before ended half-way, and they set the same keys anew."""
+def test_restarted_processes_do_not_see_the_keys_of_dead_ones():
+    """After a failure torchrun hands the old store to the new processes. Each start uses a part of its own, even if the
+    previous one ended halfway, and sets the same keys again."""
     store, n = dist.HashStore(), 4
     store.set_timeout(timedelta(seconds=60))
     for r in range(1, n):
@@ -262,7 +262,7 @@ def test_processes_meet_in_a_store_with_the_keys_of_dead_ones():
     assert parts[0][3].get("address") == b"0"
 
 
-def test_a_process_alone_uses_the_gpu_it_is_given(monkeypatch):
+def test_a_single_process_uses_the_chosen_gpu(monkeypatch):
     used = []
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
     support.parallel.join_processes(torch.device("cuda:1"))
@@ -282,16 +282,16 @@ def test_processes_that_do_not_meet_end_with_one_line(monkeypatch):
 
 
 def impatient() -> None:
-    """Steps wait 4 seconds for another process, as in hours. Listing takes longer."""
-    support.parallel.TIMEOUT = timedelta(seconds=4)
+    """Steps time out after 3 seconds. Listing takes longer."""
+    support.parallel.TIMEOUT = timedelta(seconds=3)
     if os.environ["RANK"] == "0":
         listing = support.sources.open_source
-        support.sources.open_source = lambda *a: (time.sleep(5), listing(*a))[1]
+        support.sources.open_source = lambda *a: (time.sleep(3.5), listing(*a))[1]
 
 
 def test_a_process_that_vanishes_is_noticed_soon(tmp_path):
-    """It stops answering, as that of a machine without power or network would: the other ends with one line. While rank
-    0 lists images, the others wait longer."""
+    """It stops answering, like one on a machine that lost power or network: the other ends with one line. While rank 0
+    lists images, the others wait longer."""
     job = Launched(tmp_path / "log", train.main, *TINY, "--steps", 10**6, "--out", tmp_path / "out", world=2,
                    before=impatient)
     job.until("of 1000000, global batch 8 (2 x cpu")
@@ -302,7 +302,8 @@ def test_a_process_that_vanishes_is_noticed_soon(tmp_path):
     assert job.processes[0].exitcode == 1, job.text()
     *_, line = job.text().strip().splitlines()
     assert "Traceback" not in job.text() and line.startswith("error: contact with another process was lost (")
-    assert "imed out" in line and line.endswith("; run the same command again") and not (tmp_path / "out/lock").exists()
+    assert "imed out" in line and line.endswith("; run the same command again (nothing is saved yet)")
+    assert not (tmp_path / "out/lock").exists()
 
 
 def initial_weights(mode: str, folder: Path) -> None:
@@ -330,6 +331,18 @@ def test_initial_weights_do_not_depend_on_the_processes(tmp_path):
     for name, value in train.build_network(cfg).state_dict().items():  # by the constructors: the same distributions
         ours = one["student"][name]
         assert value.std() == ours.std() or abs(ours.std() / value.std() - 1) < 0.5 and ours.std() > 0, name
+
+
+@pytest.mark.parametrize("error,lost", [
+    (dist.DistBackendError("NCCL error in: x.cpp:1, remote process exited or there was a network error"), True),
+    (dist.DistBackendError("[Rank 0]: Collective WorkNCCL(SeqNum=7) timed out"), True),
+    (dist.DistBackendError("NCCL error in: x.cpp:1, invalid usage\nDuplicate GPU detected"), False),
+    (dist.DistStoreError("wait timeout after 5000ms"), True), (RuntimeError("expected Float"), False),
+    (RuntimeError("[/x/gloo/transport/tcp/pair.cc:547] Connection closed by peer"), True)])
+def test_losses_are_told_from_other_failures(error, lost):
+    with pytest.raises(support.parallel.Lost if lost else type(error)) as raised, support.parallel.noticing_losses():
+        raise error
+    assert isinstance(raised.value, support.parallel.Lost) == lost
 
 
 def build_large_network() -> None:

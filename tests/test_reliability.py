@@ -189,7 +189,7 @@ def test_saves_that_fail_are_retried(tmp_path, monkeypatch, capsys):
     flags = [*TINY, "--steps", 12, "--save-every", 2, "--keep", 20]
     train_main(*flags, "--export-every", 4, "--out", out)
     said = capsys.readouterr().out
-    assert "note: step 4 could not be saved (" in said and "the last good save is that of step 2" in said
+    assert "note: step 4 could not be saved (" in said and "the last good save is step 2" in said
     steps = sorted(int(p.name[5:]) for p in (out / "resume").iterdir())
     assert steps[0] == 2 and 4 not in steps and 6 not in steps and steps[-1] == 12
     assert (out / "eval/training_3/teacher_checkpoint.pth").exists()  # what was owed is written later
@@ -291,7 +291,7 @@ def test_nonfinite_steps_are_skipped_on_all_processes(tmp_path):
     flags = [*TINY, "--steps", 12, "--save-every", 6, "--max-nonfinite", 3]
     text = Launched(log, train.main, *flags, "--out", tmp_path / "end", before=partial(poison, {6, 8, 9, 10})).wait(1)
     assert "error: loss or gradients were not finite in 3 steps in a row, the last 10" in text
-    assert "The last good save is that of step 6" in text
+    assert "The last good save is step 6" in text
     assert (tmp_path / "end/resume/step_000000006/complete").exists()
 
 
@@ -591,7 +591,7 @@ def agent(endpoint: str, argv, log: Path, prefix=(), flags=(), n: int = 4) -> su
 
 
 @pytest.mark.slow
-def test_torchrun_goes_on_whichever_process_is_killed(tmp_path):
+def test_torchrun_restarts_after_any_process_is_killed(tmp_path):
     """The command of the README with --max-restarts: either process, before and after the first save."""
     out, log = tmp_path / "out", tmp_path / "log"
     argv = [*TINY, "--steps", 40, "--save-every", 7, "--out", out]
