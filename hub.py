@@ -538,6 +538,9 @@ def backbone(name: str, *, pretrained: bool = True, weights: str = "LVD142M", **
     kwargs: for the constructor, such as drop_path_rate=0.1. Comes in train mode, as in the official code;
     call .eval() for features.
     """
+    if name not in RELEASED:
+        raise ValueError(f"no released backbone is called {name!r}{nearest(str(name), RELEASED)}; there are "
+                         f"dinov2_vit{{s,b,l,g}}14[_reg]")
     size, registers = name.removeprefix("dinov2_vit")[0], 4 * name.endswith("_reg")
     rule = dict(interpolate_antialias=True, interpolate_offset=0.0) if registers else {}
     arguments = ARCHS[SIZES[size]] | rule | dict(

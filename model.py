@@ -571,7 +571,7 @@ def infer_arguments(path: str, weights: dict[str, Tensor], img_size=None) -> dic
     is as in the released models: a square position table (unless img_size is given), heads 64 wide, and the
     interpolation of positions that goes with or without registers. Raises ValueError if the weights are not those of a
     DINOv2 backbone."""
-    blocks = [k.split(".")[1:-2] for k in weights if re.fullmatch(r"blocks(\.\d+){1,2}\.norm1\.weight", k)]
+    blocks = {tuple(m[1].split(".")) for k in weights if (m := re.match(r"blocks\.(\d+(?:\.\d+)?)\.[a-z]", k))}
     needed = dict(cls_token=3, pos_embed=3, mask_token=2) | {"patch_embed.proj.weight": 4, "norm.weight": 1}
     wrong = [k for k in weights if not is_weight(weights[k])] or [
         k for k, n in needed.items() if k not in weights or weights[k].ndim != n or not weights[k].numel()]
@@ -584,7 +584,7 @@ def infer_arguments(path: str, weights: dict[str, Tensor], img_size=None) -> dic
         raise ValueError(f"{path} has a position table of {entries} entries, not a square: give hub.load "
                          "img_size=(height, width) in pixels, or write {\"image_size\": [height, width]} into a "
                          "config.json beside it")
-    chunks = len({b[0] for b in blocks}) if blocks and len(blocks[0]) == 2 else 0
+    chunks = len({b[0] for b in blocks}) if any(len(b) == 2 for b in blocks) else 0
     first = f"blocks.{'0.0' if chunks else '0'}."
     ffn = next((f for k, f in (("w12", "swiglu"), ("fc1", "mlp")) if f"{first}mlp.{k}.weight" in weights), "identity")
     registers = weights["register_tokens"].shape[-2] if "register_tokens" in weights else 0

@@ -33,6 +33,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -616,6 +617,8 @@ def show_curves(args: argparse.Namespace) -> None:
 
 
 def parse_pixel(text: str) -> tuple[int, int]:
+    if not re.fullmatch(r"\d+,\d+", text):
+        raise argparse.ArgumentTypeError(f"takes the column and the row of a pixel, such as 320,250, not {text!r}")
     x, y = text.split(",")
     return int(x), int(y)
 

@@ -370,11 +370,12 @@ class Evaluation:
                     data_hash(source), self.resize, self.crop, self.args.dtype, *config["mean"], *config["std"]]
         path = Path(self.args.cache).expanduser() / f"{settings_hash(settings)[:32]}.pt"
         cached = load_table(path, len(source))
+        if cached and any(map(partial(is_readable, source), (~cached[1]).nonzero()[:, 0].tolist())):
+            cached = None  # an image that could not be read has been repaired
         if all_agree(cached is not None) and cached:
             return cached[0].to(self.device), cached[1].to(self.device)
         table, ok = self.extract(source, model)
-        if ok.all():  # unreadable files may be repaired later
-            save_on_rank_0(path, (table.cpu(), ok.cpu()))
+        save_on_rank_0(path, (table.cpu(), ok.cpu()))
         return table, ok
 
     def labeled(self, source, labels, what: str = "cls", model=None) -> tuple[Tensor, Tensor]:
@@ -457,18 +458,27 @@ def save_on_rank_0(path: Path, content) -> None:
 
 
 def load_table(path: Path, n: int) -> tuple[Tensor, Tensor] | None:
-    """The cached features of n readable images; None if there is no such file, or it is damaged."""
+    """The cached features of n images, and which of them could be read; None if there is no such file, or it is
+    damaged."""
     if not path.exists():
         return None
     try:
         check_sums(path)
         table, ok = torch.load(path, map_location="cpu", weights_only=True)
         if (table.ndim == 2 and len(table) == n and table.dtype in (torch.float32, torch.int32)
-                and ok.dtype == torch.bool and ok.shape == (n,) and ok.all() and table.isfinite().all()):
+                and ok.dtype == torch.bool and ok.shape == (n,) and table.isfinite().all() and not table[~ok].any()):
             return table, ok
     except Exception:  # a damaged file can fail in any way
         pass
     say(f"note: {path} is damaged; computing the features again")
+
+
+def is_readable(source, i: int) -> bool:
+    try:
+        source.image(i)
+    except Exception:  # decoders raise anything on damaged files
+        return False
+    return True
 
 
 def data_hash(source) -> str:

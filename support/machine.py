@@ -3,6 +3,7 @@ import errno
 import math
 import os
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -44,15 +45,22 @@ def as_gigabytes(number: float, unit: str) -> str:
     return f"{number * 2 ** (10 * 'bKMGTPE'.index(unit[0])) / 1e9:.2g} GB"
 
 
-def less_memory(cfg) -> str:
-    """Advice on how a training run can use less memory."""
-    more, flags = 2 * cfg.gradient_accumulation_steps, []
-    if cfg.batch_size % (cfg.group_size * int(os.environ.get("WORLD_SIZE", 1)) * more) == 0:
-        flags.append(f"--gradient-accumulation-steps {more}")
+def less_memory(cfg, factor: int = 2) -> str:
+    """Advice on how a training run can use less memory; `factor` times as many gradient accumulation steps if the
+    batch divides into so many."""
+    flags = []
+    if divides(cfg, factor):
+        flags.append(f"--gradient-accumulation-steps {factor * cfg.gradient_accumulation_steps}")
     if (stronger := CHECKPOINTING.index(cfg.activation_checkpointing) + 1) < len(CHECKPOINTING):
         flags.append(f"--activation-checkpointing {CHECKPOINTING[stronger]}")
     same = f"{' or '.join(flags)} needs less, for the same result; " if flags else ""
     return f"{same}so does a smaller --batch-size, but that is a different experiment"
+
+
+def divides(cfg, factor: int) -> bool:
+    """Whether the batch divides into `factor` times as many gradient accumulation steps."""
+    unit = cfg.group_size * int(os.environ.get("WORLD_SIZE", 1)) * cfg.gradient_accumulation_steps
+    return cfg.batch_size % (unit * factor) == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -74,6 +82,11 @@ def free_memory(device: torch.device, groups: str = "/sys/fs/cgroup") -> float:
             stat = (group / "memory.stat").read_text() if (group / "memory.stat").exists() else ""
             cached = sum(map(int, re.findall(r"^inactive_file (\d+)", stat, re.M)))  # files, dropped when needed
             free = min(free, int(text) - int((group / used).read_text()) + cached)
+    if sys.platform == "linux":
+        import resource  # Windows has none
+
+        if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:  # `ulimit -v`
+            free = min(free, limit - resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0]))
     return free
 
 
@@ -120,16 +133,21 @@ def foreseen(cfg, arch: dict, device: torch.device, n_shards: int) -> str:
     on_gpu, n_ranks = device.type == "cuda", int(os.environ.get("WORLD_SIZE", 1))
     images = cfg.batch_size // (n_ranks * cfg.gradient_accumulation_steps)
     itemsize = 2 if cfg.dtype == "bf16" or cfg.dtype == "auto" and on_gpu else 4
-    operations, needed = training_estimate(cfg, arch, images, n_shards, itemsize)
-    operations *= cfg.gradient_accumulation_steps
-    needed *= 1 if on_gpu else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    here = 1 if on_gpu else int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that share the memory
+
+    def needs(factor: int) -> float:
+        return here * training_estimate(cfg, arch, images // factor, n_shards, itemsize)[1]
+
+    operations = training_estimate(cfg, arch, images, n_shards, itemsize)[0] * cfg.gradient_accumulation_steps
     found = []
     if not on_gpu and operations > 1e12 and (step := operations / operations_per_second()) > 60:
         found.append(f"a step takes about {duration(step)} on this CPU, the run {duration(cfg.steps * step)}; smaller "
                      "networks: docs/pictures.md")
-    if needed > (free := free_memory(device)):
-        found.append(f"{needed / 1e9:.0f} GB of {'GPU ' * on_gpu}memory needed, {free / 1e9:.0f} GB free; "
-                     f"{less_memory(cfg)}")
+    if needs(1) > (free := free_memory(device)):
+        factors = [n for n in range(2, images + 1) if divides(cfg, n)]
+        factor = next((n for n in factors if needs(n) < free), factors[-1] if factors else 2)
+        found.append(f"{needs(1) / 1e9:.0f} GB of {'GPU ' * on_gpu}memory needed, {free / 1e9:.0f} GB free; "
+                     f"{less_memory(cfg, factor)}")
     return ". ".join(found)
 
 

@@ -253,8 +253,10 @@ def noticing_losses():
         if not ("gloo/transport" in str(error) or isinstance(error, (dist.DistNetworkError, dist.DistStoreError))
                 or isinstance(error, dist.DistBackendError) and LOSS.search(str(error))):
             raise
-        reason = root_cause(error).rpartition("] ")[2]  # without gloo's source file and line
-        raise Lost(f"contact with another process was lost ({reason}); run the same command again") from None
+        reason = root_cause(error).rpartition("] ")[2].partition(". ")[0]  # without gloo's source file and its advice
+        restarts = [int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("RESTART_COUNT", "MAX_RESTARTS")]
+        what = "torchrun starts all again" if restarts[0] < restarts[1] else "run the same command again"
+        raise Lost(f"contact with another process was lost ({reason}); {what}") from None
 
 
 def on_all_ranks(work, group=None) -> list:

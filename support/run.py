@@ -218,6 +218,8 @@ class OutputLock:
             self.devices = os.stat(out.parent).st_dev, os.stat(out).st_dev
         except OSError as error:
             self.release()
+            if self.path.is_dir():
+                raise ValueError(f"{self.path} is a folder, where a file belongs; remove it") from None
             raise ValueError(f"--out {out} cannot be written ({root_cause(error)}); choose another folder") from None
         if os.name == "posix":  # data-loading workers would share the lock, and keep it if they outlived this process
             os.register_at_fork(after_in_child=self.close)

@@ -159,12 +159,11 @@ def load_newest(state, folder: Path) -> tuple[dict, list[str]]:
     `complete`, or {} if there is no save, and the names of newer saves that are damaged. Raises ValueError if all are
     damaged, or if the newest does not fit or holds anything but tensors."""
     try:
-        complete, damaged, renamed = find_newest(folder)
+        complete, damaged, missing = find_newest(folder)
     except Failed as error:
         raise ValueError(f"{folder} cannot be read ({error}); make it readable and try again") from None
-    if renamed:
-        raise ValueError(f"{folder} holds no save with a name like {save_name(70)}, only {renamed}; rename it to "
-                         "continue from it, or start over with --overwrite")
+    if missing:
+        raise ValueError(missing)
     if complete is None and damaged:
         raise ValueError(f"no save in {folder} is intact; copy {folder.parent}/ckpt.pth, the teacher, elsewhere if you "
                          "need it, then start over with --overwrite")
@@ -185,13 +184,13 @@ def load_newest(state, folder: Path) -> tuple[dict, list[str]]:
 
 def find_newest(folder: Path) -> tuple[dict | None, list[str], str]:
     """The content of `complete` of the newest intact save, if any; the names of newer, damaged ones; and if there is no
-    save but a folder that may be a renamed one, its name. Raises Failed on all ranks if any cannot read them."""
+    save where there should be one, what to do. Raises Failed on all ranks if any cannot read them."""
     def look() -> tuple[list[str], str]:
         names = [save.name for save in saves_in(folder)]
-        return names, "" if names else min((p.parent.name for p in folder.glob("step_*/complete")), default="")
+        return names, "" if names else what_is_missing(folder)
 
     damaged, main = [], dist.get_rank() == 0  # only one looks: on a slow network file system others may see less
-    names, renamed = on_all_ranks(lambda: look() if main else None)[0]
+    names, missing = on_all_ranks(lambda: look() if main else None)[0]
     for name in names:
         complete = verify(folder / name)
         if isinstance(complete, dict):
@@ -199,7 +198,22 @@ def find_newest(folder: Path) -> tuple[dict | None, list[str], str]:
         damaged.append(name)
         if main:
             print(f"note: {folder / name} is damaged ({complete}) and skipped", file=sys.stderr, flush=True)
-    return None, damaged, renamed
+    return None, damaged, missing
+
+
+PARTIAL = "partial_" + "[0-9a-f]" * 32  # saves that are being written, or were when a run was killed
+
+
+def what_is_missing(folder: Path) -> str:
+    """Why a run without saves should not simply start over; "" if nothing speaks against it."""
+    if renamed := min((path.parent.name for path in folder.glob("step_*/complete")), default=""):
+        return (f"{folder} holds no save with a name like {save_name(70)}, only {renamed}; rename it to continue from "
+                "it, or start over with --overwrite")
+    # ckpt.pth is written just before the first save gets its name; a run killed in between leaves a partial save
+    if (ckpt := folder.with_name("ckpt.pth")).exists() and not any(folder.glob(PARTIAL)):
+        return (f"the saves of the run in {folder.parent} are gone, so it cannot be continued; {ckpt}, its teacher, "
+                "would be lost: copy it elsewhere if you need it, then start over with --overwrite")
+    return ""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -355,7 +369,7 @@ class Saver:
             lost = "" if saves_in(self.folder) else "; the saves that were in it are lost"
             claim_output(self.cfg, overwrite=False)
             self.say(f"note: {out if lost else out / 'config.json'} had disappeared; created it again{lost}")
-        for path in self.folder.glob("partial_" + "[0-9a-f]" * 32):  # left by a run that was killed
+        for path in self.folder.glob(PARTIAL):  # left by a run that was killed
             shutil.rmtree(path, ignore_errors=True)
         folder = self.folder / f"partial_{uuid.uuid4().hex}"
         folder.mkdir(parents=True)

@@ -320,6 +320,21 @@ def test_unreadable_saves(out, monkeypatch):
     assert start_without_networks(monkeypatch, out)[0].start == 3
 
 
+def test_a_run_whose_saves_were_deleted_is_not_trained_again(out, tmp_path):
+    """Its teacher would be replaced by that of a new run. One that was killed during its first save starts over."""
+    ckpt = (out / "ckpt.pth").read_bytes()
+    for delete in (lambda: [lose(save) for save in (out / "resume").iterdir()], lambda: lose(out / "resume")):
+        delete()
+        for flags in ([], ["--resume"]):
+            with pytest.raises(ValueError, match="are gone, so it cannot be continued; .*ckpt.pth, its teacher, would be"):
+                set_up_and_release(*FLAGS, "--steps", 6, *flags, "--out", out)
+    assert (out / "ckpt.pth").read_bytes() == ckpt
+    (out / "resume/partial_0123456789abcdef0123456789abcdef").mkdir(parents=True)
+    assert set_up_and_release(*FLAGS, "--steps", 6, "--resume", "--out", out).start == 0
+    lose(out / "resume")
+    assert set_up_and_release(*FLAGS, "--steps", 6, "--overwrite", "--out", out).start == 0
+
+
 def test_damage_by_copies_of_saves(out, monkeypatch, capsys):
     """Whatever they are called, they are never used, counted among --keep, or deleted; and nothing in the way of a save
     or an export is lost."""
@@ -516,6 +531,25 @@ def test_damage_in_cached_features(trained, tmp_path, capsys):
     assert eval_knn.main(flags) == expected
     said = capsys.readouterr().err
     assert "is damaged; computing the features again" in said and "could not be written (Is a directory" in said
+
+
+def test_features_of_a_set_with_unreadable_images_are_cached(trained, tmp_path, monkeypatch):
+    """Until one of them can be read."""
+    write_images(tmp_path / "photos", [f"{c}/{i}.png" for c in "ab" for i in range(5)])
+    broken = tmp_path / "photos/a/3.png"
+    good = broken.read_bytes()
+    broken.write_bytes(good[:50])
+    flags = [str(trained / "ckpt.pth"), "--train", str(tmp_path / "photos"), "--num-workers", "0", "--cache",
+             str(tmp_path / "cache"), "--out", str(tmp_path / "results"), "--ks", "3"]
+    expected, extract, extracted = eval_knn.main(flags), support.evaluation.extract_features, []
+    monkeypatch.setattr(support.evaluation, "extract_features",
+                        lambda model, source, *a: extracted.append(len(source)) or extract(model, source, *a))
+    assert eval_knn.main(flags) == expected and extracted == []
+    broken.write_bytes(good)
+    eval_knn.main(flags)
+    assert extracted == [10]
+    eval_knn.main(flags)
+    assert extracted == [10]
 
 
 def flipped(content: bytes, rng) -> bytes:

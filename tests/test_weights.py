@@ -425,3 +425,21 @@ def test_onnx_by_both_exporters_at_any_size(registers, dynamo, tmp_path):
         session = onnxruntime.InferenceSession(tmp_path / "a.onnx", providers=["CPUExecutionProvider"])
         found = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
         assert_close(torch.from_numpy(found), vit(images).detach(), 1e-5)
+
+
+def test_a_missing_weight_is_the_only_one_reported(tmp_path):
+    """Whichever it is: also the names by which the blocks are counted."""
+    for missing in ("blocks.1.norm1.weight", "blocks.2.attn.qkv.weight", "blocks.0.ls1.gamma"):
+        weights = model.build("vit_nano", patch_size=8, img_size=16, init_values=1.0, block_chunks=0).state_dict()
+        del weights[missing]
+        torch.save(weights, tmp_path / "a.pth")
+        with pytest.raises(ValueError) as error:
+            hub.load(tmp_path / "a.pth")
+        assert missing == "blocks.0.ls1.gamma" or f"1 is missing (such as {missing})" in str(error.value)
+        assert "unexpected" not in str(error.value) or missing == "blocks.0.ls1.gamma"
+
+
+def test_mistyped_entry_points_are_named():
+    for name in ("dinov2_vit_s14", "dinov2_vitx14", "vits14", ""):
+        with pytest.raises(ValueError, match="no released backbone is called"):
+            hub.backbone(name, pretrained=False)

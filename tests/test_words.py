@@ -404,7 +404,7 @@ def test_memory_and_time_are_foreseen(monkeypatch):
     assert told() == told("--preset", "fashion") == ""
     note = told("--preset", "vits16_short")
     assert re.match(r"a step takes about 4\d minutes on this CPU, the run \d+ years; smaller networks: docs/pict", note)
-    assert re.search(r"\. 2\d\d GB of memory needed, 20 GB free; --gradient-accumulation-steps 2 or ", note)
+    assert re.search(r"\. 2\d\d GB of memory needed, 20 GB free; --gradient-accumulation-steps 16 or ", note)
     assert told("--preset", "vits16_short", "--batch-size", "64", "--gradient-accumulation-steps", "64",
                 "--group-size", "1").count("memory") == 0
     assert [duration(s) for s in (7, 150, 9000, 2e5, 1e9)] == [
