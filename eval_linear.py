@@ -258,7 +258,7 @@ def class_columns(source, train, path: str) -> Tensor:
     """The number that each class of a test set has in training. They are read from `path`, a .npy array, or else
     matched by name; folders called 0, 1, 2, ... stand for the classes with these numbers. Raises ValueError."""
     if source.labels is None:
-        raise ValueError(f"{source.name} has no labels; --test needs one subfolder per class")
+        raise ValueError(f"--test {source.unlabeled()}")
     n_train = int(train.labels.max()) + 1 if train.classes is None else len(train.classes)
     n_test = int(source.labels.max()) + 1 if source.classes is None else len(source.classes)
     if path not in ("", "auto"):

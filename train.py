@@ -593,8 +593,7 @@ class Knn:
         self.cfg, self.device = cfg, device
         for source in sources:
             if source is not None and source.labels is None:
-                raise ValueError(f"--eval-every needs labels, and {source.name} has none; make one sub-folder per "
-                                 "class, or set --eval-every 0")
+                raise ValueError(f"--eval-every needs labels: {source.unlabeled()}, or set --eval-every 0")
         self.sources = [at_most(source, n) for source, n in zip(sources, KNN_SAMPLE)]
 
     def teacher(self, teacher: nn.ModuleDict) -> dict[str, float]:

@@ -30,14 +30,20 @@ from support.listings import MAX_CLASSES
 class Source:
     """Numbered images; subclasses define len(), and how to read image i. `labels` (n,) integers, -1 for none, or None;
     `classes`: the names of the labels, or None if labels are plain numbers; `name` for messages; `fingerprint`, equal
-    on all machines that see the same images; `notes` on what was understood or left out; `why_unlabeled`, if known."""
+    on all machines that see the same images; `notes` on what was understood or left out; `why_unlabeled`, if known;
+    `how_to_label`, the fix in messages."""
 
     name, labels, classes, fingerprint, notes, why_unlabeled = "", None, None, 0, (), ""
+    how_to_label = "use a labeled source"
     spec, channels = "", 3  # as given to open_source
 
     def describe(self, i: int) -> str:
         """The file of image i, or what else to call it in messages."""
         return f"{self.name}[{i}]"
+
+    def unlabeled(self) -> str:
+        """That it has no labels, and the fix."""
+        return f"{self.name} has no labels{self.why_unlabeled}; {self.how_to_label}"
 
     def encoded(self, i: int) -> np.ndarray:
         """The bytes of image i's file, uint8 (n,). Raises whatever reading raises."""
@@ -108,6 +114,8 @@ class TorchDataset(Source):
 
     The main process reads a few items before it forks data-loading workers, which must not share its file handles: a
     dataset on HDF5, LMDB or the like opens its file in __getitem__, once per process (os.getpid())."""
+
+    how_to_label = "make its items (image, label)"
 
     def __init__(self, dataset, name: str = ""):
         self.dataset, self.name, kind = dataset, name or type(dataset).__name__, type(dataset).__name__
@@ -188,6 +196,8 @@ class ImageFiles(Source):
     """Files by a listing of names, stored as one byte string with offsets and mapped into memory: small for a hundred
     million files, and shared by all processes of a machine."""
 
+    how_to_label = "make one sub-folder per class, two or more"
+
     def __init__(self, root: Path, listing: dict):
         self.root, self.name = str(root), str(root)
         self.names, self.ends = listing["names"], listing["ends"]
@@ -224,6 +234,8 @@ class ImageNetEntries(Source):
 class InTars(Source):
     """Images in tar files. Image i is the bytes start[i] to start[i] + size[i] of tar number shard[i]; the images of a
     tar have consecutive numbers. With `interleave`, that many places are read in turn, each from front to back."""
+
+    how_to_label = "add a member KEY.cls with the number of the class beside each KEY.jpg"
 
     def __init__(self, name: str, tars: list[str], shard, start, size, fingerprint: int, labels=None, interleave=0):
         self.name, self.tars, self.shard, self.start, self.size = name, tars, shard, start, size

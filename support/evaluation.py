@@ -213,8 +213,7 @@ def common_labels(train_source, val_source) -> tuple:
     a source without labels, or if the second has a class that the first does not have."""
     for source in (train_source, val_source):
         if source is not None and source.labels is None:
-            raise ValueError(f"{source.name} has no labels{source.why_unlabeled}; evaluation needs one subfolder per "
-                             "class, two or more: name labeled images with --train and --val")
+            raise ValueError(f"{source.unlabeled()}, or name other images with --train and --val")
     if val_source is None:
         return train_source.labels, None
     if (train_source.classes is None) != (val_source.classes is None):

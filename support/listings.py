@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from support.cli import note
+from support.cli import note, printable
 from support.files import write_file
 from support.images import SUFFIXES
 
@@ -40,6 +40,10 @@ def note_once(text: str) -> None:
         note(text)
 
 
+def counted(n: int, what: str, plural: str = "s") -> str:
+    return f"{n:,} {what}{plural * (n != 1)}"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The cache
 
@@ -52,7 +56,7 @@ def cached_listing(what: str, make) -> dict:
     except RuntimeError:  # this user has no home
         note_once("no home folder to cache the listing in, so every process lists; XDG_CACHE_HOME can name a folder")
         return make()
-    path = folder / f"{hashlib.sha1(os.fsencode(what)).hexdigest()[:16]}.listing4"
+    path = folder / f"{hashlib.sha1(os.fsencode(what)).hexdigest()[:16]}.listing5"
     listing = read_listing(path)
     if listing and listing["what"] == what and is_fresh(listing["stamps"]):
         return listing
@@ -164,10 +168,11 @@ class LeftOut(Counter):
         """"120 .heic, 3 .tga", the most frequent first, at most five; "" if there are none."""
         most = sorted(self.items(), key=lambda item: (-item[1], item[0]))
         rest = sum(n for _, n in most[5:])
-        return ", ".join([f"{n:,} {what}" for what, n in most[:5]] + [f"{rest:,} others"] * (rest > 0))
+        most = [f"{n:,} {what}" if what[0] == "." or what[-1] != "s" else counted(n, what[:-1]) for what, n in most[:5]]
+        return ", ".join(most + [counted(rest, "other")] * (rest > 0))
 
     def notes(self, where: str, n_images: int) -> list[str]:
-        return [f"{where}: {n_images:,} images; left out: {self}"] if self else []
+        return [f"{where}: {counted(n_images, 'image')}; left out: {self}"] if self else []
 
 
 def hidden(name: str) -> bool:
@@ -271,12 +276,12 @@ def read_list(path: Path) -> dict:
             if not (lower := name.lower()).endswith(SUFFIXES):
                 others.add(lower)
     except (UnicodeError, PermissionError):
-        raise ValueError(f"{path} is not readable as text; --data takes a folder, or a list with one image path per "
-                         "line") from None
+        raise ValueError(f"{path} is not readable as text; --data takes a folder, a list with one image path per line, "
+                         "or uncompressed tars named *.tar") from None
     n_unlabeled = listing.labels.count(classes.get("", -1))
     tables = listing.tables(classes if n_unlabeled < len(listing.labels) else None, numeric=True)
     return dict(stamps=stamps, notes=list_notes(path, layout, tables, n_unlabeled, others), left_out="",
-                why_unlabeled=": none of its columns was read as labels", **tables)
+                why_unlabeled="", **tables)
 
 
 def list_notes(path: Path, layout: Layout | None, tables: dict, n_unlabeled: int, others: LeftOut) -> list[str]:
@@ -285,12 +290,16 @@ def list_notes(path: Path, layout: Layout | None, tables: dict, n_unlabeled: int
     if tables["classes"]:
         named = layout.label < len(layout.header)
         column = f"column {layout.header[layout.label]!r}" if named else f"{ordinal(layout.label)} column"
-        said = [f"{len(tables['classes']):,} classes, from the {column}"]
+        said = [f"{counted(len(tables['classes']), 'class', 'es')}, from the {column}"]
         said += [f"{n_unlabeled:,} without a label"] * (n_unlabeled > 0)
     if layout and layout.header:
         said.append(f"the first line, {' '.join(layout.header)!r}, is a header")
+        if layout.path < len(layout.header) > 1:
+            said.append(f"the paths are from the column {layout.header[layout.path]!r}")
+        if layout.label is None and len(layout.header) > 1:
+            said.append(f"no labels, as no column is called {', '.join(LABEL_NAMES[:-1])} or {LABEL_NAMES[-1]}")
     said += [f"read although their extensions are unknown: {others}"] * bool(others)
-    return [f"{path}: {n:,} images, {'; '.join(said)}"] if said else []
+    return [f"{path}: {counted(n, 'image')}, {'; '.join(said)}"] if said else []
 
 
 def ordinal(column: int) -> str:
@@ -328,7 +337,7 @@ def split_line(line: str, separator: str) -> list[str]:
 
 def guess_layout(path: Path) -> Layout | None:
     """The layout in which the first lines of a list name the most existing files, then the most image extensions. None
-    for an empty list. Raises ValueError if no column names any."""
+    for an empty list. Raises ValueError if in no column half of the lines name any."""
     lines = [line for (_, line), _ in zip(text_lines(path), range(PROBED))]
     best, found = (0, 0), None
     for separator in SEPARATORS:
@@ -339,15 +348,18 @@ def guess_layout(path: Path) -> Layout | None:
             score = sum(there), sum(cell.lower().endswith(SUFFIXES) for cell in cells)
             if score > best:
                 best, found = score, (separator, column, rows)
-    if found is None:
-        if lines:
-            raise ValueError(f"{path} names no image: nothing in its first line, {lines[0][:80]!r}, is a file or has "
-                             f"an image's extension; write one path per line, absolute or relative to {path.parent}")
+    if not lines:
         return None
-    separator, column, rows = found
+    separator, column, rows = found or ("", 0, [])
+    n = sum(len(row) > column and (row[column].lower().endswith(SUFFIXES) or is_there(path, row[column]))
+            for row in rows)
+    if 2 * n < len(lines):  # prose, or code
+        raise ValueError(f"{path} is not a list of images: {f'only {n}' if n else 'none'} of the first {len(lines)} "
+                         f"lines could be read as an image's path; --data takes a folder, tars named *.tar, or a list "
+                         f"with one path per line, absolute or relative to {path.parent}")
     first = rows[0][column] if len(rows[0]) > column else ""
     named = len(rows) > 1 and not re.search(r"[./\\]", first) and not is_there(path, first)
-    n_columns = max(*map(len, rows), 1 + (separator == "\t"))  # labels after tabs may come later
+    n_columns = max(*map(len, rows), 1 + (separator == "\t" and not named))  # labels after tabs may come later
     label = label_column(column, n_columns, rows[0] * named, rows[-1])
     return Layout(separator, column, label, n_columns, rows[0] * named)
 
@@ -369,6 +381,7 @@ def label_column(path: int, n_columns: int, header: list[str], row: list[str]) -
 def list_rows(path: Path, layout: Layout):
     """Yields (path, label), the label "" if there is none."""
     separator, column, label, n_columns, header = layout
+    optional = separator in ("\t", " ") and not header and column == 0  # the label, together with its separator
     for number, line in itertools.islice(text_lines(path), bool(header), None):
         fields = split_line(line, separator)
         n = len(fields)
@@ -379,6 +392,10 @@ def list_rows(path: Path, layout: Layout):
             raise ValueError(f"{path}, line {number}, {line[:80]!r}, has {n} columns, the first lines at most "
                              f"{n_columns}, separated by {SEPARATORS[separator]}; quote a path or label that contains "
                              "one")
+        if n < n_columns and not (optional and n == 1 and (separator == "\t" or line.lower().endswith(SUFFIXES))):
+            raise ValueError(f"{path}, line {number}, {line[:80]!r}, has {counted(n, 'column')}, the first lines "
+                             f"{n_columns}, separated by {SEPARATORS[separator]}; complete or remove it (a column may "
+                             "be empty)")
         yield fields[column], "" if label is None or label >= n else fields[label]
 
 
@@ -389,6 +406,7 @@ def list_rows(path: Path, layout: Layout):
 MAX_HEADER = 2**20  # bytes of a long name or of the attributes of a file
 MAX_NAME = 4096  # characters, as for paths on Linux; looking up a label takes time with the square of it
 MAX_LABEL = 64  # bytes of a .cls member
+MASK = re.compile("seg|mask|depth|label|normal|edge")  # in the endings of images that are rarely wanted
 
 
 class Damaged(ValueError):
@@ -498,7 +516,8 @@ def list_tars(tars: list[str], image: str = "") -> dict:
         images, labels, damage = list_tar(path, others)
         if damage and not images:
             raise ValueError(f"{path} is not a plain tar file ({damage}); unpack it if it is compressed")
-        notes += [f"{path} is damaged after {len(images)} images ({damage}); the rest of it is skipped"] * bool(damage)
+        if damage:
+            notes.append(f"{path} is damaged after {counted(len(images), 'image')} ({damage}); the rest is skipped")
         for name, start, size in several.choose(images):
             for column, value in zip(columns.values(), (j, start, size, label_of(name, labels))):
                 column.append(value)
@@ -541,12 +560,13 @@ def list_tar(path: str, others: LeftOut) -> tuple[list[tuple[str, int, int]], di
 
 
 def read_label(path: str, file, member: Member) -> int:
+    content = read_at(file, member.start, min(member.size, MAX_LABEL))
     try:
-        label = int(read_at(file, member.start, member.size) if member.size <= MAX_LABEL else "")
-    except Damaged:
-        raise
+        label = int(content if member.size <= MAX_LABEL else "")
     except ValueError:
-        raise ValueError(f"{path}: the label {member.name!r} is not a number") from None
+        text = printable(content.decode("utf-8", "surrogateescape").strip())
+        text = text if len(text) <= 40 else text[:37] + "..."
+        raise ValueError(f"{path}: {member.name} holds '{text}', not a number; number the classes from 0") from None
     if label >= MAX_CLASSES:
         raise ValueError(f"{path}: the label {member.name!r} is {label}; number the classes from 0 to at most "
                          f"{MAX_CLASSES - 1:,}")
@@ -592,17 +612,21 @@ class Several:
             if len(self.endings) < 1000 or ending in self.endings:  # names may merely have dots
                 self.endings[ending] += 1
 
+    def by_count(self) -> list[str]:
+        return sorted(self.endings, key=lambda ending: (-self.endings[ending], ending))
+
     def __str__(self) -> str:
-        return ", ".join(f"{n:,} .{ending}" for ending, n in self.endings.most_common(5))
+        return ", ".join(f"{self.endings[ending]:,} .{ending}" for ending in self.by_count()[:5])
 
     def notes(self, where: str) -> list[str]:
         """None where names merely have dots: no ending comes twice, and all are read."""
-        left = [ending for ending in self.endings if ending not in self.read]
+        left = [ending for ending in self.by_count() if ending not in self.read]
         if self.image or not self.n_samples or not left and max(self.endings.values()) == 1:
             return []
         read = f"only those named .{' or .'.join(sorted(self.read)[:5])}" if left else "all"
-        return [f"{where}: {self.n_samples:,} samples have several images ({self}), of which {read} are read; to "
-                f"choose, add :image={(left or sorted(self.endings))[-1]} or :image=all"]
+        example = min(left or self.by_count(), key=lambda ending: bool(MASK.search(ending)))
+        return [f"{where}: {counted(self.n_samples, 'sample')} with several images ({self}), of which {read} are read; "
+                f"to choose, add :image={example}{' or :image=all' * bool(left)}"]
 
 
 def preferred(endings: set[str]) -> set[str]:

@@ -45,6 +45,7 @@ from support.listings import (
     MAX_CLASSES, Damaged, cached_listing, hidden, list_folder, list_tars, note_once, read_list, stamp, tar_members)
 from support.parallel import in_turns, on_all_ranks, worker_count, world
 
+COMPRESSED = (".gz", ".tgz", ".bz2", ".tbz", ".tbz2", ".xz", ".txz", ".zst", ".zip", ".7z", ".rar")
 SPLIT_FOLDERS = {"TRAIN": ("train", "training"), "VAL": ("val", "valid", "validation", "test")}
 
 
@@ -327,6 +328,8 @@ def open_path(name: str, options: dict[str, str]) -> Source:
         if not interleave.isdecimal():
             raise ValueError(f"--data {name!r}: interleave is the number of tars to read in turn, or 0")
         return open_tars(name, expand_tars(str(path)), int(interleave), options.get("image", ""))
+    if not path.is_dir() and name.lower().endswith(COMPRESSED):
+        raise ValueError(f"--data {name!r} is a compressed tar or zip; unpack it and name the folder or the .tar")
     if path.is_file():
         if options:
             raise ValueError(f"--data {name!r}: a list has no splits; name another list")
@@ -375,7 +378,7 @@ def open_list(path: Path) -> ImageFiles:
     """A text file with one image per line; paths are absolute or relative to the file."""
     path = path.resolve()
     source = ImageFiles(path.parent, cached_listing(f"list {path}", lambda: read_list(path)))
-    source.name = str(path)
+    source.name, source.how_to_label = str(path), "add a label to each line, in a column that a header calls label"
     if len(source) == 0:
         raise ValueError(f"{path} names no image; write one path per line")
     return source
@@ -390,7 +393,7 @@ def open_tars(name: str, tars: list[str], interleave: int, image: str = "") -> I
     labels = table["labels"] if len(table["labels"]) else None
     source = InTars(name, tars, *(table[key] for key in ("shard", "start", "size")), table["fingerprint"], labels,
                     interleave=interleave)
-    source.notes, source.why_unlabeled = table["notes"], ": its tar files have no .cls members"
+    source.notes = table["notes"]
     return source
 
 

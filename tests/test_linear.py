@@ -121,7 +121,7 @@ def test_eval_linear_mistakes_show_before_the_training(trained, tmp_path, cache,
     write_images(tmp_path / "plain", ["a.png"])
     write_images(tmp_path / "names", ["x/a.png", "y/b.png"])
     (tmp_path / "real.json").write_text("{}")
-    for flags, text in ((["--test", tmp_path / "plain"], "has no labels; --test needs"),
+    for flags, text in ((["--test", tmp_path / "plain"], "has no labels; make one sub-folder per class"),
                         (["--test", "/none"], "is not a folder"),
                         (["--test", tmp_path / "names"], "class 'x' of .* is not among the training classes"),
                         (["--real", tmp_path / "real.json"], "is not called ILSVRC2012_val"),

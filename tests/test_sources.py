@@ -16,6 +16,7 @@ from PIL import Image
 import data
 import support.parallel
 import support.sources
+from support.evaluation import common_labels
 from tests.common import exit_code, golden, png, write_images
 
 
@@ -303,7 +304,9 @@ def test_data_unreadable_sources_end_the_run(tmp_path, cache):
 
 @pytest.mark.parametrize("spec,text", [
     ("no/such/folder", "is not a folder"), ("cifar10", "did you mean CIFAR10?"),
-    ("{tmp}/file.txt", "names no image"), ("{tmp}/empty", "holds no image"),
+    ("{tmp}/file.txt", "names no image"), ("{tmp}/z.tar.gz", "is a compressed tar or zip; unpack it"),
+    ("{tmp}/*.TGZ", "is a compressed tar"), ("{tmp}/z.tar.bz2", "is a compressed tar"), ("z.zip*1", "is a compressed"),
+    ("{tmp}/empty", "holds no image"),
     ("digits:split=TEST", "splits TRAIN and VAL"), ("digits:sprit=VAL", "unknown key 'sprit'; digits takes split"),
     ("FashionMNIST:root={tmp}", "dataset-fashion-mnist"), ("ImageNet:split=TRAIN", "ImageNet:split=TRAIN:root="),
     ("ImageNet:split=VAL:root={tmp}", "train and val"), ("{tmp}/empty:split=VAL", "no sub-folder for split VAL")])
@@ -313,6 +316,22 @@ def test_data_errors_name_the_fix(spec, text, tmp_path, monkeypatch):
     (tmp_path / "file.txt").write_text("")
     with pytest.raises(ValueError, match=re.escape(text)):
         support.sources.open_source(spec.format(tmp=tmp_path))
+
+
+def test_sources_say_how_to_label_them(tmp_path, cache):
+    write_images(tmp_path / "p", ["a.png", "b.png"])
+    (tmp_path / "plain.txt").write_text("p/a.png\np/b.png\n")
+    write_tar(tmp_path / "x.tar", {"a.png": png(0)})
+    (tmp_path / "mine.py").write_text("import torch\nfrom torch.utils.data import Dataset\nclass Mine(Dataset):\n"
+                                      "    __len__ = lambda self: 2\n"
+                                      "    __getitem__ = lambda self, i: torch.full((3, 8, 8), i, dtype=torch.uint8)\n")
+    for spec, fix in ((tmp_path / "p", "make one sub-folder per class"), (tmp_path / "x.tar", "add a member KEY.cls"),
+                      (tmp_path / "plain.txt", "add a label to each line, in a column"),
+                      (f"{tmp_path}/mine.py:Mine", "make its items (image, label)"),
+                      (f"{tmp_path}/p,{tmp_path}/x.tar", "use a labeled source")):
+        source = support.sources.open_source(str(spec))
+        with pytest.raises(ValueError, match=f"^{re.escape(source.name)} has no labels; {re.escape(fix)}"):
+            common_labels(source, None)
 
 
 def test_data_image_paths_come_once(tmp_path, cache):
