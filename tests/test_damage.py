@@ -166,7 +166,8 @@ def test_damage_anywhere_in_out(seed, n, trained, tmp_path, monkeypatch):
                 f"{out} cannot be written (", "resume, where the saves belong, is not a folder",
                 "holds a different run", "config.json is damaged; --resume", "holds no run; omit the flag",
                 "so it is not a training run", "that no training run wrote", "holds no save with a name like",
-                "no save in")), text
+                "no save in", "lock is a folder, where a file belongs", "are gone, so it cannot be continued")), text
+            assert "are gone" not in text or not untouched
             assert "config.json is damaged" not in text or not untouched
             assert "different run" not in text or not untouched
             assert "no save in" not in text or not untouched
