@@ -117,7 +117,7 @@ def test_bench_train_counts_flops():
 @pytest.mark.slow
 @pytest.mark.parametrize("centering", ["sinkhorn_knopp", "centering"])
 def test_bench_heads(centering, capsys):
-    rows = bench_rows(capsys, "heads", "--arch", "vit_nano", "--batch-size", 4, "--head-n-prototypes", 65536,
+    rows = bench_rows(capsys, "heads", "--arch", "vit_nano", "--batch-size", 12, "--head-n-prototypes", 65536,
                       "--head-hidden-dim", 8, "--head-bottleneck-dim", 8, "--device", "cpu", "--centering", centering,
                       "--repeats", 1)
     ours, plain = rows[:2]
