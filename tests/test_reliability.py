@@ -778,7 +778,8 @@ def separate_machines(n: int, folder: Path):
                  "-c", enter, "sh", name, folder / f"hosts{i}"),
                 ("--local-addr", name, "--rdzv-conf", f"is_host={i == 0}")) for i, name in enumerate(names)]
     finally:
-        for name in names:
+        for i, name in enumerate(names):
+            subprocess.run(["ip", "link", "del", f"veth{i}"], capture_output=True)  # at once; with its namespace, later
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
         subprocess.run(["ip", "link", "del", "dinov2test"], capture_output=True)
 
